@@ -1,0 +1,48 @@
+"""Medical referring image segmentation by next-token prediction.
+
+`ntp_loss` is the drop-in loss; `ntpseg --help` is the program. Names are imported on first use, so that
+``import ntpseg`` stays quick and needs neither transformers nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ntp_loss": "ntpseg.losses",
+    "NTPLoss": "ntpseg.losses",
+    "NTPOutput": "ntpseg.losses",
+    "NumItems": "ntpseg.losses",
+    "HardTokens": "ntpseg.memory",
+    "HardTokenMemory": "ntpseg.memory",
+    "NextKHeads": "ntpseg.models.heads",
+    "ops": "ntpseg.ops",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("ntpseg.ops")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'ntpseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from ntpseg import ops as ops
+    from ntpseg.losses import NTPLoss as NTPLoss
+    from ntpseg.losses import NTPOutput as NTPOutput
+    from ntpseg.losses import NumItems as NumItems
+    from ntpseg.losses import ntp_loss as ntp_loss
+    from ntpseg.memory import HardTokenMemory as HardTokenMemory
+    from ntpseg.memory import HardTokens as HardTokens
+    from ntpseg.models.heads import NextKHeads as NextKHeads

@@ -1,0 +1,1 @@
+"""Ready configurations (YAML, DeepSpeed JSON)."""

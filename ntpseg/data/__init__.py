@@ -1,0 +1,1 @@
+"""Loaders, checks and augmentation of referring segmentation data."""

@@ -1,0 +1,1 @@
+"""Decoding masks and predicting files."""

@@ -1,0 +1,1 @@
+"""The NkTP + TCL + HET loss: reference, one-pass torch backend, public function."""

@@ -1,0 +1,1 @@
+"""The causal decoder, its k heads and the saved bundle."""

@@ -1,0 +1,1 @@
+"""Native and custom operators with their dispatch."""

@@ -1,0 +1,1 @@
+"""Text and vision tokenizers, vocabulary, sequence format, token cache."""

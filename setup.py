@@ -1,0 +1,5 @@
+"""Builds ntpseg; the metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
