@@ -1,0 +1,65 @@
+"""What one training pair is: an image, the mask that a sentence refers to, and whose image it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+MASK_PREFIX = "mask_"
+
+# A subject is the unit that splits and bootstrap intervals must not cut. Tried in order on a case's name:
+SUBJECT_PATTERNS = (
+    re.compile(r"^(sub-[A-Za-z0-9]+)_"),  # BIDS names of the BIMCV images in QaTa-COV19: sub-S09345_ses-E17953_...
+    re.compile(r"^(cxr_s\d+)-"),  # the same images in ProLearn's release: cxr_s09345-...
+    re.compile(r"^(cxr_[0-9a-f]{6,})_"),  # one X-ray with several structures: cxr_0f89c850e9_left-lung
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image, one sentence, and the mask of what the sentence refers to.
+
+    Args:
+        image: path of the image file.
+        mask: path of the mask file, or None where only a prediction is wanted.
+        text: the sentence.
+        split: "train", "val" or "test".
+        case: name of the pair, unique within its split (the image's name without `mask_` and without extension).
+        subject: the patient (see `subject_of`); the case itself where nothing better is known.
+    """
+
+    image: Path
+    mask: Path | None
+    text: str
+    split: str
+    case: str
+    subject: str
+
+
+def case_of(name: str) -> str:
+    """The case that a file name stands for: ``mask_a.png``, ``a.tif`` and ``a`` are all case ``a``."""
+    name = name.strip()
+    stem = name[: -len(suffix)] if (suffix := known_suffix(name)) else name
+    return stem.removeprefix(MASK_PREFIX)
+
+
+def subject_of(case: str) -> str:
+    """The subject that a case's name tells, or the case itself where its name follows no known rule.
+
+    A `subject` column in the table of a data set takes precedence over this.
+    """
+    for pattern in SUBJECT_PATTERNS:
+        if found := pattern.match(case):
+            return found.group(1)
+    return case
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
+
+
+def known_suffix(name: str) -> str:
+    """The image extension at the end of `name` as written there, or "" (names may contain other dots)."""
+    lowered = name.lower()
+    return next((name[-len(suffix) :] for suffix in IMAGE_SUFFIXES if lowered.endswith(suffix)), "")
