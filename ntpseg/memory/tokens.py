@@ -1,4 +1,4 @@
-"""Hard error tokens (HET): what a model got wrong in the previous epoch, served back to the loss."""
+"""What the hard-token memory serves to the loss."""
 
 from __future__ import annotations
 

@@ -1,0 +1,124 @@
+"""Recording hard errors into the memory's rows: what the fused native op does, stated in plain PyTorch.
+
+The memory is two integer tensors. ``rows`` is ``[2, N, 3, n]`` int32: two epochs' buffers, a row per sample and in it
+the deviations (float32 bits), positions and tokens of its entries in ranking order, position -1 in empty slots.
+``stamp`` is ``[2, N]`` int32: the epoch that a row was last written in; a row counts only if its stamp is the epoch
+asked for, so that neither starting an epoch nor a fresh file needs a pass over the rows. Epoch e lives in buffer e % 2.
+
+Entries are ranked by deviation, descending, then position, then token, and a (position, token) pair is held once, with
+its larger deviation. That makes merging commutative and associative: the outcome depends neither on the order in which
+a sample's visits arrive nor on how they were spread over ranks or thread blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ntpseg.ops.topn import canonical, ordered_bits, plain_topn_errors
+
+_NONE = torch.iinfo(torch.int64).min
+_NO_PAIR = torch.iinfo(torch.int64).max
+
+
+def record_errors(
+    rows: Tensor,
+    stamp: Tensor,
+    control: Tensor,
+    epoch: Tensor,
+    sample_ids: Tensor,
+    prediction: Tensor,
+    labels: Tensor,
+    deviation: Tensor,
+    ignore_index: int = -100,
+) -> None:
+    """Merge the hardest errors of a batch into the rows of its samples, in place.
+
+    A position is an error where ``prediction >= 0``, ``labels != ignore_index`` and the two differ. A sample may occur
+    more than once in the batch. Shapes and dtypes are the caller's duty; `ntpseg.memory.HardTokenMemory` checks them.
+
+    Args:
+        rows: ``[2, N, 3, n]`` int32, contiguous; see the module's page.
+        stamp: ``[2, N]`` int32.
+        control: ``[1 + L]`` int32, zero between calls but for the first number, which counts the sample ids that were
+            out of range and skipped; the rest are the locks of the native op.
+        epoch: scalar int64 tensor on the same device, at least 1 (a tensor, so that a captured graph follows it).
+        sample_ids: ``[B]`` int64.
+        prediction: ``[B, T]`` int64, the token predicted for each position, negative where there is none.
+        labels: ``[B, T]`` int64.
+        deviation: ``[B, T]`` floating point; NaN counts as +inf, as in `topn_errors`.
+        ignore_index: the label of unsupervised positions.
+    """
+    is_error = (prediction >= 0) & (labels != ignore_index) & (prediction != labels)
+    value, index = plain_topn_errors(deviation, is_error, rows.shape[3])
+    token = prediction.gather(1, index.clamp(min=0).long())
+    merge_entries(rows, stamp, control, epoch, sample_ids, value, index, token)
+
+
+def merge_entries(
+    rows: Tensor,
+    stamp: Tensor,
+    control: Tensor,
+    epoch: Tensor,
+    sample_ids: Tensor,
+    value: Tensor,
+    position: Tensor,
+    token: Tensor,
+) -> None:
+    """Merge entries that were ranked already into the rows of ``epoch``, in place.
+
+    Args:
+        value: ``[B, m]`` float32 deviations, in any order.
+        position: ``[B, m]`` integer, -1 in empty slots.
+        token: ``[B, m]`` integer.
+
+    The other arguments are those of `record_errors`.
+    """
+    samples = stamp.shape[1]
+    known = (sample_ids >= 0) & (sample_ids < samples)
+    control[:1] += (~known).sum().int()
+    sample_ids, value, position, token = (x[known] for x in (sample_ids, value, position, token))
+    flat_rows, flat_stamp = rows.view(2 * samples, *rows.shape[2:]), stamp.view(-1)
+    target = (epoch % 2) * samples + sample_ids
+    # Visits of one sample within the batch must see each other: the i-th visits of all samples go together.
+    order = target.argsort(stable=True)
+    for chosen in _rounds(target[order]):
+        batch = order[chosen]
+        row = target[batch]
+        held = flat_rows[row]
+        fresh = (flat_stamp[row] != epoch).unsqueeze(1)
+        flat_rows[row] = _merge(
+            torch.cat([held[:, 0].view(torch.float32), canonical(value[batch])], dim=1),
+            torch.cat([held[:, 1].masked_fill(fresh, -1), position[batch].int()], dim=1).long(),
+            torch.cat([held[:, 2], token[batch].int()], dim=1).long(),
+            rows.shape[3],
+        )
+        flat_stamp[row] = epoch.int()
+
+
+def _rounds(target: Tensor) -> list[Tensor]:
+    """Split sorted keys into index sets in which no key repeats."""
+    column = torch.arange(target.numel(), device=target.device)
+    starts = torch.ones_like(target, dtype=torch.bool)
+    starts[1:] = target[1:] != target[:-1]
+    visit = column - torch.where(starts, column, 0).cummax(0).values if target.numel() else column
+    return [(visit == i).nonzero().squeeze(1) for i in range(int(visit.max()) + 1 if target.numel() else 0)]
+
+
+def _merge(value: Tensor, position: Tensor, token: Tensor, n: int) -> Tensor:
+    """Rank ``[R, m]`` candidates, drop the lesser of equal pairs and return the best as rows ``[R, 3, n]`` int32."""
+    empty = position < 0
+    key = ordered_bits(value).masked_fill(empty, _NONE)
+    pair = ((position << 32) | token).masked_fill(empty, _NO_PAIR)
+    order = key.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, pair.gather(1, order).argsort(dim=1, stable=True))
+    key, pair = key.gather(1, order), pair.gather(1, order)
+    key[:, 1:].masked_fill_(pair[:, 1:] == pair[:, :-1], _NONE)
+    key, rank = key.sort(dim=1, descending=True, stable=True)
+    chosen = order.gather(1, rank)
+    entry = torch.stack([value.view(torch.int32), position.int(), token.int()], dim=1)
+    blank = torch.tensor([-torch.inf, 0.0, 0.0], device=value.device).view(torch.int32)
+    blank = blank.index_fill(0, torch.tensor([1, 2], device=value.device), -1).view(1, 3, 1)
+    entry = entry.gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
+    entry = torch.where((key == _NONE).unsqueeze(1), blank, entry)
+    return entry[:, :, :n]

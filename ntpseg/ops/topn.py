@@ -1,0 +1,82 @@
+"""The n hardest errors of each row: one definition, a plain PyTorch path and the native op behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NOT_AN_ERROR = torch.iinfo(torch.int64).min
+_LOW_WORD = 0xFFFFFFFF
+
+
+def ordered_bits(value: Tensor) -> Tensor:
+    """Map float32 to int64 keys that compare as the floats do (NaN as +inf, -0 as +0).
+
+    Args:
+        value: float32, any shape.
+
+    Returns:
+        int64 of the same shape, within the int32 range.
+    """
+    bits = canonical(value).view(torch.int32).long()
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF) - 1)
+
+
+def canonical(value: Tensor) -> Tensor:
+    """Return ``value`` as float32 with NaN replaced by +inf and -0 by +0: the form in which deviations are ranked."""
+    value = value.float()
+    return torch.where(value.isnan(), torch.inf, value) + 0.0
+
+
+def topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n largest deviations among the errors of each row.
+
+    A deviation is ranked as float32. NaN counts as +inf and is returned as +inf: a model that has diverged at a token
+    is as wrong there as can be. An error whose deviation is -inf is still an error and precedes the padding.
+
+    Args:
+        deviation: ``[B, T]`` floating point, how far each prediction is from the truth.
+        is_error: ``[B, T]`` bool, which of them are errors at all.
+        n: number of slots per row, at least 0; it may exceed the number of errors and T.
+
+    Returns:
+        ``(value, index)``: float32 and int32, each ``[B, n]``, in descending order, ties to the lowest index, -inf and
+        -1 in the slots that no error fills. Neither carries a gradient.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or n is negative.
+    """
+    _check(deviation, is_error, n)
+    return plain_topn_errors(deviation, is_error, n)
+
+
+def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Compute `topn_errors` with PyTorch operators alone (any device, any size); arguments are not checked."""
+    deviation = canonical(deviation.detach())
+    rows, length = deviation.shape
+    column = torch.arange(length, device=deviation.device)
+    # The column in the low word makes every key distinct, so that no tie is left for topk to break as it likes.
+    key = torch.where(is_error, (ordered_bits(deviation) << 32) | (_LOW_WORD - column), _NOT_AN_ERROR)
+    found, _ = key.topk(min(n, length), dim=1)
+    filled = found != _NOT_AN_ERROR
+    column = torch.where(filled, _LOW_WORD - (found & _LOW_WORD), 0)
+    value = deviation.new_full((rows, n), -torch.inf)
+    index = torch.full((rows, n), -1, dtype=torch.int32, device=deviation.device)
+    value[:, : found.shape[1]] = torch.where(filled, deviation.gather(1, column), -torch.inf)
+    index[:, : found.shape[1]] = torch.where(filled, column, -1).int()
+    return value, index
+
+
+def _check(deviation: Tensor, is_error: Tensor, n: int) -> None:
+    if deviation.dim() != 2 or not deviation.is_floating_point():
+        raise ValueError(
+            f"deviation is {deviation.dtype} {list(deviation.shape)}; it must be floating point and [B, T]"
+        )
+    if is_error.dtype != torch.bool or is_error.shape != deviation.shape:
+        raise ValueError(
+            f"is_error is {is_error.dtype} {list(is_error.shape)}; it must be bool and {list(deviation.shape)}"
+        )
+    if is_error.device != deviation.device:
+        raise ValueError(f"is_error is on {is_error.device}; it must be on {deviation.device}, as deviation is")
+    if n < 0:
+        raise ValueError(f"n is {n}; it must be 0 or more")
