@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from ntpseg.data.augment import Augmentation
 from ntpseg.data.images import prepare, read_image, read_mask, resize_mask
 from ntpseg.data.loading import load_records
 from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import Record, case_of, subject_of
+from ntpseg.data.sides import swap_sides
 
 __all__ = [
+    "Augmentation",
     "DataProblems",
     "Problem",
     "Record",
@@ -18,4 +21,5 @@ __all__ = [
     "read_mask",
     "resize_mask",
     "subject_of",
+    "swap_sides",
 ]
