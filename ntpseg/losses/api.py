@@ -1,0 +1,177 @@
+"""The public door: `ntp_loss` and its module form `NTPLoss`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ntpseg.losses.arguments import checked_counts, checked_shapes, merged_options
+from ntpseg.losses.backends import choose_backend
+from ntpseg.losses.fused import loss_op
+from ntpseg.losses.options import LossOptions, NTPOutput, NumItems
+from ntpseg.losses.reference import reference_loss
+
+if TYPE_CHECKING:
+    from ntpseg.memory import HardTokens
+
+
+def ntp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    negatives: int = 5,
+    tcl_weight: float = 1.0,
+    het_weight: float = 1.0,
+    het: HardTokens | None = None,
+    temperature: float = 1.0,
+    head_weights: Sequence[float] | None = None,
+    ignore_index: int = -100,
+    shift: bool = True,
+    vocab_range: tuple[int, int] | None = None,
+    num_items: NumItems | float | Tensor | None = None,
+    backend: str = "auto",
+    token_weights: Tensor | None = None,
+    options: LossOptions | None = None,
+) -> NTPOutput:
+    """Next-k-token cross-entropy with token-level contrastive and hard-error-token terms, without stored logits.
+
+    ``loss = CE + tcl_weight * TCL + het_weight * HET`` after NTP-MRISeg (arXiv 2511.05044); TCL has the form of
+    contrastive token loss (arXiv 2205.02517). Row ``(b, t, j)``, head j at position t, predicts the token at
+    ``p = t + 1 + j`` and is supervised when ``p < T`` and ``labels[b, p] != ignore_index``. Inputs are never
+    written to.
+
+    Args:
+        hidden: ``[B, T, k, D]`` float; ``[B, T, D]`` means k = 1. float64, float32, bfloat16 or float16.
+        weight: ``[V, D]`` shared by the heads, or ``[k, V, D]``. Cast to the dtype of `hidden` if it differs. Under
+            autocast both are cast to its dtype. Products accumulate in float32, so does the weight's gradient.
+        labels: ``[B, T]`` int64, unshifted as in Hugging Face.
+        negatives: m; TCL's negatives are the same head's predictions at the m rows before, where supervised.
+        tcl_weight, het_weight: factors of the two terms.
+        het: hard tokens ``[B, n]`` of the batch. An entry (p, e) counts when head 0's row of position p is
+            supervised, e differs from its target and e is in the vocabulary range.
+        temperature: tau of both terms.
+        head_weights: k numbers w_j >= 0, default 1.
+        ignore_index: label of an unsupervised position.
+        shift: False: head j at position t predicts position ``t + j``.
+        vocab_range: ``(lo, hi)``; softmax and arg-max see only these classes, and labels must lie in it.
+        num_items: counts of the whole accumulated or global batch. A plain number N stands for
+            ``NumItems(rows=[N] * k, het=N)``.
+        backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
+        token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
+            in their denominators.
+        options: all of the above that is no tensor, and more (`LossOptions`), in one object. Keywords that are
+            also in it must then be left at their defaults.
+
+    Returns:
+        `NTPOutput`.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it, what it was and what it must be.
+    """
+    settings = merged_options(
+        options,
+        negatives=negatives,
+        tcl_weight=tcl_weight,
+        het_weight=het_weight,
+        temperature=temperature,
+        head_weights=head_weights,
+        ignore_index=ignore_index,
+        shift=shift,
+        vocab_range=vocab_range,
+        backend=backend,
+    )
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights)
+    num_rows, num_het = checked_counts(num_items, hidden)
+    if settings.vocab_range is not None:
+        weight = weight.narrow(-2, settings.vocab_range[0], settings.vocab_range[1] - settings.vocab_range[0])
+    weight = weight.to(hidden.dtype)
+    name = choose_backend(settings.backend, hidden.device)
+    extra = {
+        "het_position": None if het is None else het.position,
+        "het_token": None if het is None else het.token,
+        "token_weights": None if token_weights is None else token_weights.detach(),
+        "num_rows": num_rows,
+        "num_het": num_het,
+    }
+    if name == "reference":
+        loss, found = reference_loss(hidden, weight, labels, settings, **extra)
+        parts = [found[part] for part in ("ntp", "nktp", "tcl", "het", "z")]
+        tokens = [found[part] for part in ("prediction", "nll", "margin")]
+    else:
+        grad = torch.is_grad_enabled()
+        loss, packed, *tokens, _, _ = loss_op(
+            hidden,
+            weight,
+            labels,
+            *extra.values(),
+            settings.with_backend(name).to_json(),
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+        )
+        parts = list(packed.unbind())
+    prediction, nll, margin = tokens
+    return NTPOutput(
+        loss=loss,
+        ntp=parts[0],
+        nktp=parts[1],
+        tcl=parts[2],
+        het=parts[3],
+        prediction=prediction[..., 0],
+        nll=nll[..., 0],
+        margin=margin[..., 0],
+        z=parts[4] if settings.z_loss else None,
+        head_prediction=prediction if settings.per_head else None,
+        head_nll=nll if settings.per_head else None,
+        head_margin=margin if settings.per_head else None,
+    )
+
+
+class NTPLoss(nn.Module):
+    """`ntp_loss` as a module that holds its options.
+
+    Args:
+        options: a `LossOptions`, or
+        **keywords: its fields one by one.
+
+    Raises:
+        ValueError: both are given, or a field is not as `LossOptions` describes.
+    """
+
+    def __init__(self, options: LossOptions | None = None, **keywords: Any) -> None:
+        super().__init__()
+        if options is not None and keywords:
+            raise ValueError(f"options must not be given together with {', '.join(sorted(keywords))}")
+        unknown = sorted(set(keywords) - set(LossOptions.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no option; there are {', '.join(LossOptions.__dataclass_fields__)}")
+        self.options = options or LossOptions(**keywords)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        het: HardTokens | None = None,
+        num_items: NumItems | float | Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> NTPOutput:
+        """See `ntp_loss`."""
+        return ntp_loss(
+            hidden, weight, labels, het=het, num_items=num_items, token_weights=token_weights, options=self.options
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        default = LossOptions()
+        return ", ".join(
+            f"{name}={getattr(self.options, name)!r}"
+            for name in LossOptions.__dataclass_fields__
+            if getattr(self.options, name) != getattr(default, name)
+        )

@@ -1,0 +1,104 @@
+"""The seam between the loss and the code that does the work.
+
+A backend is one function
+
+    rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult
+
+What it is given
+    `rows`: the compacted supervised rows, see `ntpseg.losses.rows.Rows` (hidden, target, share, reach, het, ...).
+        R may be 0.
+    `weight`: ``[V, D]`` (one segment) or ``[k, V, D]`` (k segments), already cut to ``options.vocab_range``, the same
+        dtype as ``rows.hidden``. Its last dimension is contiguous; do not assume the rest. Never write to it.
+    `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, gradient_filter and chunk_bytes. The rest
+        (heads, shift, ignore_index, vocab_range, counts, token weights) is already worked into `rows`.
+    `hidden_grad`, `weight_grad`: which gradients are wanted. A frozen weight or a call without autograd pays nothing.
+
+What it computes, for row r with g = share[r], y = target[r], z = weight @ hidden[r]
+    nll = lse - z[y];  margin = max z - z[y];  prediction = argmax z, lowest id on ties
+    negatives: prediction[r - i] for 1 <= i <= reach[r], where it differs from y
+    tcl = log(1 + sum_negatives exp((z[neg] - z[y]) / tau))
+    het = sum over e in het[r], e >= 0, of log(1 + exp((z[e] - z[y]) / tau))
+    and the gradients with respect to hidden and weight of
+    sum_r g * (nll + tcl_weight * tcl + z_loss * lse^2) + het_weight * het_share * het
+
+What it returns: `RowsResult`. The caller forms the scalar parts from it, scatters the gradients and multiplies them
+with the incoming one. Rows never overlap, so the scatter is a plain index copy.
+
+A new backend adds one line to `_BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowsResult:
+    """Per-row results and the gradients; "work" is float64 for float64 operands, else float32.
+
+    Attributes:
+        prediction: ``[R]`` int64, relative to the slice of the vocabulary; -1 on padding rows.
+        nll, margin, tcl, het, lse: ``[R]`` work, 0 on padding rows.
+        d_hidden: ``[R, D]`` or None when not wanted. The dtype of hidden, but work for float16 (a loss scale is
+            multiplied in later, and must find what float16 would have flushed to zero).
+        d_weight: the shape of weight, or None; the same rule for its dtype. Accumulated in work.
+    """
+
+    prediction: Tensor
+    nll: Tensor
+    margin: Tensor
+    tcl: Tensor
+    het: Tensor
+    lse: Tensor
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+
+
+RowsLoss = Callable[..., RowsResult]
+
+_BACKENDS = {
+    "torch": ("ntpseg.losses.torch_backend", "rows_loss"),
+    "triton": ("ntpseg.losses.triton_backend", "rows_loss"),
+}
+
+
+def gradient_dtype(operand: torch.dtype) -> torch.dtype:
+    """The dtype in which a backend hands over gradients."""
+    return torch.float32 if operand == torch.float16 else operand
+
+
+def load_backend(name: str) -> RowsLoss:
+    """The function of a backend.
+
+    Raises:
+        ValueError: the backend cannot be used on this machine; the message says why.
+    """
+    module, function = _BACKENDS[name]
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ValueError(f"backend {name!r} cannot be used here: {error}") from error
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """Resolves "auto": triton on CUDA where it imports, else torch.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot be imported.
+    """
+    if name != "auto":
+        if name == "triton":
+            load_backend(name)
+        return name
+    if device.type != "cuda":
+        return "torch"
+    try:
+        load_backend("triton")
+    except ValueError:
+        return "torch"
+    return "triton"

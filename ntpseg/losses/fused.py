@@ -1,0 +1,102 @@
+"""From tensors to the loss and its gradients in one go: plan the rows, run a backend, put the results in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ntpseg.losses.backends import gradient_dtype, load_backend
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.rows import plan_rows
+from ntpseg.ops.loss import register_loss
+
+
+def fused_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    het_position: Tensor | None,
+    het_token: Tensor | None,
+    token_weights: Tensor | None,
+    num_rows: Tensor | None,
+    num_het: Tensor | None,
+    settings: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the custom operator ``ntpseg::ntp_loss`` runs, on every device.
+
+    Args:
+        hidden: ``[B, T, k, D]``.
+        weight: ``[V, D]`` or ``[k, V, D]``, cut to the vocabulary range, same dtype.
+        labels: ``[B, T]`` int64.
+        het_position, het_token: ``[B, n]`` int64 or None.
+        token_weights: ``[B, T]`` or None.
+        num_rows: ``[k]`` or None.
+        num_het: 0-dim or None.
+        settings: `LossOptions` as JSON, with the backend resolved.
+        hidden_grad, weight_grad: which gradients to make.
+
+    Returns:
+        loss (0-dim), parts ``[5]`` (ntp, nktp, tcl, het, z), prediction, nll and margin ``[B, T, k]`` by the position
+        of the predicted token, and the gradients of hidden and weight (empty when not wanted).
+    """
+    options = LossOptions.from_json(settings)
+    batch, time, heads, _ = hidden.shape
+    work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    low = options.vocab_range[0] if options.vocab_range else 0
+    plan = plan_rows(
+        hidden,
+        labels,
+        weight.shape[-2],
+        options,
+        per_head_weight=weight.dim() == 3,
+        het_position=het_position,
+        het_token=het_token,
+        token_weights=token_weights,
+        num_rows=num_rows,
+        num_het=num_het,
+    )
+    rows = plan.rows
+    found = load_backend(options.backend)(rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad)
+
+    tcl = (rows.share * found.tcl).sum()
+    het = found.het.sum() * rows.het_share
+    nktp = (rows.share * found.nll).sum()
+    z = (rows.share * found.lse.square()).sum()
+    parts = torch.stack([(plan.ntp_share * found.nll).sum(), nktp, tcl, het, z])
+    loss = nktp + options.tcl_weight * tcl + options.het_weight * het + options.z_loss * z
+
+    cells = heads * batch * time
+    slot = torch.where(rows.index < 0, cells, rows.index)  # padding rows land in one cell more, which is cut off
+    prediction = torch.where(rows.index < 0, -1, found.prediction + low)
+
+    def by_target(values: Tensor, empty: int) -> Tensor:
+        flat = values.new_full((cells + 1,), empty)
+        flat[slot] = values
+        by_row = flat[:-1].view(heads, batch, time)
+        moved = values.new_full((batch, time, heads), empty)
+        for offset in range(int(options.shift), min(heads + int(options.shift), time)):
+            j = offset - int(options.shift)
+            moved[:, offset:, j] = by_row[j, :, : time - offset]
+        return moved
+
+    d_hidden = hidden.new_empty(0, dtype=gradient_dtype(hidden.dtype))
+    if found.d_hidden is not None:
+        row = (slot % (batch * time)) * heads + slot // (batch * time)
+        d_hidden = d_hidden.new_zeros(cells + 1, hidden.shape[-1])
+        d_hidden[torch.where(rows.index < 0, cells, row)] = found.d_hidden
+        d_hidden = d_hidden[:-1].view(hidden.shape)
+    d_weight = weight.new_empty(0, dtype=gradient_dtype(weight.dtype)) if found.d_weight is None else found.d_weight
+    return (
+        loss.to(work),
+        parts.to(work),
+        by_target(prediction, -1),
+        by_target(found.nll, 0),
+        by_target(found.margin, 0),
+        d_hidden,
+        d_weight,
+    )
+
+
+loss_op = register_loss(fused_loss)

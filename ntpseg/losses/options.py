@@ -1,0 +1,156 @@
+"""What a caller may set and what comes back: the frozen options, the counts, the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Everything about the loss that is not a tensor; one object passes through all layers.
+
+    The first group restates the keywords of `ntp_loss`; the second group exists only here.
+
+    Attributes:
+        negatives: m, how many earlier predictions of the same head serve as TCL negatives; 0 switches TCL off.
+        tcl_weight: factor of TCL in the loss; 0 leaves TCL reported but without gradient.
+        het_weight: factor of HET in the loss.
+        temperature: tau of TCL and HET.
+        head_weights: w_j per head, None for all ones.
+        ignore_index: label of an unsupervised position.
+        shift: True: head j at position t predicts t + 1 + j; False: t + j (head 0 predicts its own position).
+        vocab_range: ``(lo, hi)``: softmax and arg-max see only the classes lo <= v < hi.
+        backend: "reference", "torch", "triton" or "auto" (triton on CUDA where it is usable, else torch).
+        z_loss: factor of the mean squared log-partition function, PaLM's z-loss (arXiv 2204.02311, section 5);
+            0 switches it off. The mean is weighted like CE.
+        gradient_filter: probabilities below this are left out of both gradients where a whole tile is below it
+            (cut cross-entropy, arXiv 2411.09009, section 4.3). 0 (the default) keeps the exact gradient; 2**-12 is
+            the usual choice, below the resolution of bf16 next to a probability of one. Error bound: each
+            row's logit gradient changes by less than this value times its weight per skipped class.
+        per_head: also return prediction, nll and margin for every head (``NTPOutput.head_*``).
+        max_rows: upper bound, known to the caller, on the supervised rows of one head in one call. The row tables
+            then get that fixed size, and finding the rows needs no device-to-host copy. More rows than this are
+            an error on the device. None: count them (one synchronisation on a GPU).
+        chunk_bytes: byte budget of one block of logits; None lets the backend choose.
+    """
+
+    negatives: int = 5
+    tcl_weight: float = 1.0
+    het_weight: float = 1.0
+    temperature: float = 1.0
+    head_weights: tuple[float, ...] | None = None
+    ignore_index: int = -100
+    shift: bool = True
+    vocab_range: tuple[int, int] | None = None
+    backend: str = "auto"
+
+    z_loss: float = 0.0
+    gradient_filter: float = 0.0
+    per_head: bool = False
+    max_rows: int | None = None
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("negatives", self.negatives, 0)
+        for name in ("tcl_weight", "het_weight", "z_loss"):
+            _real(name, getattr(self, name), "a finite number >= 0", lambda x: x >= 0)
+        _real("temperature", self.temperature, "a finite number > 0", lambda x: x > 0)
+        _real("gradient_filter", self.gradient_filter, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        if self.head_weights is not None:
+            weights = tuple(float(w) for w in self.head_weights)
+            if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+                raise ValueError(f"head_weights must be finite, >= 0 and not all zero, got {list(weights)}")
+            object.__setattr__(self, "head_weights", weights)
+        if self.vocab_range is not None:
+            if len(self.vocab_range) != 2 or not 0 <= int(self.vocab_range[0]) < int(self.vocab_range[1]):
+                raise ValueError(f"vocab_range must be (lo, hi) with 0 <= lo < hi, got {self.vocab_range!r}")
+            object.__setattr__(self, "vocab_range", (int(self.vocab_range[0]), int(self.vocab_range[1])))
+        for name in ("max_rows", "chunk_bytes"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+    def with_backend(self, name: str) -> LossOptions:
+        """The same options with another backend."""
+        return dataclasses.replace(self, backend=name)
+
+    def to_json(self) -> str:
+        """One line of JSON; what a custom operator's schema can carry."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_json(text: str) -> LossOptions:
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        for name in ("head_weights", "vocab_range"):
+            if fields[name] is not None:
+                fields[name] = tuple(fields[name])
+        return LossOptions(**fields)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def _real(name: str, value: float, what: str, ok) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class NumItems:
+    """Counts of a whole accumulated (and, over ranks, global) batch, as denominators.
+
+    Attributes:
+        rows: supervised rows per head, k numbers (a sequence, or a tensor ``[k]``). With token weights: their sum.
+        het: number of hard-token entries that count; None keeps this call's own number.
+    """
+
+    rows: Sequence[float] | Tensor
+    het: float | Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NTPOutput:
+    """Result of `ntp_loss`. Only `loss` carries a gradient.
+
+    Scalars are float32 (float64 for float64 inputs). Per-token tensors are ``[B, T]``, aligned with the position of
+    the token that was to be predicted: prediction int64, nll and margin floating, -1 / 0 / 0 where unsupervised.
+
+    Attributes:
+        loss: ``nktp + tcl_weight * tcl + het_weight * het + z_loss * z``.
+        ntp: cross-entropy of head 0.
+        nktp: weighted cross-entropy over all heads.
+        tcl: token-level contrastive loss.
+        het: hard-error-token loss.
+        prediction: arg-max of head 0, ties to the lowest id.
+        nll: ``lse - z[y]`` of head 0, nats.
+        margin: ``max z - z[y]`` of head 0; 0 exactly where the prediction is right.
+        z: mean squared log-partition function; None unless ``LossOptions.z_loss`` is on.
+        head_prediction, head_nll, head_margin: ``[B, T, k]``, the same for every head (``LossOptions.per_head``).
+    """
+
+    loss: Tensor
+    ntp: Tensor
+    nktp: Tensor
+    tcl: Tensor
+    het: Tensor
+    prediction: Tensor
+    nll: Tensor
+    margin: Tensor
+    z: Tensor | None = None
+    head_prediction: Tensor | None = None
+    head_nll: Tensor | None = None
+    head_margin: Tensor | None = None
