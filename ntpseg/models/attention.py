@@ -1,0 +1,29 @@
+"""The choice of the attention implementation, with an error that says what to do."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@contextmanager
+def explained_attention(name: str | None) -> Iterator[None]:
+    """Turn Hugging Face's errors about attention `name` into a `ValueError` that names the argument."""
+    try:
+        yield
+    except ImportError as error:
+        if name is None or name in ("sdpa", "eager"):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"attention is {name!r}, which cannot be used here ({reason}); install its package or choose sdpa"
+        ) from error
+    except ValueError as error:
+        if name is None or "attn_implementation" not in str(error):
+            raise
+        raise ValueError(f"attention is {name!r}, it must be one of {', '.join(ATTENTION)}") from error

@@ -1,0 +1,106 @@
+"""A trained segmenter in one directory: model, text tokenizer, vision tokenizer and sequence format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ntpseg.models.attention import explained_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ntpseg.models.model import NTPSegModel
+    from ntpseg.tokenizers.sequence import SequenceFormat
+    from ntpseg.tokenizers.vision import VisionTokenizer
+
+
+@dataclass
+class Bundle:
+    """Everything that turns an image and a sentence into a mask.
+
+    Attributes:
+        model: the decoder with its heads.
+        text: Hugging Face tokenizer.
+        vision: image and mask tokenizer.
+        sequence: how both become one sequence; its vocabulary is the model's.
+    """
+
+    model: NTPSegModel
+    text: PreTrainedTokenizerBase
+    vision: VisionTokenizer
+    sequence: SequenceFormat
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors``, and what `save_tokenizers` writes."""
+        path = Path(directory)
+        self.save_tokenizers(path)
+        self.model.save_pretrained(path)
+        return path
+
+    def save_tokenizers(self, directory: str | Path) -> None:
+        """Write ``text/``, ``vision/`` and ``sequence.json`` alone (a sharded model is saved by its trainer)."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self.text.save_pretrained(str(path / "text"))
+        self.vision.save_pretrained(path / "vision")
+        partial = path / "sequence.json.part"
+        partial.write_text(json.dumps(self.sequence.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path / "sequence.json")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | str | None = None,
+        attention: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Bundle:
+        """Load a bundle from its directory, or from the run directory that holds it in ``model/``.
+
+        Args:
+            directory: what `save_pretrained` wrote, or a run of ``ntpseg train``.
+            dtype: of the weights; that in which they were saved by default.
+            attention: attention implementation; PyTorch's by default.
+            device: where the model and the vision tokenizer go; the CPU by default.
+
+        Raises:
+            ValueError: no bundle there, or the attention implementation cannot be used.
+        """
+        from ntpseg.models.model import NTPSegModel
+        from ntpseg.tokenizers.sequence import SequenceFormat
+        from ntpseg.tokenizers.text import load_text_tokenizer
+        from ntpseg.tokenizers.vision import load_vision_tokenizer
+
+        path = bundle_directory(directory)
+        sequence = SequenceFormat.from_dict(json.loads((path / "sequence.json").read_text(encoding="utf-8")))
+        options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+        with explained_attention(attention):
+            model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
+        vision = load_vision_tokenizer(path / "vision")
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]
+            if isinstance(vision, torch.nn.Module):
+                vision.to(device)
+        model.eval()
+        return cls(model=model, text=load_text_tokenizer(path / "text"), vision=vision, sequence=sequence)
+
+
+def bundle_directory(directory: str | Path) -> Path:
+    """The directory of the bundle that `directory` is or holds.
+
+    Raises:
+        ValueError: neither it nor its ``model/`` is a complete bundle.
+    """
+    path = Path(directory)
+    for candidate in (path, path / "model"):
+        if (candidate / "sequence.json").is_file() and (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(
+        f"model directory {str(path)!r} holds no trained model; it must be a run of `ntpseg train` or its model/ "
+        "(config.json, model.safetensors, sequence.json, text/, vision/)"
+    )

@@ -1,0 +1,236 @@
+"""`NTPSegModel`: a Hugging Face causal decoder that returns hidden states, with k heads that own the loss."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import ModelOutput
+
+from ntpseg.losses import NumItems
+from ntpseg.memory import HardTokens
+from ntpseg.models.config import NTPSegConfig
+from ntpseg.models.grid import GridEmbedding
+from ntpseg.models.heads import NextKHeads
+
+
+@dataclass
+class NTPSegOutput(ModelOutput):
+    """Result of `NTPSegModel`.
+
+    Attributes:
+        loss: scalar, differentiable; None without labels, as are the parts and the per-token results.
+        ntp, nktp, tcl, het: detached scalars, see `ntpseg.ntp_loss`.
+        prediction, nll, margin: ``[B, T]``, head 0, aligned with the target's position; -1 / 0 / 0 where unsupervised.
+        last_hidden_state: ``[B, T, D]``.
+        past_key_values: the cache, with ``use_cache=True``.
+    """
+
+    loss: Tensor | None = None
+    ntp: Tensor | None = None
+    nktp: Tensor | None = None
+    tcl: Tensor | None = None
+    het: Tensor | None = None
+    prediction: Tensor | None = None
+    nll: Tensor | None = None
+    margin: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+
+
+class NTPSegModel(PreTrainedModel):
+    """Reads ``text, image tokens, mask tokens`` and predicts the next k tokens at every position.
+
+    No logits are made in training: the loss reads the head's weight inside the module that owns it, which is also what
+    ZeRO-3 and FSDP need. The configuration is copied, since Hugging Face models otherwise share it (and with it the
+    attention implementation).
+    """
+
+    config_class = NTPSegConfig
+    config: NTPSegConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The Trainer passes the counts of the whole accumulated batch, and the loss is divided by them here.
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: NTPSegConfig) -> None:
+        super().__init__(copy.deepcopy(config))
+        config, text = self.config, self.config.text_config
+        # The plain constructor: `from_config` would partition this sub-model alone under ZeRO-3.
+        self.backbone = cast(Any, MODEL_MAPPING[type(text)])(text)
+        self.heads = NextKHeads(config.hidden_size, config.vocab_size, config.num_heads_k)
+        self.grid = None
+        if config.grid_positions:
+            self.grid = GridEmbedding(tuple(config.image_grid), tuple(config.mask_grid), config.hidden_size)
+        self._no_split_modules = list(self.backbone._no_split_modules or [])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, GridEmbedding):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, NextKHeads):
+            module.init_weights(std, init.normal_, init.zeros_)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of all tokens, ``[V, D]``."""
+        return self.backbone.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of all tokens."""
+        self.backbone.embed_tokens = value
+
+    @torch.no_grad()
+    def init_visual_embeddings(
+        self, image_codebook: Tensor, mask_codebook: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Start the embeddings of the visual codes from the codebooks, so that codes that look alike start alike.
+
+        Each codebook is standardised, projected to D by a random Gaussian matrix and scaled to the initialiser's
+        standard deviation.
+
+        Args:
+            image_codebook, mask_codebook: ``[codes, e]`` float, as a vision tokenizer gives them.
+            generator: source of the projections.
+
+        Raises:
+            ValueError: the configuration has no ranges of codes, or a codebook of another size.
+        """
+        weight = self.get_input_embeddings().weight
+        for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
+            span = getattr(self.config, f"{name}_range")
+            if span is None:
+                raise ValueError(
+                    f"{name}_range is None in the configuration, it must be known to place the {name} codes"
+                )
+            if codebook.dim() != 2 or codebook.shape[0] != span[1] - span[0]:
+                shape = list(codebook.shape)
+                raise ValueError(
+                    f"{name}_codebook is {shape}, it must be [{span[1] - span[0]}, e] ({name}_range {span})"
+                )
+            code = codebook.detach().float().cpu()
+            code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
+            projection = torch.randn(code.shape[1], weight.shape[1], generator=generator) / code.shape[1] ** 0.5
+            weight[span[0] : span[1]] = (code @ projection * self.config.initializer_range).to(weight)
+            if name == "image" and list(span) == self.config.mask_range:
+                return
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        grid_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        het_position: Tensor | None = None,
+        het_token: Tensor | None = None,
+        num_items: NumItems | float | Tensor | None = None,
+        loss_start: int | None = None,
+        **kwargs: Any,
+    ) -> NTPSegOutput:
+        """Hidden states and, with labels, the loss.
+
+        Args:
+            input_ids: ``[B, T]`` int64. Pad on the right: causal attention then needs no mask.
+            labels: ``[B, T]`` int64, unshifted, -100 where unsupervised.
+            grid_ids: ``[B, T]`` int64, see `SequenceFormat.grid_ids`; needed when the configuration has grid positions.
+            attention_mask, position_ids, past_key_values, use_cache: as in Hugging Face.
+            het_position, het_token: ``[B, n]`` int64, hard error tokens, see `ntpseg.HardTokens`.
+            num_items: counts of the whole accumulated and global batch, see `ntpseg.NumItems`.
+            loss_start: no label before this position is supervised; spares the heads the prompt. Found from `labels`
+                (on a GPU that waits for the device) where it is not given.
+            **kwargs: handed to the decoder, such as ``cu_seq_lens_q`` of packed sequences.
+
+        Raises:
+            ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if self.grid is not None:
+            if grid_ids is None or grid_ids.shape != input_ids.shape:
+                shape = None if grid_ids is None else list(grid_ids.shape)
+                raise ValueError(f"grid_ids is {shape}, it must be {list(input_ids.shape)} as input_ids is")
+            embeds = embeds + self.grid(grid_ids, input_ids == self.config.query_token)
+        decoded = self.backbone(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = decoded.last_hidden_state
+        if labels is None:
+            return NTPSegOutput(last_hidden_state=hidden, past_key_values=decoded.past_key_values)
+        found = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
+        return NTPSegOutput(**found, last_hidden_state=hidden, past_key_values=decoded.past_key_values)
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        het_position: Tensor | None,
+        het_token: Tensor | None,
+        num_items: Any,
+        start: int | None,
+    ) -> dict[str, Tensor]:
+        config = self.config
+        if start is None:
+            start = first_supervised(labels)
+        # The k heads that predict the first supervised token stand at the k positions before it.
+        start = max(0, start - config.num_heads_k)
+        het = None
+        if het_position is not None and het_token is not None and config.het_weight > 0:
+            het = HardTokens(torch.where(het_position < start, -1, het_position - start), het_token)
+        out = self.heads(
+            hidden[:, start:],
+            labels[:, start:],
+            negatives=config.negatives,
+            tcl_weight=config.tcl_weight,
+            het_weight=config.het_weight,
+            temperature=config.temperature,
+            head_weights=config.head_weights,
+            vocab_range=None if config.vocab_range is None else tuple(config.vocab_range),
+            het=het,
+            num_items=num_items,
+        )
+        pad = nn.functional.pad
+        return {
+            "loss": out.loss,
+            "ntp": out.ntp,
+            "nktp": out.nktp,
+            "tcl": out.tcl,
+            "het": out.het,
+            "prediction": pad(out.prediction, (start, 0), value=-1),
+            "nll": pad(out.nll, (start, 0)),
+            "margin": pad(out.margin, (start, 0)),
+        }
+
+    def next_token_logits(self, hidden: Tensor, vocab_range: tuple[int, int] | None = None) -> Tensor:
+        """Head 0's logits ``[..., V]`` (or ``[..., hi - lo]``) of hidden states ``[..., D]``."""
+        return self.heads.logits(hidden, vocab_range=vocab_range).squeeze(-2)
+
+
+def first_supervised(labels: Tensor) -> int:
+    """The first position of ``[B, T]`` `labels` that any row supervises; T if none does."""
+    columns = (labels != -100).any(0).nonzero()
+    return int(columns[0]) if len(columns) else labels.shape[1]
+
+
+AutoConfig.register("ntpseg", NTPSegConfig, exist_ok=True)
+AutoModel.register(NTPSegConfig, NTPSegModel, exist_ok=True)
