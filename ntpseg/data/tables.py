@@ -37,6 +37,14 @@ def read_table(path: Path) -> Rows:
     return [row for row in rows if any(row.values())]
 
 
+def read_columns(path: Path, columns: Sequence[str]) -> Rows:
+    """`read_table`, and ValueError where a row lacks one of `columns` (lower case)."""
+    rows = read_table(path)
+    if rows and (lacking := [name for name in columns if name not in rows[0]]):
+        raise ValueError(f"the table {path} lacks the column {', '.join(lacking)}; it has {', '.join(rows[0])}")
+    return rows
+
+
 def write_excel(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write one sheet; the file appears complete or not at all."""
     from openpyxl import Workbook

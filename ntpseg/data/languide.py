@@ -1,0 +1,76 @@
+"""LanGuideMedSeg's layout: ``prompt/{train,test}.csv`` beside folders of ``Images`` and ``GTs`` or ``Ground-truths``.
+
+After https://github.com/Junelin2333/LanGuideMedSeg-MICCAI2023 and the Kaggle release of QaTa-COV19-v2 it reads. The
+tables have the columns Image (the mask's name) and Description. The folders of a split lie in ``Train``, ``Train Set``,
+``Train_Folder`` (or test), or all images lie directly in the data set's folder. Without ``val.csv`` the last fifth of
+the rows of ``train.csv`` is the validation split, as in that code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ntpseg.data import problems
+from ntpseg.data.folders import IMAGE_FOLDERS, MASK_FOLDERS, child
+from ntpseg.data.listing import Listing
+from ntpseg.data.pairing import SplitFolder, join_rows, report_strays
+from ntpseg.data.tables import Rows, read_columns
+
+TRAIN_SHARE = 0.8
+TABLES = {"train": ("train.csv",), "val": ("val.csv", "valid.csv", "validation.csv"), "test": ("test.csv",)}
+FOLDERS = {
+    "train": ("train", "train set", "train_folder", "train_set"),
+    "val": ("val", "valid", "val set", "val_folder", "val_set", "validation"),
+    "test": ("test", "test set", "test_folder", "test_set"),
+}
+
+
+def is_languide(root: Path) -> bool:
+    """Whether `root` has a ``prompt`` folder with a table."""
+    prompt = child(root, ("prompt",))
+    return prompt is not None and any((prompt / name).is_file() for names in TABLES.values() for name in names)
+
+
+def list_languide(root: Path) -> Listing:
+    """List a data set in LanGuideMedSeg's layout; opens its tables, but no image.
+
+    Args:
+        root: the folder that holds ``prompt``.
+
+    Raises:
+        ValueError: there is no ``prompt`` folder.
+    """
+    prompt = child(root, ("prompt",))
+    if prompt is None:
+        raise ValueError(f"path is {root}; LanGuideMedSeg's layout needs a folder `prompt` with train.csv in it")
+    listing = Listing(root)
+    rows: dict[str, Rows] = {}
+    for split, names in TABLES.items():
+        path = next((prompt / name for name in names if (prompt / name).is_file()), None)
+        if path is None:
+            continue
+        try:
+            rows[split] = read_columns(path, ("image", "description"))
+        except ValueError as error:
+            listing.report(problems.UNREADABLE, split, path, str(error.__cause__ or error))
+    folders = {split: SplitFolder.open(path) for split in TABLES if (path := _folder(root, split))}
+    if not any((prompt / name).is_file() for name in TABLES["val"]) and "train" in rows:
+        cut = int(TRAIN_SHARE * len(rows["train"]))
+        rows["train"], rows["val"] = rows["train"][:cut], rows["train"][cut:]
+        if "train" in folders:
+            folders["val"] = folders["train"]
+    described: set[tuple[str, str]] = set()
+    for split, found in rows.items():
+        own = [folders[split]] if split in folders else []
+        described |= join_rows(split, found, own, listing)
+    # Folders that several splits share are looked through once.
+    report_strays({id(folder): (split, folder) for split, folder in folders.items()}.values(), described, listing)
+    return listing
+
+
+def _folder(root: Path, split: str) -> Path | None:
+    """The folder that holds a split's images and masks."""
+    for place in (child(root, FOLDERS[split]), root):
+        if place is not None and child(place, IMAGE_FOLDERS) and child(place, MASK_FOLDERS):
+            return place
+    return None

@@ -1,0 +1,155 @@
+"""A plain table of pairs: columns image, mask, text, and if wanted split, subject and case."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+
+from ntpseg.data import problems
+from ntpseg.data.folders import normal
+from ntpseg.data.listing import Listing
+from ntpseg.data.records import SPLITS, Record, case_of, known_suffix, subject_of
+from ntpseg.data.tables import Rows, read_table
+
+# Other names of a column that are in use.
+ALIASES = {
+    "image": ("image", "image_path", "img", "img_path", "filename"),
+    "mask": ("mask", "mask_path", "label", "label_path", "gt"),
+    "text": ("text", "description", "caption", "sentence", "prompt"),
+    "split": ("split", "set", "fold"),
+    "subject": ("subject", "subject_id", "patient", "patient_id"),
+    "case": ("case", "case_id", "id"),
+}
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+NAMES = ("manifest.csv", "manifest.tsv", "manifest.xlsx")
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
+# Shares of the subjects where the table has no split column.
+SHARES = (0.70, 0.15, 0.15)
+
+
+def find_manifest(path: Path) -> Path | None:
+    """The table that `path` means: itself, ``manifest.csv`` in it, or the only table in it that has all columns."""
+    if path.is_file():
+        return path if path.suffix.lower() in TABLE_SUFFIXES else None
+    for name in NAMES:
+        if (path / name).is_file():
+            return path / name
+    tables = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in TABLE_SUFFIXES and entry.is_file()]
+    return tables[0] if len(tables) == 1 else None
+
+
+def list_manifest(path: Path) -> Listing:
+    """List the pairs of a manifest; opens the table, but no image.
+
+    Paths in it are absolute or relative to the table's folder. Rows of one image share a subject. Without a split
+    column the subjects, in an order that depends on their names alone, go to train, val and test by `SHARES`.
+
+    Args:
+        path: the table, or the folder that holds it.
+
+    Raises:
+        ValueError: there is no table, it is unreadable, or it lacks one of the columns image, mask and text.
+    """
+    table = find_manifest(path)
+    if table is None:
+        raise ValueError(f"path is {path}; a manifest is a CSV file, or a folder with manifest.csv in it")
+    listing = Listing(table.parent)
+    rows = _rename(table, read_table(table))
+    cases = _cases(rows)
+    subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
+    dealt = None if rows and "split" in rows[0] else deal_subjects(subjects)
+    seen: dict[tuple[str, str, str], int] = {}
+    for number, (row, case, subject) in enumerate(zip(rows, cases, subjects), start=2):
+        split = dealt[subject] if dealt is not None else SPLIT_NAMES.get(row["split"].lower(), "")
+        name = f"{table.name}:{number} {row['image'] or row['mask']}"
+        image, mask = _resolve(table.parent, row["image"]), _resolve(table.parent, row["mask"])
+        key = (row["image"], row["mask"], row["text"])
+        if not split:
+            wanted = ", ".join(SPLITS)
+            listing.report(problems.NO_SPLIT, "", name, f"its split is {row['split']!r}; it must be one of {wanted}")
+        elif key in seen:
+            listing.report(problems.DUPLICATE, split, name, f"the same as row {seen[key]}, which counts")
+        elif image is None:
+            listing.report(problems.MISSING_IMAGE, split, name, "there is no such image")
+        elif not row["text"]:
+            listing.report(problems.MISSING_TEXT, split, name, "its text is empty")
+        elif mask is None:
+            found = f"there is no {row['mask']}" if row["mask"] else "its mask is empty"
+            listing.report(problems.MISSING_MASK, split, name, found)
+        else:
+            listing.records.append(Record(image, mask, row["text"], split, case, subject))
+        seen.setdefault(key, number)
+    listing.records.sort(key=lambda record: SPLITS.index(record.split))
+    return listing
+
+
+def deal_subjects(subjects: list[str]) -> dict[str, str]:
+    """Deal subjects to splits by `SHARES`: the same names give the same splits, and three subjects fill all three."""
+    order = sorted(set(subjects), key=lambda subject: (hashlib.sha256(subject.encode()).digest(), subject))
+    held = [max(round(share * len(order)), 1) if len(order) > 2 else 0 for share in SHARES[1:]]
+    starts = (len(order) - sum(held), len(order) - held[1])
+    return {
+        subject: "train" if place < starts[0] else "val" if place < starts[1] else "test"
+        for place, subject in enumerate(order)
+    }
+
+
+def _rename(table: Path, rows: Rows) -> Rows:
+    if not rows:
+        raise ValueError(f"the manifest {table} has no rows")
+    names = {key: next((alias for alias in aliases if alias in rows[0]), None) for key, aliases in ALIASES.items()}
+    if lacking := [key for key in ("image", "mask", "text") if names[key] is None]:
+        found = ", ".join(rows[0])
+        raise ValueError(f"the manifest {table} lacks the column {', '.join(lacking)}; it has {found}")
+    return [{key: row[name] for key, name in names.items() if name is not None} for row in rows]
+
+
+def _resolve(folder: Path, name: str) -> Path | None:
+    """The file of that name, in whichever Unicode form the file system holds it."""
+    if not name:
+        return None
+    path = folder / Path(name.replace("\\", "/")).expanduser()
+    if path.is_file():
+        return path
+    if path.parent.is_dir():
+        return next((entry for entry in path.parent.iterdir() if normal(entry.name) == normal(path.name)), None)
+    return None
+
+
+def _name(path: str) -> str:
+    return re.split(r"[\\/]", path)[-1]
+
+
+def _stem(name: str) -> str:
+    """A path without extension, in one word."""
+    name = name[: -len(suffix)] if (suffix := known_suffix(name)) else name
+    return re.sub(r"[\\/]+", "__", name.lstrip("./\\"))
+
+
+def _subject(image: str) -> str:
+    case = case_of(_name(image))
+    return subject if (subject := subject_of(case)) != case else _stem(image)
+
+
+def _cases(rows: Rows) -> list[str]:
+    """A name for every row: its own, else the image's, made longer only where two rows would share it."""
+    choices = [
+        (
+            row.get("case") or case_of(_name(row["image"])),
+            _stem(row["image"]),
+            f"{_stem(row['image'])}__{case_of(_name(row['mask']))}",
+            f"{_stem(row['image'])}__row{number}",
+        )
+        for number, row in enumerate(rows, start=2)
+    ]
+    level = [0] * len(rows)
+    while True:
+        names = [choice[depth] for choice, depth in zip(choices, level)]
+        counts = Counter(names)
+        shared = [i for i, name in enumerate(names) if counts[name] > 1 and level[i] < len(choices[i]) - 1]
+        if not shared:
+            return names
+        for i in shared:
+            level[i] += 1
