@@ -1,0 +1,164 @@
+"""Training of `CompactVQ`: principal axes and codebook from patches, then each decoder by gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
+from ntpseg.tokenizers.patch_vq import PatchVQ, make_quantizer
+
+_KMEANS_ITERATIONS = 15
+_CODEBOOK_BATCH = 4096
+# The logit of a pixel that every patch of a code agrees on is half of this.
+_MASK_GAIN = 6.0
+
+Advance = Callable[[], None]
+
+
+def train_compact_vq(
+    images: Tensor,
+    masks: Tensor,
+    options: CompactVQOptions | None = None,
+    progress: bool = True,
+) -> CompactVQ:
+    """Train image and mask branch; the same input, options and number of threads give the same weights.
+
+    Args:
+        images: float [N, C, S, S] in [-1, 1].
+        masks: float [N, 1, S, S] in {0, 1}.
+        options: see `CompactVQOptions`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: shapes that do not belong together, values out of range, or no image at all.
+    """
+    options = options or CompactVQOptions()
+    _check(images, masks)
+    generator = torch.Generator().manual_seed(options.seed)
+    if len(images) > options.max_images:
+        chosen = torch.randperm(len(images), generator=generator)[: options.max_images].to(images.device)
+        images, masks = images[chosen], masks[chosen]
+    images, masks = images.float(), masks.float()
+    # The quantizer library draws from the global generator.
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(options.seed)
+        model = CompactVQ(images.shape[-1], images.shape[1], options).to(images.device)
+        with _bar(2 * (options.steps + options.codebook_steps), progress) as advance:
+            _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
+            _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
+            patches = _patches(masks, options.factor)
+            ends = (torch.zeros_like(patches[0]), torch.ones_like(patches[0]))
+            # Most patches are all background. It and all foreground have their codes; boundaries need the rest.
+            mean = patches.mean(1)
+            mixed = patches[(mean > 0) & (mean < 1)]
+            _fit_codebook(model.mask, mixed if len(mixed) else patches, ends, options, generator, advance)
+            _fit_decoder(model.mask, masks, _mask_loss, options, generator, advance)
+    return model.eval().requires_grad_(False)
+
+
+def _check(images: Tensor, masks: Tensor) -> None:
+    if images.dim() != 4 or not len(images) or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images has shape {tuple(images.shape)}; it must be (N, C, S, S) with N of at least 1")
+    expected = (len(images), 1, *images.shape[2:])
+    if tuple(masks.shape) != expected:
+        raise ValueError(f"masks has shape {tuple(masks.shape)}; it must be {expected}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.001 and high <= 1.001):
+        raise ValueError(f"images spans {low:.4g} .. {high:.4g}; it must lie in -1 .. 1")
+    if not bool(((masks == 0) | (masks == 1)).all()):
+        raise ValueError(f"masks holds values other than 0 and 1 (up to {float(masks.max()):.4g}); it must be binary")
+
+
+def _patches(x: Tensor, factor: int) -> Tensor:
+    """Float [N * h * w, C * factor**2], pixels in the order of a convolution's weight."""
+    n, c, s, _ = x.shape
+    g = s // factor
+    return x.view(n, c, g, factor, g, factor).permute(0, 2, 4, 1, 3, 5).reshape(n * g * g, c * factor**2)
+
+
+def _mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, mask)
+
+
+@torch.no_grad()
+def _fit_codebook(
+    branch: PatchVQ,
+    patches: Tensor,
+    given: tuple[Tensor, ...],
+    options: CompactVQOptions,
+    generator: torch.Generator,
+    advance: Advance,
+) -> None:
+    """Principal axes of the patches, then k-means, then EMA over fresh patches; codes 0, 1, ... are `given`."""
+    codes, dim = branch.codebook.shape
+
+    def draw(count: int) -> Tensor:
+        """Patches without replacement; where there are fewer than codes, some twice (spare codes are harmless)."""
+        order = torch.randperm(len(patches), generator=generator)[:count]
+        if len(order) < codes:
+            order = order.repeat(-(-codes // len(order)))
+        return patches[order.to(patches.device)]
+
+    sample = draw(options.codebook_patches)
+    mean = sample.mean(0)
+    centred = sample - mean
+    axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1).T[:dim]
+    is_mask = bool(given)
+    branch.set_axes(axes, mean, gain=_MASK_GAIN if is_mask else 1.0, centre=0.5 if is_mask else 0.0)
+
+    def project(x: Tensor) -> Tensor:
+        return (x - mean) @ axes.T
+
+    quantizer = make_quantizer(dim, codes - len(given), _KMEANS_ITERATIONS).to(patches.device).train()
+    quantizer(project(sample)[None])
+    for _ in range(options.codebook_steps):
+        quantizer(project(draw(_CODEBOOK_BATCH))[None])
+        advance()
+    rows = [project(patch)[None] for patch in given]
+    branch.set_codebook(torch.cat([*rows, quantizer.codebook]))
+
+
+def _fit_decoder(
+    branch: PatchVQ,
+    x: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    options: CompactVQOptions,
+    generator: torch.Generator,
+    advance: Advance,
+) -> None:
+    """Train synthesis on the codes of `x` and of its mirror image; analysis and codebook stay as they are."""
+    if not options.steps:
+        return
+    trained = [p for part in (branch.base, branch.context, branch.blocks, branch.correction) for p in part.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
+    for _ in range(options.steps):
+        index = torch.randint(len(x), (options.batch_size,), generator=generator).to(x.device)
+        batch = x[index]
+        if torch.rand((), generator=generator) < 0.5:
+            batch = batch.flip(-1)
+        with torch.no_grad():
+            codes = branch.encode(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss_fn(branch.decode(codes), batch).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        advance()
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("vision tokenizer", total=total)
+        yield lambda: progress.advance(task)
