@@ -1,0 +1,214 @@
+"""Our own inference path of a Llama-like decoder: fused projections, static cache, rows at their own positions.
+
+For the small models that run on a CPU most of the generic path's time is Python and cache copies, not arithmetic. The
+result is the same as Hugging Face's (tests compare them); what is not covered here runs on that path instead.
+
+Prompts of different lengths stand at the left of their rows and every row decodes at its own position, so a causal mask
+is all that the prompts need and a row's result does not depend on what it was batched with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntpseg.generation.attention import KeyValueCache, prompt_attention, step_attention, visible_slots
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+# Frequencies of these depend on the position alone, so one table serves the whole sequence.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# The fused projections are copies; beyond this size they would cost more memory than they save time.
+LARGEST = 2_000_000_000
+
+
+def unsupported(backbone: nn.Module) -> str | None:
+    """Why `NativeDecoder` cannot run this Hugging Face decoder, or None if it can."""
+    config: Any = backbone.config
+    if config.model_type not in SUPPORTED:
+        return f"model_type {config.model_type!r} is none of {', '.join(SUPPORTED)}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"layer_types {sorted(kinds)} hold more than full_attention"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"rope_type {rope!r} is none of {', '.join(STATIC_ROPE)}"
+    if any(p.numel() == 0 for p in backbone.parameters()):
+        return "its parameters are partitioned over ranks"
+    size = sum(p.numel() for p in backbone.parameters())
+    if size > LARGEST:
+        return f"{size:,} parameters are more than {LARGEST:,}, too many to hold twice"
+    return None
+
+
+def _fuse(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    weights: list[Tensor] = [layer.weight.detach() for layer in layers]
+    weight = torch.cat(weights).to(dtype)
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases: list[Tensor] = [
+        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
+    ]
+    return weight, torch.cat(biases).to(dtype)
+
+
+class _Layer:
+    def __init__(self, layer: Any, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _fuse([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = _fuse([attention.o_proj], dtype)
+        self.gate_up = _fuse([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = _fuse([mlp.down_proj], dtype)
+        self.activation = mlp.act_fn
+        self.norm_in, self.norm_out = (
+            layer.input_layernorm.weight.float(),
+            layer.post_attention_layernorm.weight.float(),
+        )
+        self.norm_qk: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            parts = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
+            self.norm_qk = torch.cat(parts).float()
+        self.cache: KeyValueCache
+
+
+class _Embedding:
+    """Token embedding plus the grid's, whose table is summed up once instead of at every token."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens = model.get_input_embeddings().weight.detach()
+        self.query = model.config.query_token
+        self.table = None if model.grid is None else model.grid.table()
+
+    def __call__(self, ids: Tensor, grid_ids: Tensor) -> Tensor:
+        found = F.embedding(ids, self.tokens).float()
+        if self.table is None:
+            return found
+        # The table's last row belongs to the token before the mask.
+        last = self.table.shape[0] - 1
+        return found + F.embedding(torch.where(ids == self.query, last, grid_ids), self.table).float()
+
+
+class NativeDecoder:
+    """Runs an `NTPSegModel` whose decoder is of the Llama, Qwen2 or Qwen3 family.
+
+    The residual stream and the norms are float32; matrix products, keys and values are in `dtype`, as autocast does in
+    training.
+
+    Args:
+        model: an `NTPSegModel`; its decoder's weights are copied, so later training does not show here.
+        dtype: of the matrix products.
+
+    Raises:
+        ValueError: if `unsupported` gives a reason.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        backbone = model.backbone
+        reason = unsupported(backbone)
+        if reason is not None:
+            raise ValueError(f"model cannot be decoded natively: {reason}")
+        config = backbone.config
+        self.dtype, self.epsilon = dtype, config.rms_norm_eps
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.layers = [_Layer(layer, self.heads, self.kv_heads, dtype) for layer in backbone.layers]
+        self.norm, self.rotary = backbone.norm.weight.float(), backbone.rotary_emb
+        self.embed = _Embedding(model)
+        self.device = self.norm.device
+
+    def start(self, prompts: list[Tensor], grid_ids: list[Tensor], capacity: int) -> Tensor:
+        """Read the prompts.
+
+        Args:
+            prompts, grid_ids: int64 ``[P_b]`` each, of any lengths.
+            capacity: the longest sequence there will be, prompt included.
+
+        Returns:
+            float32 ``[B, D]``: the final hidden state of each prompt's last token.
+        """
+        batch, device = len(prompts), self.device
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        # While all rows stand at one position no mask and no scattered write is needed.
+        shortest, self.longest = min(map(len, prompts)), max(map(len, prompts))
+        self.uniform = shortest == self.longest
+        self.rows = torch.arange(batch, device=device)[:, None]
+        cos, sin = self.rotary(torch.zeros(1, device=device), torch.arange(capacity, device=device)[None])
+        half = self.head_dim // 2
+        self.cos = cos[0, :, None].to(self.dtype)
+        # rotate_half(x) * sin == roll(x) * sin with the first half's sign turned.
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None].to(self.dtype)
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        for layer in self.layers:
+            layer.cache = KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, like)
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad(prompts, batch_first=True).to(device)
+        hidden = self.embed(ids, pad(grid_ids, batch_first=True).to(device))
+        hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], None, prompt=True)
+        return self._final(hidden[self.rows[:, 0], self.lengths - 1])
+
+    def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """Append q tokens to every row: int64 ``[B, q]`` in, final hidden states (float32 ``[B, q, D]``) out."""
+        new = tokens.shape[1]
+        end = self.longest + new
+        visible = positions = None
+        if self.uniform:
+            cos, sin = self.cos[self.longest : end], self.sin[self.longest : end]
+            if new > 1:
+                visible = visible_slots(torch.arange(self.longest, end, device=self.device)[None], end)
+        else:
+            positions = self.lengths[:, None] + torch.arange(new, device=self.device)
+            cos, sin = self.cos[positions], self.sin[positions]
+            visible = visible_slots(positions, end)
+        hidden = self._run(self.embed(tokens, grid_ids), cos, sin, visible, positions=positions, end=end)
+        self.lengths = self.lengths + new
+        self.longest = end
+        return self._final(hidden)
+
+    def rewind(self, tokens: Tensor) -> None:
+        """Forget the last `tokens` ``[B]`` of each row."""
+        self.lengths = self.lengths - tokens
+        low, high = torch.aminmax(self.lengths)
+        self.longest, self.uniform = int(high), int(low) == int(high)
+
+    def _final(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.epsilon).to(self.dtype)
+
+    def _run(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible: Tensor | None,
+        *,
+        prompt: bool = False,
+        positions: Tensor | None = None,
+        end: int = 0,
+    ) -> Tensor:
+        batch, new = hidden.shape[:2]
+        rotated = self.heads + self.kv_heads
+        for layer in self.layers:
+            qkv = F.linear(self._normed(hidden, layer.norm_in), *layer.qkv).view(batch, new, -1, self.head_dim)
+            part = qkv[:, :, :rotated]
+            if layer.norm_qk is not None:
+                part = (F.rms_norm(part.float(), (self.head_dim,), None, self.epsilon) * layer.norm_qk).to(self.dtype)
+            turned = torch.addcmul(part * cos, part.roll(self.head_dim // 2, -1), sin)
+            qkv[:, :, :rotated] = turned
+            query, fresh = qkv[:, :, : self.heads], qkv[:, :, self.heads :]
+            if prompt:
+                layer.cache.write(0, fresh)
+                mixed = prompt_attention(query, fresh[:, :, : self.kv_heads], fresh[:, :, self.kv_heads :])
+            else:
+                if positions is None:
+                    layer.cache.write(end - new, fresh)
+                else:
+                    layer.cache.scatter(self.rows, positions, fresh)
+                mixed = step_attention(query, *layer.cache.read(end), visible)
+            hidden = hidden + F.linear(mixed, *layer.out)
+            gate, up = F.linear(self._normed(hidden, layer.norm_out), *layer.gate_up).chunk(2, -1)
+            hidden = hidden + F.linear(layer.activation(gate) * up, *layer.down)
+        return hidden
