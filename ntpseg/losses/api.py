@@ -110,7 +110,7 @@ def ntp_loss(
             weight,
             labels,
             *extra.values(),
-            settings.with_backend(name).to_json(),
+            settings.with_backend(name).to_text(),
             grad and hidden.requires_grad,
             grad and weight.requires_grad,
         )

@@ -117,7 +117,7 @@ def _count(name: str, value: Any, hidden: Tensor) -> Tensor:
         return value.detach().to(hidden.device, torch.float64, non_blocking=True)
     numbers = [value] if isinstance(value, int | float) else list(value)
     numbers = [float(number) for number in numbers]
-    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+    if not all(0 <= number < math.inf for number in numbers):  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return torch.tensor(numbers, dtype=torch.float64, device=hidden.device)
 

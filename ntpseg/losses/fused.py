@@ -34,14 +34,14 @@ def fused_loss(
         token_weights: ``[B, T]`` or None.
         num_rows: ``[k]`` or None.
         num_het: 0-dim or None.
-        settings: `LossOptions` as JSON, with the backend resolved.
+        settings: `LossOptions.to_text`, with the backend resolved.
         hidden_grad, weight_grad: which gradients to make.
 
     Returns:
         loss (0-dim), parts ``[5]`` (ntp, nktp, tcl, het, z), prediction, nll and margin ``[B, T, k]`` by the position
         of the predicted token, and the gradients of hidden and weight (empty when not wanted).
     """
-    options = LossOptions.from_json(settings)
+    options = LossOptions.from_text(settings)
     batch, time, heads, _ = hidden.shape
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     low = options.vocab_range[0] if options.vocab_range else 0

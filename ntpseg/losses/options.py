@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,12 +62,12 @@ class LossOptions:
     def __post_init__(self) -> None:
         _whole("negatives", self.negatives, 0)
         for name in ("tcl_weight", "het_weight", "z_loss"):
-            _real(name, getattr(self, name), "a finite number >= 0", lambda x: x >= 0)
-        _real("temperature", self.temperature, "a finite number > 0", lambda x: x > 0)
-        _real("gradient_filter", self.gradient_filter, "a number in [0, 1)", lambda x: 0 <= x < 1)
+            _real(name, getattr(self, name), "a finite number >= 0")
+        _real("temperature", self.temperature, "a finite number > 0", zero=False)
+        _real("gradient_filter", self.gradient_filter, "a number in [0, 1)", below=1.0)
         if self.head_weights is not None:
             weights = tuple(float(w) for w in self.head_weights)
-            if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+            if not weights or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
                 raise ValueError(f"head_weights must be finite, >= 0 and not all zero, got {list(weights)}")
             object.__setattr__(self, "head_weights", weights)
         if self.vocab_range is not None:
@@ -84,19 +84,25 @@ class LossOptions:
         """The same options with another backend."""
         return dataclasses.replace(self, backend=name)
 
-    def to_json(self) -> str:
-        """One line of JSON; what a custom operator's schema can carry."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+    def to_text(self) -> str:
+        """All values in one line; what a custom operator's schema can carry, and torch.compile can trace."""
+        return "(" + ",".join([_literal(getattr(self, name)) for name in _FIELDS]) + ")"
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def from_json(text: str) -> LossOptions:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        for name in ("head_weights", "vocab_range"):
-            if fields[name] is not None:
-                fields[name] = tuple(fields[name])
-        return LossOptions(**fields)
+    def from_text(text: str) -> LossOptions:
+        """The inverse of `to_text`."""
+        return LossOptions(*ast.literal_eval(text))
+
+
+_FIELDS = tuple(LossOptions.__dataclass_fields__)
+
+
+def _literal(value: object) -> str:
+    # f-strings, because torch.compile cannot take the repr of a number that it holds as dynamic
+    if isinstance(value, tuple):
+        return "(" + "".join([f"{item}," for item in value]) + ")"
+    return f"'{value}'" if isinstance(value, str) else f"{value}"
 
 
 def _whole(name: str, value: object, least: int) -> None:
@@ -104,8 +110,9 @@ def _whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
-def _real(name: str, value: float, what: str, ok) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not ok(value):
+def _real(name: str, value: float, what: str, *, zero: bool = True, below: float = math.inf) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < below or (value == 0 and not zero):
         raise ValueError(f"{name} must be {what}, got {value!r}")
 
 

@@ -87,7 +87,7 @@ def reference_loss(
         counts = (het_position >= step) & (het_position < time) & supervised[b, row, 0]
         counts &= (wrong == het_token - low) & (wrong != y[b, row, 0])
         gap = (logits[b, row, 0, wrong] - z_y[b, row, 0]) / options.temperature
-        het = torch.where(counts, torch.nn.functional.softplus(gap, threshold=1e4), 0.0).sum()
+        het = torch.where(counts, torch.logaddexp(gap, torch.zeros_like(gap)), 0.0).sum()
         entries = counts.sum().to(work)
 
     rows = share.sum((0, 1)) if num_rows is None else num_rows.to(work)

@@ -28,12 +28,11 @@ class Rows:
         hidden: ``[R, D]``, contiguous, in the dtype of the matrix products.
         target: ``[R]`` int64, y relative to the start of `vocab_range`.
         share: ``[R]`` float (float64 for float64 rows, else float32), g_r: the row's weight over the denominator of
-            CE and TCL. May be 0.
+            CE and TCL. May be 0 on a row that is not padding, even where HET is not: do not divide by it unguarded.
         reach: ``[R]`` int32, how many rows just before this one predict its negatives, 0 .. m.
         het: ``[R, h]`` int64, hard tokens relative to the start of `vocab_range`, -1 = none; never equal to the
             target. h >= 0 is the most that any one row has (or the number of slots with ``max_rows``).
         het_share: 0-dim float, 1 / (number of entries): the weight of each entry in HET.
-        may_vanish: some share may be 0 (padding, zero head or token weights); host bool.
         segments: per weight matrix its ``(start, stop)`` rows; one segment for a shared ``[V, D]`` weight, k for
             ``[k, V, D]``. Host integers.
         index: ``[R]`` int64, position of the row in a flattened ``[k, B, T]``; -1 for padding.
@@ -45,7 +44,6 @@ class Rows:
     reach: Tensor
     het: Tensor
     het_share: Tensor
-    may_vanish: bool
     segments: tuple[tuple[int, int], ...]
     index: Tensor
 
@@ -154,7 +152,6 @@ def plan_rows(
         reach=reach,
         het=het,
         het_share=_over(torch.ones((), dtype=work, device=device), entries),
-        may_vanish=options.max_rows is not None or token_weights is not None or 0.0 in (options.head_weights or ()),
         segments=segments,
         index=index,
     )

@@ -18,6 +18,8 @@ from ntpseg.losses.backends import RowsResult, gradient_dtype
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
 
+_NEXT_TO_NOTHING = 1e-30
+
 
 def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult:
     """See `ntpseg.losses.backends` for the contract."""
@@ -130,13 +132,14 @@ def _touch_up(
     pull = torch.cat([near, far], 1)
     on_target = -(share + pull.sum(1))
 
-    unit = softmax_scale
-    if rows.may_vanish or operand == torch.float16:
-        # a row may carry a hard token at no or little CE weight; float16 could not hold the ratio of the two
+    if operand == torch.float16:
+        # float16 could not hold the ratio of a hard token's weight to its row's
         unit = torch.maximum(softmax_scale.abs(), on_target.abs())
-        unit = torch.where(unit > 0, unit, 1.0)
-        probability.mul_((softmax_scale / unit).unsqueeze(1))
+        probability.mul_((softmax_scale / unit.masked_fill(unit == 0, 1.0)).unsqueeze(1))
+    else:
+        # a row may carry a hard token without any CE weight: this makes its probabilities vanish beside it
+        unit = torch.where(softmax_scale == 0, on_target.abs().clamp_max(_NEXT_TO_NOTHING), softmax_scale)
     token = torch.cat([touch.token, target.unsqueeze(1)], 1)
-    value = torch.cat([pull, on_target.unsqueeze(1)], 1) / unit.unsqueeze(1)
+    value = torch.cat([pull, on_target.unsqueeze(1)], 1) / unit.masked_fill(unit == 0, 1.0).unsqueeze(1)
     products.scatter_add_(probability, token, value)
     return unit

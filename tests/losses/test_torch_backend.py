@@ -1,0 +1,132 @@
+"""The one-pass torch backend against the reference: odd, extreme and random shapes, every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import PARTS, Case, draw, error
+
+from ntpseg import NumItems
+
+ROW = 17 * 8  # bytes of one row of 17 float64 logits
+
+
+def agree(case: Case, tolerance: float = 1e-12) -> None:
+    truth, *truth_grads = case.run("reference", torch.float64)
+    found, *found_grads = case.run("torch")
+    for name in PARTS:
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(truth, name)), rel=tolerance, abs=tolerance)
+    if case.options.z_loss:
+        assert float(found.z) == pytest.approx(float(truth.z), rel=tolerance)
+    assert torch.equal(found.prediction, truth.prediction)
+    assert torch.allclose(found.nll.double(), truth.nll, rtol=tolerance, atol=10 * tolerance)
+    assert torch.allclose(found.margin.double(), truth.margin, rtol=tolerance, atol=10 * tolerance)
+    for one, other in zip(found_grads, truth_grads):
+        assert error(one, other) < 3 * tolerance
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"per_head": True},
+        {"k": 1, "slots": 0},
+        {"k": 8, "time": 12},
+        {"k": 8, "time": 3},
+        {"negatives": 0},
+        {"negatives": 0, "slots": 0},
+        {"negatives": 32, "time": 50},
+        {"shift": False},
+        {"shift": False, "time": 1, "k": 1},
+        {"time": 1, "k": 1},
+        {"temperature": 0.3, "tcl_weight": 0.7, "het_weight": 1.9},
+        {"tcl_weight": 0.0, "het_weight": 0.0},
+        {"head_weights": (0.0, 1.0, 0.25)},
+        {"head_weights": (0.0, 1.0, 0.25), "per_head": True, "max_rows": 20},
+        {"head_weights": (1.0, 0.0, 0.0), "weighted": True},
+        {"weighted": True, "num_items": NumItems([3.5, 2.5, 1.0], 5)},
+        {"vocab_range": (5, 6)},
+        {"vocab_range": (5, 16), "per_head": True},
+        {"classes": 1},
+        {"classes": 1031, "width": 3, "scale": 3.0},
+        {"num_items": NumItems([7, 5, 3], 2)},
+        {"num_items": torch.tensor(11)},
+        {"slots": 40},
+        {"unsupervised": 0.0},
+        {"unsupervised": 0.97},
+        {"width": 1},
+        {"chunk_bytes": 1},
+        {"chunk_bytes": 3 * ROW},
+        {"chunk_bytes": 5 * ROW, "per_head": True, "negatives": 9},
+        {"z_loss": 0.05},
+        {"z_loss": 0.05, "weighted": True, "chunk_bytes": 4 * ROW},
+        {"max_rows": 30},
+        {"max_rows": 16, "negatives": 7, "slots": 9},
+        {"max_rows": 16, "negatives": 7, "slots": 9, "per_head": True},
+    ],
+    ids=str,
+)
+def test_equals_the_reference(keywords: dict) -> None:
+    agree(draw(**keywords))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    time=st.integers(1, 14),
+    k=st.integers(1, 8),
+    width=st.integers(1, 9),
+    classes=st.integers(1, 40),
+    per_head=st.booleans(),
+    slots=st.integers(0, 9),
+    unsupervised=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    negatives=st.integers(0, 32),
+    shift=st.booleans(),
+    temperature=st.sampled_from([0.25, 1.0, 3.0]),
+    chunk_bytes=st.sampled_from([None, 1, 2000]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_equals_the_reference_on_random_cases(**keywords) -> None:
+    agree(draw(**keywords))
+
+
+@pytest.mark.parametrize("gap", [30.0, 100.0, 3000.0])
+def test_survives_targets_far_below_the_maximum(gap: float) -> None:
+    """exp(z - z[y]) would overflow float32 beyond 88 and float64 beyond 709."""
+    case = draw(classes=11, width=4, slots=6)
+    case.weight[3] = gap * torch.nn.functional.normalize(case.weight[3], dim=0)
+    agree(case)
+    case.hidden, case.weight = case.hidden.float(), case.weight.float()
+    agree(case, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_error_is_within_twice_that_of_pytorch(dtype: torch.dtype, scale: float, per_head: bool) -> None:
+    case = draw(3, 20, 4, 32, 301, dtype=dtype, scale=scale / 32**0.5, per_head=per_head, slots=6)
+    truth, *truth_grads = case.run("reference", torch.float64)
+    eager, *eager_grads = case.run("reference")  # logits rounded to dtype, softmax in float32: PyTorch's usual way
+    found, *found_grads = case.run("torch")
+    floor = torch.finfo(torch.float32).eps
+    # rounding may break a near tie, which is PyTorch's lot as well
+    wrong, eager_wrong = ((out.prediction != truth.prediction).float().mean() for out in (found, eager))
+    assert wrong <= eager_wrong + 0.02
+    if bool((found.prediction == eager.prediction).all()):
+        for name in PARTS:
+            theirs = abs(float(getattr(eager, name)) - float(getattr(truth, name)))
+            ours = abs(float(getattr(found, name)) - float(getattr(truth, name)))
+            assert ours <= 2 * theirs + 8 * floor * abs(float(getattr(truth, name))), name
+    for one, eager_one, truth_one in zip(found_grads, eager_grads, truth_grads):
+        assert one.dtype == dtype
+        assert error(one, truth_one) <= 2 * error(eager_one, truth_one) + 4 * floor
+
+
+def test_results_do_not_change_from_run_to_run() -> None:
+    case = draw(3, 40, 4, 16, 200, dtype=torch.float32, slots=20, negatives=12)
+    first, second = case.run(), case.run()
+    assert torch.equal(first[0].loss, second[0].loss)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
