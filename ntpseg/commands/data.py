@@ -56,13 +56,16 @@ def stats(
     listing = list_dataset(folder, layout)
     if not listing.records:
         raise ValueError(f"the data set {folder} has no pair of an image, a mask and a sentence")
-    table = Table(title=Text(str(folder)))
-    header = "split", "pairs", "images", "subjects", "captions", "not in train", "words", "area % (quartiles)"
-    for name in header:
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for row in split_stats(listing.records):
-        counts = (row.pairs, row.images, row.subjects, row.captions, row.unseen, f"{row.words:g}")
-        table.add_row(row.split, *map(str, counts), " | ".join(f"{100 * area:.1f}" for area in row.area))
+    rows = split_stats(listing.records)
+    table = Table("", title=Text(str(folder)))
+    for row in rows:
+        table.add_column(row.split, justify="right")
+    for name in ("pairs", "images", "subjects", "captions"):
+        table.add_row(name, *(str(getattr(row, name)) for row in rows))
+    table.add_row("captions that train lacks", *(str(row.unseen) for row in rows))
+    table.add_row("words of a caption, median", *(f"{row.words:g}" for row in rows))
+    for place, name in enumerate(("25 %", "median", "75 %")):
+        table.add_row(f"mask area in % of the image, {name}", *(f"{100 * row.area[place]:.2f}" for row in rows))
     console.print(table)
     for (first, second), number in shared_subjects(listing.records).items():
         console.print(f"{number} subjects are in {first} and in {second}", style="yellow", highlight=False)

@@ -57,15 +57,16 @@ def list_manifest(path: Path) -> Listing:
         raise ValueError(f"path is {path}; a manifest is a CSV file, or a folder with manifest.csv in it")
     listing = Listing(table.parent)
     rows = _rename(table, read_table(table))
-    cases = _cases(rows)
+    keys = [(row["image"], row["mask"], row["text"]) for row in rows]
+    distinct = {key: row for key, row in reversed(list(zip(keys, rows)))}
+    cases = dict(zip(distinct, _cases(list(distinct.values()))))
     subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
     dealt = None if rows and "split" in rows[0] else deal_subjects(subjects)
     seen: dict[tuple[str, str, str], int] = {}
-    for number, (row, case, subject) in enumerate(zip(rows, cases, subjects), start=2):
+    for number, (row, key, subject) in enumerate(zip(rows, keys, subjects), start=2):
         split = dealt[subject] if dealt is not None else SPLIT_NAMES.get(row["split"].lower(), "")
         name = f"{table.name}:{number} {row['image'] or row['mask']}"
         image, mask = _resolve(table.parent, row["image"]), _resolve(table.parent, row["mask"])
-        key = (row["image"], row["mask"], row["text"])
         if not split:
             wanted = ", ".join(SPLITS)
             listing.report(problems.NO_SPLIT, "", name, f"its split is {row['split']!r}; it must be one of {wanted}")
@@ -79,7 +80,7 @@ def list_manifest(path: Path) -> Listing:
             found = f"there is no {row['mask']}" if row["mask"] else "its mask is empty"
             listing.report(problems.MISSING_MASK, split, name, found)
         else:
-            listing.records.append(Record(image, mask, row["text"], split, case, subject))
+            listing.records.append(Record(image, mask, row["text"], split, cases[key], subject))
         seen.setdefault(key, number)
     listing.records.sort(key=lambda record: SPLITS.index(record.split))
     return listing
@@ -140,9 +141,9 @@ def _cases(rows: Rows) -> list[str]:
             row.get("case") or case_of(_name(row["image"])),
             _stem(row["image"]),
             f"{_stem(row['image'])}__{case_of(_name(row['mask']))}",
-            f"{_stem(row['image'])}__row{number}",
+            f"{_stem(row['image'])}__{case_of(_name(row['mask']))}__{hashlib.sha256(row['text'].encode()).hexdigest()[:6]}",
         )
-        for number, row in enumerate(rows, start=2)
+        for row in rows
     ]
     level = [0] * len(rows)
     while True:
