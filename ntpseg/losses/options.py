@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
+
+from ntpseg.losses.packing import pack, unpack
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -86,23 +87,16 @@ class LossOptions:
 
     def to_text(self) -> str:
         """All values in one line; what a custom operator's schema can carry, and torch.compile can trace."""
-        return "(" + ",".join([_literal(getattr(self, name)) for name in _FIELDS]) + ")"
+        return pack([getattr(self, name) for name in _FIELDS])
 
     @staticmethod
     @lru_cache(maxsize=64)
     def from_text(text: str) -> LossOptions:
         """The inverse of `to_text`."""
-        return LossOptions(*ast.literal_eval(text))
+        return LossOptions(*unpack(text))  # type: ignore[arg-type]
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
-
-
-def _literal(value: object) -> str:
-    # f-strings, because torch.compile cannot take the repr of a number that it holds as dynamic
-    if isinstance(value, tuple):
-        return "(" + "".join([f"{item}," for item in value]) + ")"
-    return f"'{value}'" if isinstance(value, str) else f"{value}"
 
 
 def _whole(name: str, value: object, least: int) -> None:
