@@ -29,15 +29,15 @@ def _pixels(path: Path_) -> np.ndarray:
     """The first frame's pixels as stored: [H, W] of any dtype, or uint8 [H, W, 3]; transparency is black."""
     image = _open(path)
     if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
-        return np.asarray(image)
+        return np.array(image)
     if image.mode == "1":
-        return np.asarray(image.convert("L"))
+        return np.array(image.convert("L"))
     if image.mode == "P" and "transparency" not in image.info:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
     if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
         rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
         return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def read_image(path: Path_) -> np.ndarray:

@@ -63,10 +63,11 @@ def list_manifest(path: Path) -> Listing:
     subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
     dealt = None if rows and "split" in rows[0] else deal_subjects(subjects)
     seen: dict[tuple[str, str, str], int] = {}
+    listed: dict[Path, dict[str, Path]] = {}
     for number, (row, key, subject) in enumerate(zip(rows, keys, subjects), start=2):
         split = dealt[subject] if dealt is not None else SPLIT_NAMES.get(row["split"].lower(), "")
         name = f"{table.name}:{number} {row['image'] or row['mask']}"
-        image, mask = _resolve(table.parent, row["image"]), _resolve(table.parent, row["mask"])
+        image, mask = (_resolve(table.parent, row[kind], listed) for kind in ("image", "mask"))
         if not split:
             wanted = ", ".join(SPLITS)
             listing.report(problems.NO_SPLIT, "", name, f"its split is {row['split']!r}; it must be one of {wanted}")
@@ -107,16 +108,17 @@ def _rename(table: Path, rows: Rows) -> Rows:
     return [{key: row[name] for key, name in names.items() if name is not None} for row in rows]
 
 
-def _resolve(folder: Path, name: str) -> Path | None:
-    """The file of that name, in whichever Unicode form the file system holds it."""
+def _resolve(folder: Path, name: str, listed: dict[Path, dict[str, Path]]) -> Path | None:
+    """The file of that name, in whichever Unicode form the file system holds it; `listed` keeps folders already read."""
     if not name:
         return None
     path = folder / Path(name.replace("\\", "/")).expanduser()
     if path.is_file():
         return path
-    if path.parent.is_dir():
-        return next((entry for entry in path.parent.iterdir() if normal(entry.name) == normal(path.name)), None)
-    return None
+    if path.parent not in listed:
+        found = path.parent.iterdir() if path.parent.is_dir() else ()
+        listed[path.parent] = {normal(entry.name): entry for entry in found}
+    return listed[path.parent].get(normal(path.name))
 
 
 def _name(path: str) -> str:

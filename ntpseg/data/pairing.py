@@ -41,8 +41,11 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
     """
     seen: set[str] = set()
     described: set[tuple[str, str]] = set()
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         name, text = row["image"], row["description"]
+        if not name:
+            listing.report(problems.MISSING_IMAGE, split, f"row {number} of the {split} rows", "its image is empty")
+            continue
         case = case_of(normal(name))
         if case in seen:
             listing.report(problems.DUPLICATE, split, name, "the table names it more than once; the first row counts")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntpseg.data import Augmentation, load_records, swap_sides
@@ -58,6 +58,7 @@ words = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(words, max_size=12))
 def test_swapping_twice_gives_the_text_back(parts: list[str]) -> None:
     text = " ".join(parts)

@@ -147,6 +147,11 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
+def test_arrays_may_be_written_to(tmp_path: Path) -> None:
+    for image in (Image.fromarray(GREY), Image.fromarray(COLOUR), Image.fromarray(GREY.astype(np.uint16) * 9)):
+        read_image(save(tmp_path / "x.png", image))[0] = 1
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "none.png")

@@ -184,6 +184,16 @@ def test_manifest_with_aliases_byte_order_mark_and_absolute_paths(tmp_path: Path
     assert (record.image, record.mask, record.text) == (image, mask, "T.")
 
 
+def test_manifest_with_other_unicode_form_and_backslashes(tmp_path: Path) -> None:
+    composed, split = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    image, mask = save(tmp_path / "x" / split, picture()), save(tmp_path / "y" / split, square())
+    table(
+        tmp_path / "manifest.csv", [{"image": f"x\\{composed}", "mask": f"y/{composed}", "text": "T.", "split": "val"}]
+    )
+    (record,) = load_records(tmp_path)
+    assert (record.image, record.mask, record.case) == (image, mask, case_of(composed))
+
+
 def test_manifest_without_splits_keeps_subjects_together(tmp_path: Path) -> None:
     rows = [
         {"image": f"{i}.png", "mask": f"{i}_{part}.png", "text": f"Part {part}."} for i in range(20) for part in "ab"
