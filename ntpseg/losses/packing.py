@@ -1,7 +1,7 @@
 """A flat record of plain values as one string, for an operator's schema.
 
-JSON or ``repr`` would do, but torch.compile can follow neither where it holds a number as dynamic; ``float.hex`` and
-``hex`` it can, and they are exact.
+JSON or ``repr`` would do, but torch.compile can follow neither where it holds a number as dynamic; ``float.hex`` it
+can, and that is exact (for whole numbers up to 2**53).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _pack(value: Value) -> str:
         return "'" + value
     if isinstance(value, tuple):
         return "(" + ",".join([_pack(item) for item in value])
-    return hex(value) if isinstance(value, int) else "f" + value.hex()
+    return ("i" if isinstance(value, int) else "f") + float(value).hex()
 
 
 def _unpack(item: str) -> Value:
@@ -38,4 +38,5 @@ def _unpack(item: str) -> Value:
         return item[1:]
     if item.startswith("("):
         return tuple(_unpack(part) for part in item[1:].split(","))  # type: ignore[return-value]
-    return float.fromhex(item[1:]) if item.startswith("f") else int(item, 16)
+    number = float.fromhex(item[1:])
+    return int(number) if item.startswith("i") else number
