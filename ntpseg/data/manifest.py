@@ -109,7 +109,7 @@ def _rename(table: Path, rows: Rows) -> Rows:
 
 
 def _resolve(folder: Path, name: str, listed: dict[Path, dict[str, Path]]) -> Path | None:
-    """The file of that name, in whichever Unicode form the file system holds it; `listed` keeps folders already read."""
+    """The file of that name, in whichever Unicode form it is stored; `listed` keeps the folders already read."""
     if not name:
         return None
     path = folder / Path(name.replace("\\", "/")).expanduser()
