@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
 from ntpseg.tokenizers.patch_vq import PatchVQ, make_quantizer
+from ntpseg.tokenizers.progress import progress_bar
 
 _KMEANS_ITERATIONS = 15
 _CODEBOOK_BATCH = 4096
 # The logit of a pixel that every patch of a code agrees on is half of this.
 _MASK_GAIN = 6.0
 
-Advance = Callable[[], None]
+Advance = Callable[[int], None]
 
 
 def train_compact_vq(
@@ -48,7 +48,7 @@ def train_compact_vq(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(options.seed)
         model = CompactVQ(images.shape[-1], images.shape[1], options).to(images.device)
-        with _bar(2 * (options.steps + options.codebook_steps), progress) as advance:
+        with progress_bar("vision tokenizer", 2 * (options.steps + options.codebook_steps), progress) as advance:
             _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
             _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
             patches = _patches(masks, options.factor)
@@ -118,7 +118,7 @@ def _fit_codebook(
     quantizer(project(sample)[None])
     for _ in range(options.codebook_steps):
         quantizer(project(draw(_CODEBOOK_BATCH))[None])
-        advance()
+        advance(1)
     rows = [project(patch)[None] for patch in given]
     branch.set_codebook(torch.cat([*rows, quantizer.codebook]))
 
@@ -151,14 +151,4 @@ def _fit_decoder(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        advance()
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("vision tokenizer", total=total)
-        yield lambda: progress.advance(task)
+        advance(1)

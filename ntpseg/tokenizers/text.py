@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,3 +86,10 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of `text` without special tokens: what `SequenceFormat.prompt` takes."""
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def text_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that decides the ids: equal fingerprints give equal ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

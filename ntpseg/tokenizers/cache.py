@@ -1,0 +1,262 @@
+"""The token cache: every image and mask is tokenised once, and read through a memory map ever after.
+
+A cache lies in ``DIR/<key>/``. The key is a hash of everything that its content depends on: pixels and sentences,
+both tokenizers, the augmentation, the seed. It is built under another name, flushed, and renamed, so a folder of
+that name is whole; its size is checked all the same, and a damaged one is built anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from ntpseg.tokenizers.files import atomic_write, flush_to_disk, remove_stale
+from ntpseg.tokenizers.pairs import Pair, check_variants, in_threads, prepared, require_masks, variants_of
+from ntpseg.tokenizers.progress import progress_bar
+from ntpseg.tokenizers.text import encode_text, text_fingerprint
+from ntpseg.tokenizers.vision import VisionTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ntpseg.data import Augmentation, Record
+
+_VERSION = 1
+_META = "meta.json"
+_ARRAYS = ("image_codes", "mask_codes", "text_ids", "text_offsets")
+_BUILDING = ".building-"
+_PICTURES_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokens of a data set; made by `build` or `open`.
+
+    Attributes:
+        directory: the folder that holds caches.
+        key: this cache's folder in it.
+        image_codes: unsigned integers [N, 1 + variants, h, w], read-only, memory-mapped; variant 0 is the original.
+        mask_codes: the same of the masks.
+        texts: the sentence of record n, variant v at ``texts[n][v]`` (a flipped variant's has left and right swapped).
+    """
+
+    directory: Path
+    key: str
+    image_codes: NDArray[Any]
+    mask_codes: NDArray[Any]
+    texts: list[list[str]] = field(repr=False)
+    _text_ids: NDArray[Any] = field(repr=False)
+    _text_offsets: NDArray[Any] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.image_codes)
+
+    @property
+    def variants(self) -> int:
+        """Augmented variants of each record."""
+        return self.image_codes.shape[1] - 1
+
+    def text_ids(self, index: int, variant: int = 0) -> list[int]:
+        """Ids of a sentence, without special tokens."""
+        at = index * (1 + self.variants) + variant
+        return self._text_ids[self._text_offsets[at] : self._text_offsets[at + 1]].tolist()
+
+    def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
+        # A memory map would be pickled with its content: a data loader's worker opens the file instead.
+        return TokenCache.open, (self.directory, self.key)
+
+    @classmethod
+    def build(
+        cls,
+        directory: str | Path,
+        dataset: Sequence[Record],
+        vision: VisionTokenizer,
+        text: PreTrainedTokenizerBase,
+        *,
+        variants: int = 0,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> TokenCache:
+        """Tokenise `dataset`, or open the cache that holds exactly this already.
+
+        Several processes may build the same cache at once: one of them wins, all get the same content.
+
+        Args:
+            directory: where caches live; made if absent.
+            dataset: records, each with a mask.
+            vision: the vision tokenizer; images are prepared at its size and channels.
+            text: the text tokenizer.
+            variants: augmented copies of each record, besides the original.
+            augmentation: how they differ; needed when `variants` is not 0.
+            seed: of the augmentation.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no record, a record without mask, an unreadable file, or variants without augmentation.
+        """
+        require_masks(dataset)
+        check_variants(variants, augmentation)
+        if not variants:
+            augmentation = None
+        root = Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        remove_stale(root, _BUILDING)
+        key = cache_key(dataset, vision, text, variants=variants, augmentation=augmentation, seed=seed)
+        if (root / key).exists():
+            try:
+                return cls.open(root, key)
+            except ValueError:
+                broken = Path(tempfile.mkdtemp(dir=root, prefix=_BUILDING))
+                # Another process may have moved it out of the way first.
+                with contextlib.suppress(OSError):
+                    os.replace(root / key, broken / "broken")
+                shutil.rmtree(broken, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(dir=root, prefix=_BUILDING))
+        try:
+            _write(building, dataset, vision, text, variants, augmentation, seed, progress)
+            os.chmod(building, root.stat().st_mode & 0o777)
+            try:
+                os.rename(building, root / key)
+            except OSError:
+                if not (root / key).is_dir():
+                    raise
+            else:
+                flush_to_disk(root)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        return cls.open(root, key)
+
+    @classmethod
+    def open(cls, directory: str | Path, key: str) -> TokenCache:
+        """Open the cache `key` in `directory`.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        path = Path(directory) / key
+        if not path.is_dir():
+            raise ValueError(f"token cache {key!r} is not in {str(directory)!r}; build it first")
+        try:
+            meta = json.loads((path / _META).read_text(encoding="utf-8"))
+            for name, size in meta["bytes"].items():
+                found = (path / name).stat().st_size
+                if found != size:
+                    raise ValueError(f"{name} has {found} bytes, not {size}")
+            image, mask, ids, offsets = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+            texts = json.loads((path / "texts.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"token cache {str(path)!r} is damaged ({error}); it must be built again") from error
+        return cls(Path(directory), key, image, mask, texts, ids, offsets)
+
+
+def cache_key(
+    dataset: Sequence[Record],
+    vision: VisionTokenizer,
+    text: PreTrainedTokenizerBase,
+    *,
+    variants: int = 0,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+) -> str:
+    """Hash of all that a cache depends on: file contents and sentences in order, tokenizers, augmentation, seed.
+
+    Names and folders of the files do not count, and without variants neither do augmentation and seed.
+    """
+    settings: dict[str, Any] = {
+        "version": _VERSION,
+        "vision": vision.fingerprint(),
+        "size": [vision.image_size, vision.channels],
+        "text": text_fingerprint(text),
+        "variants": variants,
+    }
+    if variants:
+        settings["augmentation"] = asdict(augmentation) if augmentation else None
+        settings["seed"] = seed
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for content in in_threads(_record_digest, dataset):
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _record_digest(record: Record) -> bytes:
+    digest = hashlib.sha256()
+    for path in (record.image, record.mask):
+        # File by file, so that no byte can move from one to the other unnoticed.
+        digest.update(hashlib.sha256(path.read_bytes() if path else b"").digest())
+    digest.update(record.text.encode())
+    return digest.digest()
+
+
+def _code_type(codes: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if codes <= 2**16 else np.uint32
+
+
+def _write(
+    path: Path,
+    dataset: Sequence[Record],
+    vision: VisionTokenizer,
+    text: PreTrainedTokenizerBase,
+    variants: int,
+    augmentation: Augmentation | None,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Fill the empty folder `path`; meta.json, written last, lists every other file's size."""
+    each = 1 + variants
+    shapes = {
+        "image_codes": (_code_type(vision.image_codes), vision.image_grid),
+        "mask_codes": (_code_type(vision.mask_codes), vision.mask_grid),
+    }
+    arrays = {
+        name: open_memmap(path / f"{name}.npy", "w+", dtype, (len(dataset), each, *grid))
+        for name, (dtype, grid) in shapes.items()
+    }
+    texts: list[list[str]] = []
+
+    def load(index: int) -> list[Pair]:
+        pair = prepared(dataset[index], vision.image_size, vision.channels)
+        return variants_of(pair, variants, augmentation, (seed, index))
+
+    def encode(batch: list[list[Pair]], start: int) -> None:
+        flat = [pair for pairs in batch for pair in pairs]
+        images = torch.from_numpy(np.stack([image for image, _, _ in flat]))
+        masks = torch.from_numpy(np.stack([mask for _, mask, _ in flat]))
+        codes = {"image_codes": vision.encode_image(images), "mask_codes": vision.encode_mask(masks)}
+        for name, array in arrays.items():
+            array[start : start + len(batch)] = codes[name].cpu().numpy().reshape(len(batch), *array.shape[1:])
+        texts.extend([sentence for _, _, sentence in pairs] for pairs in batch)
+
+    batch: list[list[Pair]] = []
+    most = max(1, _PICTURES_PER_BATCH // each)
+    with progress_bar("tokenising", len(dataset), progress) as advance:
+        for number, pairs in enumerate(in_threads(load, range(len(dataset)), ahead=2 * most), start=1):
+            batch.append(pairs)
+            if len(batch) == most or number == len(dataset):
+                encode(batch, number - len(batch))
+                advance(len(batch))
+                batch = []
+    for array in arrays.values():
+        array.flush()
+    ids = {sentence: encode_text(text, sentence) for row in texts for sentence in row}
+    rows = [ids[sentence] for row in texts for sentence in row]
+    np.save(path / "text_ids.npy", np.array([i for row in rows for i in row], dtype=np.uint32))
+    np.save(path / "text_offsets.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    atomic_write(path / "texts.json", json.dumps(texts, ensure_ascii=False).encode())
+    for name in _ARRAYS:
+        flush_to_disk(path / f"{name}.npy")
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    atomic_write(path / _META, json.dumps({"version": _VERSION, "bytes": sizes}, indent=2).encode())
