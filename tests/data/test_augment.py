@@ -121,6 +121,22 @@ def test_rotation_and_scale_keep_their_limits() -> None:
     assert 21**2 * 1.25 < max(areas) < 21**2 * 1.2**2 * 1.1
 
 
+def test_rotation_is_rigid_about_the_centre() -> None:
+    side = 101
+    mask = np.zeros((1, side, side), np.float32)
+    mask[0, 48:53, 10:91] = 1
+    rng = np.random.default_rng(6)
+    angles = []
+    for _ in range(30):
+        turned = np.argwhere(Augmentation(0, 30, 0, 0, 0, 0, 0, 0).apply(mask - 0.5, mask, "", rng)[1][0])
+        np.testing.assert_allclose(turned.mean(0), 50, atol=0.6)
+        spread, axes = np.linalg.eigh(np.cov(turned.T))
+        # A bar of 81 x 5 pixels stays one: variance of a uniform distribution is length^2 / 12.
+        np.testing.assert_allclose(np.sqrt(12 * spread), [5, 81], rtol=0.12)
+        angles.append(np.degrees(np.arctan(axes[0, 1] / axes[1, 1])))
+    assert min(angles) < -15 and max(angles) > 15 and np.abs(angles).max() < 31
+
+
 def test_shift_keeps_its_limit() -> None:
     image, mask = pair(64)
     centres = []

@@ -120,6 +120,12 @@ def test_label_map_and_jpeg_masks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg"), large)
 
 
+def test_mask_with_noise_and_soft_edges(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 60, MASK.shape)
+    soft = np.where(MASK, 255 - noise, noise).astype(np.uint8)
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "m.png", Image.fromarray(soft))), MASK)
+
+
 def test_empty_and_full_masks(tmp_path: Path) -> None:
     assert not read_mask(save(tmp_path / "e.png", Image.new("L", (5, 4)))).any()
     assert read_mask(save(tmp_path / "f.png", Image.new("L", (5, 4), 255))).all()
