@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntpseg.ops.topn import canonical, ordered_bits, plain_topn_errors
+from ntpseg.ops.topn import canonical, native_serves, ordered_bits, plain_topn_errors, ready
 
 _NONE = torch.iinfo(torch.int64).min
 _NO_PAIR = torch.iinfo(torch.int64).max
@@ -49,6 +49,26 @@ def record_errors(
         deviation: ``[B, T]`` floating point; NaN counts as +inf, as in `topn_errors`.
         ignore_index: the label of unsupervised positions.
     """
+    arguments = (rows, stamp, control, epoch, sample_ids, prediction, labels)
+    if native_serves(rows.device.type, prediction.shape[1], rows.shape[3]):
+        inputs = [x.contiguous() for x in arguments[4:]]
+        torch.ops.ntpseg.record_errors(*arguments[:4], *inputs, ready(deviation), ignore_index)
+    else:
+        plain_record_errors(*arguments, deviation, ignore_index)
+
+
+def plain_record_errors(
+    rows: Tensor,
+    stamp: Tensor,
+    control: Tensor,
+    epoch: Tensor,
+    sample_ids: Tensor,
+    prediction: Tensor,
+    labels: Tensor,
+    deviation: Tensor,
+    ignore_index: int,
+) -> None:
+    """Do what `record_errors` does with PyTorch operators alone (any device, any size)."""
     is_error = (prediction >= 0) & (labels != ignore_index) & (prediction != labels)
     value, index = plain_topn_errors(deviation, is_error, rows.shape[3])
     token = prediction.gather(1, index.clamp(min=0).long())

@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ntpseg.ops.extension import usable
+
+# What the CUDA kernels hold on chip; beyond it the plain path serves.
+CUDA_MAX_LENGTH = 16384
+CUDA_MAX_N = 256
+
 _NOT_AN_ERROR = torch.iinfo(torch.int64).min
 _LOW_WORD = 0xFFFFFFFF
 
@@ -47,7 +53,23 @@ def topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Te
         ValueError: a shape, dtype or device does not fit, or n is negative.
     """
     _check(deviation, is_error, n)
-    return plain_topn_errors(deviation, is_error, n)
+    if not native_serves(deviation.device.type, deviation.shape[1], n):
+        return plain_topn_errors(deviation, is_error, n)
+    return torch.ops.ntpseg.topn_errors(ready(deviation), is_error.contiguous(), n)
+
+
+def native_serves(device_type: str, length: int, n: int) -> bool:
+    """Tell whether the native operators take rows of this length and n slots."""
+    if device_type == "cuda" and (length > CUDA_MAX_LENGTH or n > CUDA_MAX_N):
+        return False
+    return usable(device_type)
+
+
+def ready(deviation: Tensor) -> Tensor:
+    """Return a deviation as the native operators take it: float32, contiguous and without a gradient."""
+    if deviation.requires_grad:
+        deviation = deviation.detach()
+    return deviation.float().contiguous()
 
 
 def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Tensor]:

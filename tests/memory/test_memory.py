@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_extension import native
 from torch import Tensor
 
 from ntpseg import HardTokenMemory, HardTokens
@@ -45,9 +46,15 @@ def expect(memory: HardTokenMemory, entries: dict[int, list[reference.Entry]]) -
     assert torch.equal(found.token, expected.token)
 
 
+@pytest.mark.parametrize("path", ["native", "plain"])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(batches(), max_size=4), min_size=1, max_size=3), st.integers(1, 12))
-def test_epochs_equal_the_definition(epochs: list[list[tuple[Tensor, ...]]], n: int) -> None:
+def test_epochs_equal_the_definition(path: str, epochs: list[list[tuple[Tensor, ...]]], n: int) -> None:
+    with native(path == "native"):
+        follow(epochs, n)
+
+
+def follow(epochs: list[list[tuple[Tensor, ...]]], n: int) -> None:
     memory = HardTokenMemory(SAMPLES, n)
     previous: dict[int, list[reference.Entry]] = {}
     for epoch in epochs:
@@ -152,3 +159,23 @@ def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -
 def test_sizes_must_be_positive(samples: int, n: int, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         HardTokenMemory(samples, n)
+
+
+def test_many_threads_on_one_row_agree_with_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, labels = torch.randint(0, 4, (2, 400, 300), generator=generator)
+    deviation = torch.rand(400, 300, generator=generator)
+    ids = torch.randint(0, 2, (400,), generator=generator)
+    found = []
+    threads = torch.get_num_threads()
+    for path, count in (("native", 4), ("plain", 1)):
+        memory = HardTokenMemory(2, 64)
+        torch.set_num_threads(count)
+        try:
+            with native(path == "native"):
+                memory.record(ids, prediction, labels, deviation)
+        finally:
+            torch.set_num_threads(threads)
+        memory.advance()
+        found.append(memory.lookup(torch.tensor([0, 1])))
+    assert torch.equal(found[0].position, found[1].position) and torch.equal(found[0].token, found[1].token)

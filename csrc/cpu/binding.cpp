@@ -1,0 +1,123 @@
+// The operators of ntpseg._C: their schemas and their CPU implementations, over PyTorch's stable ABI, so that one build
+// serves every Python and PyTorch from 2.10 on.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+#include "../checks.h"
+#include "merge.h"
+#include "rank.h"
+
+namespace ntpseg {
+namespace {
+
+using torch::stable::Tensor;
+
+// Fewer columns than this per thread cost more to hand out than to do.
+constexpr int64_t kColumnsPerTask = 16384;
+
+int64_t rows_per_task(int64_t length) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, length)); }
+
+Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is_error, int64_t n) {
+  const auto [rows, length] = check_topn(deviation, is_error, n);
+  Tensor value = torch::stable::new_empty(deviation, {rows, n});
+  Tensor index = torch::stable::new_empty(deviation, {rows, n}, ScalarType::Int);
+  const auto* deviations = static_cast<const float*>(deviation.data_ptr());
+  const auto* errors = static_cast<const uint8_t*>(is_error.data_ptr());
+  auto* values = static_cast<float*>(value.data_ptr());
+  auto* indices = static_cast<int32_t*>(index.data_ptr());
+  const RankRow rank_row = rank_row_for_this_cpu();
+  torch::stable::parallel_for(0, rows, rows_per_task(length), [&, length = length](int64_t begin, int64_t end) {
+    Scratch& scratch = thread_scratch();
+    for (int64_t row = begin; row < end; ++row) {
+      float* v = values + row * n;
+      int32_t* i = indices + row * n;
+      const int64_t found = rank_row(deviations + row * length, errors + row * length, length, n, scratch, v, i);
+      std::fill(v + found, v + n, -std::numeric_limits<float>::infinity());
+      std::fill(i + found, i + n, -1);
+    }
+  });
+  return {value, index};
+}
+
+void record_errors(
+    const Tensor& rows,
+    const Tensor& stamp,
+    const Tensor& control,
+    const Tensor& epoch,
+    const Tensor& sample_ids,
+    const Tensor& prediction,
+    const Tensor& labels,
+    const Tensor& deviation,
+    int64_t ignore_index) {
+  const RecordShape shape =
+      check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
+  const MemoryView memory{
+      static_cast<int32_t*>(rows.data_ptr()),
+      static_cast<int32_t*>(stamp.data_ptr()),
+      static_cast<int32_t*>(control.data_ptr()),
+      control.size(0) - 1,
+      shape.samples,
+      shape.n,
+      *static_cast<const int64_t*>(epoch.data_ptr())};
+  const auto* ids = static_cast<const int64_t*>(sample_ids.data_ptr());
+  const auto* predictions = static_cast<const int64_t*>(prediction.data_ptr());
+  const auto* targets = static_cast<const int64_t*>(labels.data_ptr());
+  const auto* deviations = static_cast<const float*>(deviation.data_ptr());
+  const RankRow rank_row = rank_row_for_this_cpu();
+  torch::stable::parallel_for(0, shape.batch, rows_per_task(shape.length), [&](int64_t begin, int64_t end) {
+    Scratch& scratch = thread_scratch();
+    scratch.is_error.resize(shape.length);
+    Entries entries(shape.n);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t* predicted = predictions + row * shape.length;
+      const int64_t* target = targets + row * shape.length;
+      for (int64_t i = 0; i < shape.length; ++i) {
+        scratch.is_error[i] =
+            (predicted[i] >= 0) & (target[i] != ignore_index) & (predicted[i] != target[i]);
+      }
+      entries.size = rank_row(
+          deviations + row * shape.length,
+          scratch.is_error.data(),
+          shape.length,
+          shape.n,
+          scratch,
+          entries.deviation.data(),
+          entries.position.data());
+      for (int64_t i = 0; i < entries.size; ++i) {
+        entries.token[i] = static_cast<int32_t>(predicted[entries.position[i]]);
+      }
+      merge_into(memory, ids[row], entries);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ntpseg
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ntpseg, m) {
+  m.def("topn_errors(Tensor deviation, Tensor is_error, int n) -> (Tensor value, Tensor index)");
+  m.def(
+      "record_errors(Tensor(a!) rows, Tensor(b!) stamp, Tensor(c!) control, Tensor epoch, Tensor sample_ids, "
+      "Tensor prediction, Tensor labels, Tensor deviation, int ignore_index) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ntpseg, CPU, m) {
+  m.impl("topn_errors", TORCH_BOX(&ntpseg::topn_errors));
+  m.impl("record_errors", TORCH_BOX(&ntpseg::record_errors));
+}
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
