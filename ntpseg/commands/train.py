@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
+    app.command()(train)
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(help="Name of a ready configuration, a YAML file, or a run.", metavar="CONFIG")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that go over it, such as model.k=1 output=runs/a.", metavar="KEY=VALUE"),
+    ] = None,
+    deepspeed: Annotated[str | None, typer.Option(help="zero1, zero2, zero3, or a DeepSpeed JSON file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad pairs out, and list them.")] = False,
+) -> None:
+    """Train a segmenter: check the data, make tokenizers and tokens, train, save it to OUTPUT/model.
+
+    Start it with torchrun for several processes.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging
+
+    from ntpseg.training import load_config
+    from ntpseg.training import train as run_training
+
+    logging.disable_progress_bar()
+    settings = load_config(config, overrides or ())
+    if deepspeed is not None:
+        settings.deepspeed = deepspeed
+    settings.data.skip_bad = settings.data.skip_bad or skip_bad
+    if settings.output is None:
+        settings.output = str(Path("runs") / Path(config).stem)
+    run = run_training(settings, resume=resume, overwrite=overwrite)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"trained model: {run / 'model'}")

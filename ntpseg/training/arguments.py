@@ -1,0 +1,66 @@
+"""From a `RunConfig` to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ntpseg.training.config import RunConfig
+from ntpseg.training.hardware import deepspeed_config, prepare_deepspeed, resolve_bf16
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# What every run starts from; a configuration's `training:` section goes over it.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "num_train_epochs": 20,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.05,
+    "adam_beta2": 0.98,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "bf16": "auto",
+}
+
+# What the Trainer must be told because of how we use it.
+FIXED: dict[str, Any] = {
+    "report_to": "none",  # our own callbacks know the run's folders
+    "remove_unused_columns": False,  # sample_ids is no argument of the model
+    "label_names": ["labels"],
+    "prediction_loss_only": True,
+}
+
+
+def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
+    """Make the arguments; starts DeepSpeed's process group where one is wanted.
+
+    Raises:
+        ValueError: a field that the Trainer refuses, or an unusable DeepSpeed configuration.
+    """
+    from transformers import TrainingArguments
+
+    fields = {**DEFAULTS, **config.training, **FIXED, "output_dir": str(run), "seed": config.seed}
+    fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)
+    if not torch.cuda.is_available():
+        fields |= {"use_cpu": True, "dataloader_pin_memory": False}
+    zero = deepspeed_config(config.deepspeed)
+    if zero is not None:
+        prepare_deepspeed()
+        fields["deepspeed"] = zero
+    try:
+        args = TrainingArguments(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from error
+    if args.n_gpu > 1:
+        # One process with several GPUs would become DataParallel; use torchrun for more than one.
+        args._n_gpu = 1
+    return args

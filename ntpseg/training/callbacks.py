@@ -1,0 +1,106 @@
+"""Where a run's figures go: progress bar, TensorBoard and one JSON line per log."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ProgressCallback
+
+_SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "learning_rate")
+
+
+class Progress(ProgressCallback):
+    """A bar that carries the latest figures, instead of printing a line for each log."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar; a file or pipe gets a line every 30 seconds."""
+        if state.is_world_process_zero:
+            every = 0.5 if sys.stderr.isatty() else 30.0
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True, mininterval=every
+            )
+            self.figures: dict[str, str] = {}
+        self.current_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the figures of `logs` behind the bar."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            found = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN}
+            self.figures.update(found)
+            self.training_bar.set_postfix(self.figures, refresh=False)
+
+
+class RunTensorBoard(TensorBoardCallback):
+    """TensorBoard files in RUN/logs; a resumed run replaces what came after its checkpoint."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the writer."""
+        if state.is_world_process_zero and self.tb_writer is None:
+            purge = state.global_step + 1 if state.global_step else None
+            self.tb_writer = self._SummaryWriter(log_dir=str(self.run / "logs"), purge_step=purge)
+
+
+class JsonLog(TrainerCallback):
+    """Appends each log to RUN/trainer_log.jsonl, one JSON object with ``step`` and ``epoch`` per line."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "trainer_log.jsonl"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the lines that a killed run wrote after the checkpoint from which it goes on."""
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+        partial = self.path.with_suffix(".part")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a trainer_log.jsonl; a last line that was cut off in the middle is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found

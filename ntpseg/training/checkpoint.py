@@ -1,0 +1,72 @@
+"""Checkpoints that survive being killed at any moment, and the hard-token memory beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ntpseg.memory import HardTokenMemory
+
+_STATE = "trainer_state.json"
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """All checkpoint folders of a run with their steps, ascending."""
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return sorted(found)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state file last."""
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint; None if there is none."""
+    return next((path for _, path in reversed(checkpoints(run)) if is_complete(path)), None)
+
+
+def drop_incomplete(run: Path) -> list[Path]:
+    """Remove checkpoints that a killed run left half-written; they would count as the newest."""
+    broken = [path for _, path in checkpoints(run) if not is_complete(path)]
+    for path in broken:
+        shutil.rmtree(path)
+    return broken
+
+
+def memory_file(checkpoint: Path, rank: int) -> Path:
+    """Where a rank's hard-token memory is kept: within an epoch each rank has recorded other samples."""
+    return checkpoint / f"hard_tokens_{rank}.pt"
+
+
+def save_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
+    """Write a rank's memory, whole or not at all."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    path = memory_file(checkpoint, rank)
+    partial = path.with_suffix(".part")
+    torch.save(memory.state_dict(), partial)
+    os.replace(partial, path)
+
+
+def load_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
+    """Restore a rank's memory; a rank that the saved run did not have takes the first one's.
+
+    Raises:
+        ValueError: the checkpoint holds no memory, or that of other data.
+    """
+    path = memory_file(checkpoint, rank)
+    path = path if path.is_file() else memory_file(checkpoint, 0)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {checkpoint} has no hard-token memory ({path.name}); resume with hard_tokens=0")
+    memory.load_state_dict(torch.load(path, weights_only=True))

@@ -1,0 +1,112 @@
+"""Training pairs from the token cache: one random variant per epoch, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+if TYPE_CHECKING:
+    from ntpseg.tokenizers.sequence import SequenceFormat
+
+
+class Codes(Protocol):
+    """What of a `TokenCache` is read here."""
+
+    @property
+    def image_codes(self) -> Any:
+        """``[N, 1 + variants, h, w]``."""
+
+    @property
+    def mask_codes(self) -> Any:
+        """``[N, 1 + variants, h, w]``."""
+
+    def text_ids(self, index: int, variant: int = 0) -> list[int]:
+        """Ids of a sentence, without special tokens."""
+
+
+class TokenDataset(Dataset):
+    """Sequences of a token cache.
+
+    Which variant of a pair an epoch uses depends on seed, epoch and index alone, so that a resumed run sees the same
+    sequences. Hard error tokens are remembered per pair, whatever its variant.
+
+    Args:
+        cache: the codes and sentences.
+        sequence: the sequence format.
+        seed: of the choice of variants.
+        augmented: draw among the variants; False always gives the original (validation).
+    """
+
+    def __init__(self, cache: Codes, sequence: SequenceFormat, *, seed: int = 0, augmented: bool = True) -> None:
+        self.cache, self.sequence, self.seed, self.augmented = cache, sequence, seed, augmented
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.cache.image_codes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0 on."""
+        self.epoch = epoch
+
+    def variant(self, index: int) -> int:
+        """The variant of pair `index` in this epoch; 0 is the original."""
+        variants = self.cache.image_codes.shape[1]
+        if not self.augmented or variants == 1:
+            return 0
+        return int(np.random.default_rng((self.seed, self.epoch, index)).integers(variants))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        variant = self.variant(index)
+        ids, labels = self.sequence.build(
+            self.cache.text_ids(index, variant),
+            self.cache.image_codes[index, variant],
+            self.cache.mask_codes[index, variant],
+        )
+        return {"sample_ids": index, "input_ids": ids, "labels": labels}
+
+
+class Collator:
+    """Pads sequences on the right and adds what the model reads besides ids.
+
+    Causal attention never looks at the padding behind a sequence and its labels are -100, so there is no mask.
+    """
+
+    def __init__(self, sequence: SequenceFormat, *, grid_ids: bool = True) -> None:
+        self.sequence, self.grid_ids = sequence, grid_ids
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor | int]:
+        """A batch: sample_ids ``[B]``, input_ids, labels and grid_ids ``[B, T]`` (all int64), and loss_start."""
+        length = max(len(s["input_ids"]) for s in samples)
+        ids = np.full((len(samples), length), self.sequence.vocabulary.pad, np.int64)
+        labels = np.full((len(samples), length), -100, np.int64)
+        for row, sample in enumerate(samples):
+            size = len(sample["input_ids"])
+            ids[row, :size], labels[row, :size] = sample["input_ids"], sample["labels"]
+        batch: dict[str, Tensor | int] = {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "sample_ids": torch.tensor([s["sample_ids"] for s in samples]),
+            "loss_start": int((labels != -100).any(0).argmax()),
+        }
+        if self.grid_ids:
+            batch["grid_ids"] = torch.from_numpy(self.sequence.grid_ids(ids))
+        return batch
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the data set that depends on its seed and epoch alone, the same on every rank."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
+        return iter(rng.permutation(len(self.dataset)).tolist())

@@ -1,0 +1,174 @@
+"""``train``: one call from a configuration to a saved segmenter."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntpseg.models.attention import explained_attention
+from ntpseg.models.bundle import Bundle
+from ntpseg.training.arguments import training_arguments
+from ntpseg.training.callbacks import JsonLog, Progress, RunTensorBoard
+from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
+from ntpseg.training.config import RunConfig, check_same_run, dump_config
+from ntpseg.training.dataset import Collator, TokenDataset
+from ntpseg.training.hardware import end_processes, rank
+from ntpseg.training.preparation import Prepared, prepare_run
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ntpseg.models.model import NTPSegModel
+    from ntpseg.training.trainer import NTPSegTrainer
+
+
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
+    """Check the data, make tokenizers and tokens, train, and save the bundle to ``output/model``.
+
+    Args:
+        config: see `load_config`.
+        resume: go on from the last complete checkpoint of ``config.output`` (or from its tokens, if there is none).
+        overwrite: remove the run that is there.
+        progress: show progress bars.
+
+    Returns:
+        The run's directory: ``config.yaml``, ``model/``, ``checkpoint-N/``, ``logs/``, ``trainer_log.jsonl``,
+        ``tokenizers/`` and ``cache/``.
+
+    Raises:
+        ntpseg.data.DataProblems: the data set is not in order; its text is the table of all problems.
+        ValueError: a setting cannot be used, or the output exists and neither `resume` nor `overwrite` is given.
+    """
+    if config.output is None:
+        raise ValueError("output is null, it must be the directory of the run")
+    run = Path(config.output).expanduser()
+    if rank() == 0:
+        _claim(config, run, resume=resume, overwrite=overwrite)
+    try:
+        args = training_arguments(config, run)
+        shown = progress and args.process_index == 0
+        with args.main_process_first(local=False, desc="preparing the data"):
+            prepared = prepare_run(config, run, progress=shown)
+        trainer = make_trainer(config, prepared, args, run, progress=shown)
+        checkpoint = last_checkpoint(run) if resume else None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _save(trainer, prepared, run)
+    finally:
+        end_processes()
+    return run
+
+
+def make_trainer(
+    config: RunConfig, prepared: Prepared, args: TrainingArguments, run: Path, *, progress: bool = True
+) -> NTPSegTrainer:
+    """The trainer of a prepared run.
+
+    Raises:
+        ValueError: a setting of the model, the loss or the attention cannot be used.
+    """
+    from transformers import IntervalStrategy, set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from ntpseg.memory import HardTokenMemory
+    from ntpseg.training.trainer import NTPSegTrainer
+
+    set_seed(config.seed)
+    training, validation = prepared.training, prepared.validation
+    if validation is None and args.eval_strategy != IntervalStrategy.NO:
+        print("the data set has no validation split: there will be no evaluation while training", file=sys.stderr)
+        args.eval_strategy = IntervalStrategy.NO
+    memory = None
+    if config.loss.hard_tokens and config.loss.het_weight:
+        memory = HardTokenMemory(len(training), config.loss.hard_tokens, args.device, key=training.key)
+    trainer = NTPSegTrainer(
+        make_model(config, prepared),
+        args,
+        train_dataset=TokenDataset(training, prepared.sequence, seed=config.seed),
+        eval_dataset=None
+        if validation is None
+        else TokenDataset(validation, prepared.sequence, seed=config.seed, augmented=False),
+        data_collator=Collator(prepared.sequence, grid_ids=config.model.grid_positions),
+        memory=memory,
+        callbacks=[JsonLog(run), RunTensorBoard(run)],
+    )
+    for plain in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(plain)
+    if progress:
+        trainer.add_callback(Progress())
+    return trainer
+
+
+def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
+    """A fresh model, or one that starts from ``model.weights``.
+
+    Raises:
+        ValueError: a setting of the model, the loss or the attention cannot be used.
+    """
+    from ntpseg.models.model import NTPSegModel
+    from ntpseg.models.presets import preset_config
+
+    loss, chosen = config.loss, config.model
+    options: dict[str, Any] = {
+        "num_heads_k": chosen.k,
+        "grid_positions": chosen.grid_positions,
+        "negatives": loss.negatives,
+        "tcl_weight": loss.tcl_weight,
+        "het_weight": loss.het_weight if loss.hard_tokens else 0.0,
+        "temperature": loss.temperature,
+        "head_weights": loss.head_weights,
+    }
+    described = preset_config(chosen.preset, prepared.sequence, overrides=chosen.overrides, **options)
+    with explained_attention(chosen.attention):
+        if chosen.weights is not None:
+            path = Path(chosen.weights).expanduser()
+            if not (path / "config.json").is_file():
+                raise ValueError(f"model.weights is {str(path)!r}, it must be the directory of a saved model")
+            return NTPSegModel.from_pretrained(
+                path, config=described, attn_implementation=chosen.attention, local_files_only=True
+            )
+        described._attn_implementation = chosen.attention
+        model = NTPSegModel(described)
+    if chosen.codebook_embeddings:
+        model.init_visual_embeddings(prepared.vision.image_codebook(), prepared.vision.mask_codebook())
+    return model
+
+
+def _claim(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's directory this configuration's, or refuse."""
+    saved = run / "config.yaml"
+    if resume:
+        if not saved.is_file():
+            raise ValueError(f"resume: {run} holds no run (no config.yaml); leave --resume out to start one")
+        check_same_run(config, saved)
+        for path in drop_incomplete(run):
+            print(f"removed {path}, which was never finished", file=sys.stderr)
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not overwrite:
+            raise ValueError(
+                f"output is {str(run)!r}, which exists; give --resume to go on or --overwrite to start again"
+            )
+        if not saved.is_file():
+            raise ValueError(f"output is {str(run)!r}, which is not a run (no config.yaml) and is not overwritten")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    partial = saved.with_suffix(".part")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.replace(saved)
+
+
+def _save(trainer: NTPSegTrainer, prepared: Prepared, run: Path) -> None:
+    """Write the bundle under another name first, so that ``model/`` is always whole."""
+    partial, final = run / "model.part", run / "model"
+    model: Any = trainer.model
+    bundle = Bundle(model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence)
+    # Every rank takes part: ZeRO-3 gathers the weights here.
+    trainer.save_model(str(partial))
+    if not trainer.is_world_process_zero():
+        return
+    (partial / "training_args.bin").unlink(missing_ok=True)
+    bundle.save_tokenizers(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)

@@ -1,0 +1,171 @@
+"""From a data set to tokens: check it, train or load the tokenizers, tokenize every pair once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntpseg.data import Augmentation, Record, problem_table, usable_records
+from ntpseg.data.problems import Problem, summary
+from ntpseg.tokenizers.cache import TokenCache
+from ntpseg.tokenizers.compact import CompactVQOptions
+from ntpseg.tokenizers.compact_training import train_compact_vq
+from ntpseg.tokenizers.files import atomic_write
+from ntpseg.tokenizers.pairs import stack_pairs
+from ntpseg.tokenizers.sequence import SequenceFormat
+from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
+from ntpseg.tokenizers.vision import VisionTokenizer, load_vision_tokenizer
+from ntpseg.tokenizers.vocabulary import Vocabulary
+from ntpseg.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DONE = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads; `validation` is None where the data set has no such split."""
+
+    text: PreTrainedTokenizerBase
+    vision: VisionTokenizer
+    sequence: SequenceFormat
+    training: TokenCache
+    validation: TokenCache | None
+
+
+def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepared:
+    """Prepare a run, or open what an earlier call prepared in `run`.
+
+    Tokenizers go to ``run/tokenizers``, tokens to ``run/cache`` (or ``data.cache``).
+
+    Raises:
+        DataProblems: the data set is not in order and ``data.skip_bad`` is False.
+        ValueError: it has no training pair, or a setting cannot be used.
+    """
+    done = run / _DONE
+    if done.is_file():
+        return _open(config, run, json.loads(done.read_text(encoding="utf-8")))
+    records = _records(config, run)
+    training = [r for r in records if r.split == "train"]
+    validation = [r for r in records if r.split == "val"]
+    if not training:
+        raise ValueError(f"data.path is {config.data.path!r}, which has no pair of the training split")
+    augmentation = _augmentation(config)
+    text = _text(config, training)
+    text.save_pretrained(str(run / "tokenizers" / "text"))
+    vision = _vision(config, training, augmentation, progress)
+    vision.save_pretrained(run / "tokenizers" / "vision")
+    options: dict[str, Any] = {"seed": config.seed, "progress": progress}
+    folder = _cache_folder(config, run)
+    first = TokenCache.build(
+        folder, training, vision, text, variants=config.data.variants, augmentation=augmentation, **options
+    )
+    second = TokenCache.build(folder, validation, vision, text, **options) if validation else None
+    sequence = _sequence(config, vision, text)
+    keys = {
+        "training": first.key,
+        "validation": None if second is None else second.key,
+        "sequence": sequence.to_dict(),
+        "pairs": {"training": len(training), "validation": len(validation)},
+    }
+    atomic_write(done, (json.dumps(keys, indent=2) + "\n").encode())
+    return Prepared(text, vision, sequence, first, second)
+
+
+def _open(config: RunConfig, run: Path, keys: dict[str, Any]) -> Prepared:
+    folder = _cache_folder(config, run)
+    second = keys["validation"]
+    return Prepared(
+        text=load_text_tokenizer(run / "tokenizers" / "text"),
+        vision=load_vision_tokenizer(run / "tokenizers" / "vision"),
+        sequence=SequenceFormat.from_dict(keys["sequence"]),
+        training=TokenCache.open(folder, keys["training"]),
+        validation=None if second is None else TokenCache.open(folder, second),
+    )
+
+
+def _cache_folder(config: RunConfig, run: Path) -> Path:
+    return run / "cache" if config.data.cache is None else Path(config.data.cache).expanduser()
+
+
+def _records(config: RunConfig, run: Path) -> list[Record]:
+    if config.data.path is None:
+        raise ValueError("data.path is null, it must be the folder of a data set")
+    records, problems = usable_records(config.data.path, config.data.layout, skip_bad=config.data.skip_bad)
+    if problems:
+        _tell_left_out(problems, run)
+    return [r for r in records if r.mask is not None]
+
+
+def _tell_left_out(problems: Sequence[Problem], run: Path) -> None:
+    """Print what was left out, and write all of it to ``run/left_out.jsonl``."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(problem_table(problems, title="Left out", limit=50))
+    console.print(summary(problems), highlight=False)
+    run.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
+    atomic_write(run / "left_out.jsonl", lines.encode())
+
+
+def _augmentation(config: RunConfig) -> Augmentation | None:
+    try:
+        augmentation = Augmentation(**config.data.augment)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data.augment: {error}") from error
+    return augmentation if config.data.variants else None
+
+
+def _text(config: RunConfig, training: Sequence[Record]) -> PreTrainedTokenizerBase:
+    if config.text.path is not None:
+        return load_text_tokenizer(Path(config.text.path).expanduser())
+    return train_text_tokenizer([r.text for r in training], config.text.vocab_size)
+
+
+def _vision(
+    config: RunConfig, training: Sequence[Record], augmentation: Augmentation | None, progress: bool
+) -> VisionTokenizer:
+    fields = dict(config.vision)
+    path = fields.pop("path", None)
+    size, channels = config.data.size, config.data.channels
+    if path is not None:
+        vision = load_vision_tokenizer(Path(path).expanduser(), image_size=size)
+        if vision.channels != channels:
+            raise ValueError(
+                f"data.channels is {channels}, it must be {vision.channels} for the vision tokenizer {path}"
+            )
+        return vision
+    try:
+        options = CompactVQOptions(**{"seed": config.seed, **fields})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"vision: {error}") from error
+    # A codebook that will encode augmented images has to have seen some.
+    copies = 1 if augmentation is not None else 0
+    images, masks = stack_pairs(
+        training,
+        size,
+        channels,
+        limit=max(1, options.max_images // (1 + copies)),
+        variants=copies,
+        augmentation=augmentation,
+        seed=config.seed,
+        progress=progress,
+    )
+    return train_compact_vq(images, masks, options, progress=progress)
+
+
+def _sequence(config: RunConfig, vision: VisionTokenizer, text: PreTrainedTokenizerBase) -> SequenceFormat:
+    if config.layout == "emu3":
+        vocabulary = Vocabulary.emu3(vision.image_codes, text.vocab_size)
+    elif config.layout == "ntpseg":
+        vocabulary = Vocabulary(len(text), vision.image_codes, vision.mask_codes, vision.shared_codebook)
+    else:
+        raise ValueError(f"layout is {config.layout!r}, it must be ntpseg or emu3")
+    return SequenceFormat.for_tokenizer(vocabulary, vision.image_grid, vision.mask_grid, text)

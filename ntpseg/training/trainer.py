@@ -1,0 +1,195 @@
+"""`NTPSegTrainer`: Hugging Face's Trainer with exact accumulation, hard error tokens and the loss logged in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ntpseg.losses import NumItems
+from ntpseg.memory import HardTokenMemory
+from ntpseg.training.checkpoint import load_memory, save_memory
+from ntpseg.training.dataset import EpochSampler, TokenDataset
+
+PARTS = ("ntp", "nktp", "tcl", "het")
+
+
+class NTPSegTrainer(Trainer):
+    """Trains an `NTPSegModel` on a `TokenDataset`.
+
+    What it adds to the Trainer:
+
+    - Each loss is divided by the counts of the whole accumulated batch over all ranks (`NumItems`), so that neither
+      accumulation nor the number of ranks changes the gradient.
+    - Hard error tokens: looked up for each batch, recorded after it, exchanged between ranks and advanced at the end of
+      each epoch, saved with each checkpoint.
+    - ntp, nktp, tcl, het and the token accuracy of head 0 are logged beside the loss, in training and evaluation.
+
+    Args:
+        memory: where hard error tokens are kept; None switches HET off.
+        **kwargs: see `transformers.Trainer`.
+    """
+
+    train_dataset: TokenDataset
+
+    def __init__(self, *args: Any, memory: HardTokenMemory | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory = memory
+        self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
+        self._logged_step = 0
+        self._matrix_parameters: int | None = None
+        self.add_callback(_Epochs(self))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from the checkpoint at a path, hard-token memory included."""
+        if resume_from_checkpoint and self.memory is not None:
+            load_memory(self.memory, Path(resume_from_checkpoint), self.args.process_index)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(dataset) if isinstance(dataset, TokenDataset) else super()._get_train_sampler(dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way."""
+        if not batch_samples:
+            return None
+        model: Any = self.model
+        heads = model.config.num_heads_k
+        counts = torch.zeros(heads + 1, dtype=torch.float64, device=device)
+        for batch in batch_samples:
+            labels = batch["labels"]
+            supervised = (labels != -100).to(device)
+            per_position = supervised.sum(0)
+            total = per_position.sum()
+            before = per_position[: heads + 1].cumsum(0)
+            # Head j predicts positions 1 + j and later.
+            counts[:heads] += total - before[:heads]
+            if self.memory is not None and model.training:
+                hard = self.memory.lookup(batch["sample_ids"])
+                batch["het_position"], batch["het_token"] = hard.position, hard.token
+                counts[heads] += _counting_entries(hard.position, hard.token, labels.to(hard.position.device))
+        if self.args.world_size > 1:
+            dist.all_reduce(counts)
+        return NumItems(counts[:heads], counts[heads])
+
+    # ---- loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one micro-batch, its share of the whole step's."""
+        inputs = dict(inputs)
+        sample_ids = inputs.pop("sample_ids")
+        outputs = model(**inputs, num_items=num_items_in_batch)
+        labels, prediction = inputs["labels"], outputs["prediction"]
+        with torch.no_grad():
+            right = (prediction == labels).sum()
+            seen = (prediction >= 0).sum()
+            row = torch.stack([*(outputs[name].float() for name in PARTS), right.float(), seen.float()])
+            kept = self._sums[model.training]
+            self._sums[model.training] = kept + row if len(kept) else row
+        if self.memory is not None and model.training:
+            self.memory.record(sample_ids, prediction, labels, outputs["margin"])
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # Ranks average their gradients, and the counts are those of all ranks together.
+            loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations per token and matrix parameter; counted once, the Trainer would count parameters every step."""
+        if self._matrix_parameters is None:
+            model: Any = self.model
+            self._matrix_parameters = model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._matrix_parameters
+
+    # ---- logging and saving
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss: means over the steps since the last log, over all ranks."""
+        if "loss" in logs:
+            logs.update(self._take_parts(training=True, prefix=""))
+        elif "eval_loss" in logs:
+            logs.update(self._take_parts(training=False, prefix="eval_"))
+        super().log(logs, start_time)
+
+    def _take_parts(self, *, training: bool, prefix: str) -> dict[str, float]:
+        sums = self._sums[training]
+        self._sums[training] = torch.zeros(0)
+        if not len(sums):
+            return {}
+        if self.args.world_size > 1:
+            sums = sums.clone()
+            dist.all_reduce(sums)
+        if training:
+            times = self.state.global_step - self._logged_step
+            self._logged_step = self.state.global_step
+        else:
+            times = len(self.get_eval_dataloader())
+        values = sums.tolist()
+        found = {prefix + name: value / max(times, 1) for name, value in zip(PARTS, values)}
+        found[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
+        return found
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.memory is not None:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            save_memory(self.memory, folder, self.args.process_index)
+            if self.args.world_size > 1:
+                # The state file, written below, marks the checkpoint as complete.
+                dist.barrier()
+        super()._save_checkpoint(model, trial)
+
+
+def _counting_entries(position: Tensor, token: Tensor, labels: Tensor) -> Tensor:
+    """How many hard tokens count: their position is supervised and they differ from its label now."""
+    inside = (position > 0) & (position < labels.shape[1])
+    target = labels.gather(1, position.clamp(0, labels.shape[1] - 1))
+    return (inside & (target != -100) & (target != token) & (token >= 0)).sum()
+
+
+class _Epochs(TrainerCallback):
+    """Tells the data set its epoch and turns the hard-token memory over."""
+
+    def __init__(self, trainer: NTPSegTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._logged_step = state.global_step
+        memory = self.trainer.memory
+        # A checkpoint of an epoch's very last step was written before that epoch's end.
+        while memory is not None and memory.epoch < _epoch(state) + 1:
+            self._turn_over(memory)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.train_dataset.set_epoch(_epoch(state))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.memory is not None and not control.should_training_stop:
+            self._turn_over(self.trainer.memory)
+
+    @staticmethod
+    def _turn_over(memory: HardTokenMemory) -> None:
+        memory.sync()
+        memory.advance()
+
+
+def _epoch(state: TrainerState) -> int:
+    return int((state.epoch or 0.0) + 1e-6)

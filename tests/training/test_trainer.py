@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy import losses, make_toy, make_trainer
+
+from ntpseg.training.checkpoint import memory_file
+
+EXACT = {"max_grad_norm": 1e9, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+
+
+def test_accumulation_equals_a_large_batch(tmp_path) -> None:
+    """Hard tokens and ragged batches included: every step's loss, its parts and the weights at the end."""
+    toy = make_toy(7, variants=2)
+    for row, texts in enumerate(toy.texts):
+        toy.texts[row] = [text + "!" * row for text in texts]
+    names = ("loss", "ntp", "nktp", "tcl", "het", "token_accuracy")
+    found = []
+    for batch, times in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            toy,
+            tmp_path,
+            k=3,
+            num_train_epochs=4,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=times,
+            **EXACT,
+        )
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        found.append((losses(trainer, *names), weights))
+    assert len(found[0][0]) == 8
+    assert found[0][0][-1][names.index("het")] > 0
+    for other, weights in found[1:]:
+        np.testing.assert_allclose(np.array(other), np.array(found[0][0]), rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(weights, found[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_parts_add_up_and_each_strategy_can_be_off(tmp_path) -> None:
+    toy = make_toy(8)
+    names = ("loss", "ntp", "nktp", "tcl", "het")
+
+    def run(k: int = 2, hard_tokens: int = 4, **options) -> np.ndarray:
+        trainer = make_trainer(toy, tmp_path, k=k, hard_tokens=hard_tokens, model_options=options, num_train_epochs=3)
+        trainer.train()
+        return np.array(losses(trainer, *names))
+
+    weighted = run(tcl_weight=0.5, het_weight=0.25)
+    np.testing.assert_allclose(weighted[:, 0], weighted[:, 2] + 0.5 * weighted[:, 3] + 0.25 * weighted[:, 4], rtol=1e-5)
+    assert (weighted[:2, 4] == 0).all() and (weighted[2:, 4] > 0).any(), "HET serves the previous epoch"
+    assert (weighted[:, 1] != weighted[:, 2])[1:].all()
+    no_heads = run(k=1)
+    np.testing.assert_allclose(no_heads[:, 1], no_heads[:, 2], rtol=1e-6)
+    assert (run(negatives=0)[:, 3] == 0).all()
+    assert (run(hard_tokens=0)[:, 4] == 0).all()
+    plain = run(k=1, hard_tokens=0, negatives=0)
+    np.testing.assert_allclose(plain[:, 0], plain[:, 1], rtol=1e-6)
+
+
+def test_evaluation_logs_parts(tmp_path) -> None:
+    trainer = make_trainer(make_toy(6), tmp_path, evaluate=True, eval_strategy="epoch", per_device_eval_batch_size=3)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["eval_loss"] == pytest.approx(line["eval_nktp"] + line["eval_tcl"], rel=1e-5)
+        assert 0 <= line["eval_token_accuracy"] <= 1
+    before = trainer.memory.state_dict()
+    trainer.evaluate()
+    for name in ("served", "recording"):
+        torch.testing.assert_close(trainer.memory.state_dict()[name], before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("every", [3, 2, "epoch"])
+def test_resuming_is_exact(tmp_path, every) -> None:
+    """From the middle of an epoch, from its very last step, and from an epoch's end; variants and HET included."""
+    toy = make_toy(8, variants=1)
+    names = ("loss", "het", "grad_norm", "learning_rate")
+    save = {"save_strategy": "epoch"} if every == "epoch" else {"save_strategy": "steps", "save_steps": every}
+    whole = make_trainer(toy, tmp_path / "whole", num_train_epochs=3, **save)
+    whole.train()
+    step = 2 if every == "epoch" else every
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    assert memory_file(checkpoint, 0).is_file()
+    again = make_trainer(toy, tmp_path / "again", num_train_epochs=3, **save)
+    torch.manual_seed(123)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    # The restored state carries the log of the steps before.
+    assert losses(again, *names)[step:] == losses(whole, *names)[step:]
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
