@@ -1,0 +1,85 @@
+"""How many rows share one block of E, from a byte budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WORKSPACE_BYTES = 1 << 30
+LEAST_ROWS = 2048
+_ALIGNMENT = 64  # columns: rows of E start on 128 bytes (16-bit) or more
+_BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The plan of one product's rows.
+
+    Attributes:
+        rows: rows per chunk; the last chunk may have fewer.
+        count: number of chunks.
+        stride: columns from one row of E to the next, >= V.
+    """
+
+    rows: int
+    count: int
+    stride: int
+
+
+def bytes_per_row(classes: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
+    """Workspace that one row of a chunk takes.
+
+    E (and beside it fp32 logits where the product is not fused and E is 16-bit), 12 bytes of partials per vocabulary
+    block of 256, the row's unscaled gradient in fp32 and the scaled hidden row.
+    """
+    stride = _stride(classes)
+    block = stride * (dtype.itemsize if fused or dtype == torch.float32 else dtype.itemsize + 4)
+    return block + 12 * -(-classes // 256) + width * (4 + dtype.itemsize)
+
+
+def plan_chunks(
+    rows: int,
+    classes: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+    weight_grad: bool,
+    chunk_bytes: int | None = None,
+) -> Chunks:
+    """Divides `rows` into equal chunks within the workspace.
+
+    Without `chunk_bytes` the whole workspace, the fp32 sum of the weight's gradient included where several chunks need
+    one, stays within `WORKSPACE_BYTES`, but a chunk never has fewer than `LEAST_ROWS` rows: smaller products starve the
+    tensor cores. Where V * D is so large that both cannot be had, the rows win (docs/kernels.md).
+
+    Args:
+        rows: R >= 1.
+        classes, width: V and D.
+        dtype: of E.
+        fused: whether the fused product is used.
+        weight_grad: whether a gradient of the weight is accumulated.
+        chunk_bytes: budget of E alone, without a least number of rows.
+    """
+    stride = _stride(classes)
+    if chunk_bytes is not None:
+        most = max(1, chunk_bytes // (stride * dtype.itemsize))
+    else:
+        each = bytes_per_row(classes, width, dtype, fused=fused)
+        most = WORKSPACE_BYTES // each
+        if rows > most and weight_grad and dtype != torch.float32:
+            most = (WORKSPACE_BYTES - 4 * classes * width) // each
+        most = max(LEAST_ROWS, most)
+    if rows <= most:
+        return Chunks(rows, 1, stride)
+    count = -(-rows // most)
+    even = -(-rows // count)
+    # whole row blocks, unless that would add a chunk
+    whole = -(-even // _BLOCK_ROWS) * _BLOCK_ROWS
+    even = whole if whole <= most else even
+    return Chunks(even, -(-rows // even), stride)
+
+
+def _stride(classes: int) -> int:
+    return -(-classes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,71 @@
+"""What every kernel shares: constants, the interpreter switch, the epilogue over a tile of logits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Read once, as Triton itself does when it decorates a kernel.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+ON_INTERPRETER = tl.constexpr(INTERPRETED)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NO_TOKEN = tl.constexpr(2147483647)
+# An anchor above every logit: exp2 of the difference is exactly zero, so the dense part of the row vanishes.
+FAR_ANCHOR = tl.constexpr(1.0e30)
+
+
+@triton.jit
+def operand(x):
+    """An operand of a product. The interpreter holds bf16 as raw integers and multiplies those: give it fp32."""
+    if ON_INTERPRETER:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 to the dtype of a store, to the nearest. The interpreter truncates to bf16: round there beforehand."""
+    if ON_INTERPRETER and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def anchored_exp(z, anchor, limit, column):
+    """E of one tile and its contribution to each row's sum, maximum and arg-max.
+
+    Args:
+        z: ``[BR, BV]`` fp32 logits straight from the accumulators, -inf outside the vocabulary.
+        anchor: ``[BR]`` fp32, ``z_y * log2(e)``, rounded; the combination knows the rounding error.
+        limit: ``[BR]`` fp32, logit above which the anchor would overflow E.
+        column: ``[BV]`` int32 class ids.
+
+    Returns:
+        e, sum, maximum, arg-max (lowest id on ties). Where the tile's maximum is above `limit` the tile takes that
+        maximum as its anchor instead: E stays finite and the sum exact, and the row is done again afterwards.
+    """
+    top = tl.max(z, 1)
+    best = tl.min(tl.where(z == top[:, None], column[None, :], NO_TOKEN), 1)
+    used = tl.where(top > limit, top * LOG2E, anchor)
+    e = tl.exp2(z * LOG2E - used[:, None])
+    return e, tl.sum(e, 1), top, best
+
+
+@triton.jit
+def rebase(top, whole, anchor, limit):
+    """Factor that brings a sum taken at the anchor of a part (maximum `top`) to that of the whole (maximum `whole`)."""
+    used = tl.where(top > limit, top * LOG2E, anchor)
+    wanted = tl.where(whole > limit, whole * LOG2E, anchor)
+    return tl.exp2(used - wanted)
+
+
+@triton.jit
+def log1p(x):
+    """``log(1 + x)`` for x >= 0 without losing small x (Kahan's correction of the rounded sum)."""
+    rounded = 1.0 + x
+    kept = rounded - 1.0
+    return tl.where(kept == 0.0, x, tl.log(rounded) * (x / tl.where(kept == 0.0, 1.0, kept)))

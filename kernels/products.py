@@ -1,0 +1,53 @@
+"""Plain matrix products of 16-bit operands with fp32 results, through cuBLAS."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Slices of a product that has to pass through a temporary.
+_SLICE_BYTES = 128 << 20
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``out = left @ right``, accumulated in fp32 and rounded once, to the dtype of `out`.
+
+    Args:
+        left, right: ``[M, K]`` and ``[K, N]``, the same dtype.
+        out: ``[M, N]``, their dtype or float32.
+
+    Returns:
+        `out`.
+    """
+    if left.dtype == out.dtype and (left.is_cuda or left.dtype == torch.float32):
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left.float() @ right.float())
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``out += left @ right`` without rounding to less than fp32; `out` is float32 ``[M, N]``."""
+    if left.dtype == out.dtype:
+        return out.addmm_(left, right)
+    if left.is_cuda and _mixed_addmm(left.dtype, left.device):
+        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    step = max(1, _SLICE_BYTES // (4 * out.shape[1]))
+    for low in range(0, left.shape[0], step):
+        part = out[low : low + step]
+        part += product(left[low : low + step], right, torch.empty_like(part))
+    return out
+
+
+@functools.cache
+def _mixed_addmm(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this PyTorch adds a 16-bit product to an fp32 matrix in place (older ones want one dtype for all)."""
+    small = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True

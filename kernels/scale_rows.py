@@ -1,0 +1,58 @@
+"""Row-scaled copies between dtypes.
+
+Reference: ``out = (source.float() * scale[:, None] * factor).to(out.dtype)``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ntpseg.kernels.dialect import INTERPRETED, narrow
+
+
+@triton.jit(do_not_specialize=["rows", "factor"])
+def scale_rows_kernel(
+    source, scale_ptr, out, rows, width, source_stride, out_stride, factor, ROWS: tl.constexpr, BD: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    feature = tl.program_id(1) * BD + tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (feature < width)[None, :]
+    scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0) * factor
+    value = tl.load(source + row[:, None] * source_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    # a row without weight is zero whatever its source holds
+    value = tl.where(scale[:, None] == 0.0, 0.0, value * scale[:, None])
+    tl.store(out + row[:, None] * out_stride + feature[None, :], narrow(value, out.dtype.element_ty), mask=mask)
+
+
+def scale_rows(source: Tensor, scale: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
+    """``out[r] = source[r] * scale[r] * factor``.
+
+    Args:
+        source: ``[R, D]``, last dimension contiguous.
+        scale: ``[R]`` fp32.
+        out: ``[R, D]``, last dimension contiguous, any float dtype, overwritten.
+        factor: applied to every row.
+
+    Returns:
+        `out`.
+    """
+    rows, width = source.shape
+    if out.numel() == 0:
+        return out
+    size, depth = (128, 1024) if INTERPRETED else (4, 1024)
+    scale_rows_kernel[(triton.cdiv(rows, size), triton.cdiv(width, depth))](
+        source,
+        scale,
+        out,
+        rows,
+        width,
+        source.stride(0),
+        out.stride(0),
+        factor,
+        ROWS=size,
+        BD=depth,
+        num_warps=4,
+    )
+    return out

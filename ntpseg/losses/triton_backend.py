@@ -1,0 +1,86 @@
+"""The fused loss on Triton kernels: the seam of `ntpseg.losses.backends` over `ntpseg.kernels`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ntpseg.kernels.combine import Weights
+from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
+from ntpseg.kernels.partials import RowStates
+from ntpseg.losses import torch_backend
+from ntpseg.losses.backends import RowsResult, gradient_dtype
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.rows import Rows
+
+
+def rows_loss(
+    rows: Rows,
+    weight: torch.Tensor,
+    options: LossOptions,
+    *,
+    hidden_grad: bool,
+    weight_grad: bool,
+    setting: Setting | None = None,
+) -> RowsResult:
+    """See `ntpseg.losses.backends` for the contract; float64, which no tensor core knows, goes to the torch backend.
+
+    Args:
+        setting: overrides how the kernels run (tests and benchmarks); None takes it from `options`.
+
+    Raises:
+        ValueError: the tensors are on a device that has no Triton kernels and this is not Triton's interpreter.
+    """
+    hidden = rows.hidden
+    if hidden.dtype == torch.float64:
+        return torch_backend.rows_loss(rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad)
+    if not (hidden.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"backend 'triton' needs hidden on a CUDA device, got {hidden.device}; "
+            "set TRITON_INTERPRET=1 before the first import to run its kernels on the CPU"
+        )
+    setting = setting or Setting(chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter)
+    count = hidden.shape[0]
+    device = hidden.device
+    matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
+    kept = gradient_dtype(weight.dtype)
+
+    states = RowStates.empty(count, device)
+    tcl, het = torch.zeros(2, count, dtype=torch.float32, device=device)
+    d_hidden = torch.empty(hidden.shape, dtype=kept, device=device) if hidden_grad else None
+    d_weight = torch.empty(matrices.shape, dtype=kept, device=device) if weight_grad else None
+    with torch.cuda.device(device) if hidden.is_cuda else contextlib.nullcontext():
+        for matrix, (start, stop) in enumerate(rows.segments):
+            if start == stop:
+                if d_weight is not None:
+                    d_weight[matrix].zero_()
+                continue
+            cut = slice(start, stop)
+            segment = Segment(
+                hidden=hidden[cut],
+                target=rows.target[cut],
+                reach=rows.reach[cut],
+                hard=rows.het[cut].contiguous(),
+                weights=Weights(
+                    share=rows.share[cut],
+                    het_share=rows.het_share.to(torch.float32),
+                    tcl_weight=options.tcl_weight,
+                    het_weight=options.het_weight,
+                    z_loss=options.z_loss,
+                    temperature=options.temperature,
+                ),
+                negatives=options.negatives,
+            )
+            result = SegmentResult(
+                states=states.part(start, stop),
+                tcl=tcl[cut],
+                het=het[cut],
+                d_hidden=None if d_hidden is None else d_hidden[cut],
+                d_weight=None if d_weight is None else d_weight[matrix],
+            )
+            run_segment(segment, matrices[matrix], result, setting)
+    if d_weight is not None:
+        d_weight = d_weight.view(weight.shape)
+    return RowsResult(states.prediction, states.nll, states.margin, tcl, het, states.lse, d_hidden, d_weight)
