@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class VisionTokenizer(Protocol):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that `load_vision_tokenizer` reads."""
+        ...
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move the weights; inputs follow them, outputs stay there."""
         ...
 
     def fingerprint(self) -> str:
