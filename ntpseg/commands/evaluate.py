@@ -1,9 +1,60 @@
-"""The ``ntpseg evaluate`` command."""
+"""The ``ntpseg eval`` command (also called ``evaluate``)."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
+    app.command("eval")(evaluate)
+    app.command("evaluate", hidden=True)(evaluate)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A run of `ntpseg train`, or its model/.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Data set; by default the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    layout: Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Result folder; RUN/eval/SPLIT by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
+    text_check: Annotated[int, typer.Option(help="Cases decoded again with an empty and a wrong text.", min=0)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images decoded together.")] = 64,
+    method: Annotated[str, typer.Option(help="greedy or speculative.")] = "greedy",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; a GPU if there is one.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing.")] = False,
+) -> None:
+    """Decode a split, score it, and write summary.json, cases.csv and the masks."""
+    from rich.console import Console
+
+    from ntpseg.commands.progress import stages
+    from ntpseg.data import load_records
+    from ntpseg.evaluation import EvaluationOptions
+    from ntpseg.evaluation import evaluate as run
+    from ntpseg.evaluation.rundir import data_of, run_directory
+    from ntpseg.evaluation.tables import summary_table
+    from ntpseg.generation import DecodingOptions, Segmenter
+
+    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
+    checks = EvaluationOptions(text_check=text_check)
+    root = run_directory(model)
+    if data is None:
+        data, layout = data_of(root)
+    records = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.split == split and r.mask is not None]
+    if not records:
+        raise ValueError(f"split is {split!r}; {data} has no case with a mask in it")
+    if limit is not None and limit < len(records):
+        records = [records[i * len(records) // limit] for i in range(limit)]
+    segmenter = Segmenter.from_pretrained(model, options, device=device)
+    console = Console()
+    with stages(console) as progress:
+        result = run(segmenter, records, checks, progress=progress)
+    result.summary = {"data": str(data), "split": split, **result.summary}
+    target = out or root / "eval" / split
+    result.write(target)
+    console.print(summary_table(result.summary, f"{split} split of {data}"))
+    console.print(f"written to {target}", highlight=False, soft_wrap=True)

@@ -2,8 +2,85 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+if TYPE_CHECKING:
+    from ntpseg.generation import Prediction
+    from ntpseg.generation.folder import Job
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
+    app.command()(predict)
+
+
+def predict(
+    model: Annotated[Path, typer.Option(help="A run of `ntpseg train`, or its model/.", show_default=False)],
+    image: Annotated[Path, typer.Option(help="An image, or a folder of images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Mask file (PNG), or a folder for a folder.", show_default=False)],
+    text: Annotated[str | None, typer.Option(help="The sentence; for a folder, the one for all.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="For a folder: CSV with the columns image and text.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Also draw the mask over the image: file, or folder.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images decoded together.")] = 64,
+    method: Annotated[str, typer.Option(help="greedy or speculative.")] = "greedy",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; a GPU if there is one.")] = None,
+) -> None:
+    """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
+    from rich.console import Console
+
+    from ntpseg.commands.progress import stages
+    from ntpseg.evaluation.files import write_csv
+    from ntpseg.generation import DecodingOptions, Segmenter
+    from ntpseg.generation.folder import Job, folder_jobs
+
+    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
+    console = Console()
+    if not image.exists():
+        raise ValueError(f"image is {image}, which does not exist")
+    if image.is_dir():
+        jobs = folder_jobs(image, text, texts)
+        segmenter = Segmenter.from_pretrained(model, options, device=device)
+        rows = []
+        with stages(console) as progress:
+            done = 0
+
+            def count(new: int) -> None:
+                nonlocal done
+                done += new
+                progress("decoding", done, len(jobs))
+
+            found = segmenter.segment_all([job.image for job in jobs], [job.text for job in jobs], count)
+            for job, prediction in zip(jobs, found, strict=True):
+                mask = out / f"{job.name}.png"
+                _write(job, prediction, mask, overlay and overlay / f"{job.name}.png")
+                area, sure = prediction.mask.mean(), prediction.confidence.mean()
+                rows.append([job.image.name, job.text, mask.name, f"{area:.6f}", f"{sure:.4f}"])
+        write_csv(out / "predictions.csv", ["image", "text", "mask", "area_fraction", "mean_confidence"], rows)
+        console.print(f"{len(jobs)} masks and predictions.csv written to {out}", highlight=False, soft_wrap=True)
+        return
+    if text is None:
+        raise ValueError("text is not given; it must be the sentence that says what to segment")
+    segmenter = Segmenter.from_pretrained(model, options, device=device)
+    prediction = segmenter.segment(image, text)
+    _write(Job(image, text, image.stem), prediction, out, overlay)
+    height, width = prediction.mask.shape
+    area, sure = 100 * prediction.mask.mean(), prediction.confidence.mean()
+    console.print(
+        f"{out}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {sure:.2f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write(job: Job, prediction: Prediction, mask: Path, overlay: Path | None) -> None:
+    from ntpseg.data import read_image
+    from ntpseg.evaluation.files import write_png
+    from ntpseg.generation.overlay import draw
+
+    write_png(mask, prediction.mask)
+    if overlay is not None:
+        write_png(overlay, draw(read_image(job.image), prediction.mask))

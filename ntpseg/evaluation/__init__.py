@@ -1,1 +1,48 @@
 """Metrics, evaluation runs and reports."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "Bootstrap": "ntpseg.evaluation.summary",
+    "Evaluation": "ntpseg.evaluation.result",
+    "EvaluationOptions": "ntpseg.evaluation.run",
+    "dice_scores": "ntpseg.evaluation.metrics",
+    "evaluate": "ntpseg.evaluation.run",
+    "segmentation_metrics": "ntpseg.evaluation.metrics",
+    "summarise": "ntpseg.evaluation.summary",
+    "summarise_groups": "ntpseg.evaluation.summary",
+    "write_report": "ntpseg.evaluation.report",
+}
+
+__all__ = [
+    "Bootstrap",
+    "Evaluation",
+    "EvaluationOptions",
+    "dice_scores",
+    "evaluate",
+    "segmentation_metrics",
+    "summarise",
+    "summarise_groups",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'ntpseg.evaluation' has no attribute {name!r}")
+
+
+if TYPE_CHECKING:
+    from ntpseg.evaluation.metrics import dice_scores as dice_scores
+    from ntpseg.evaluation.metrics import segmentation_metrics as segmentation_metrics
+    from ntpseg.evaluation.report import write_report as write_report
+    from ntpseg.evaluation.result import Evaluation as Evaluation
+    from ntpseg.evaluation.run import EvaluationOptions as EvaluationOptions
+    from ntpseg.evaluation.run import evaluate as evaluate
+    from ntpseg.evaluation.summary import Bootstrap as Bootstrap
+    from ntpseg.evaluation.summary import summarise as summarise
+    from ntpseg.evaluation.summary import summarise_groups as summarise_groups

@@ -1,0 +1,167 @@
+"""One self-contained HTML file about a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntpseg.evaluation.curves import curves
+from ntpseg.evaluation.files import write_text
+from ntpseg.evaluation.pictures import Case, confidence_map, data_uri, scale_bar, shrunk
+from ntpseg.evaluation.rundir import splits, training_log
+from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
+
+GROUP_ROWS = 40
+PAIRED_IMAGES = 5
+
+
+def write_report(run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3) -> Path:
+    """Write the report of a run from its files; the model is not needed.
+
+    Args:
+        run: a run directory; what it lacks (log, evaluation) is left out of the report.
+        out: the HTML file; ``RUN/report.html`` by default.
+        split: which evaluation to show; test if there is one.
+        examples: pictures of the best, the median and the worst cases, each this many.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the run holds neither a log nor an evaluation, has none of `split`, or its images have moved.
+    """
+    run = Path(run)
+    evaluated, log = splits(run), training_log(run)
+    if not evaluated and not log:
+        raise ValueError(f"run is {run}, which holds neither eval/*/summary.json nor trainer_log.jsonl")
+    if split is not None and split not in evaluated:
+        raise ValueError(f"split is {split!r}; evaluated in {run} are {', '.join(evaluated) or 'none'}")
+    config = run / "config.yaml"
+    context: dict[str, Any] = {
+        "name": run.resolve().name,
+        "curves": curves(log),
+        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "evaluation": None,
+        "others": [],
+    }
+    if evaluated:
+        shown = split or evaluated[0]
+        context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples)
+        context["others"] = [(name, metric_rows(_summary(run / "eval" / name))) for name in evaluated if name != shown]
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("ntpseg.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    target = out or run / "report.html"
+    write_text(target, environment.from_string(template).render(context))
+    return target
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def _evaluation(folder: Path, split: str, examples: int) -> dict[str, Any]:
+    summary = _summary(folder)
+    with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
+        cases = [Case(row, folder, i) for i, row in enumerate(csv.DictReader(file))]
+    confidence = np.load(folder / "confidence.npy")
+    gone = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
+    if gone is not None:
+        raise ValueError(f"{folder / 'cases.csv'} names {gone}, which is no longer there; evaluate again")
+    groups = [
+        (text, group["cases"], interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"]))
+        for text, group in summary["groups"].items()
+    ]
+    return {
+        "split": split,
+        "data": summary.get("data", ""),
+        "summary": summary,
+        "level": f"{100 * summary['level']:g}",
+        "dice": interval(summary["per_image"]["dice"]),
+        "pooled": interval(summary["pooled"]["dice"]),
+        "metrics": metric_rows(summary),
+        "text_check": text_check_rows(summary),
+        "groups": groups[:GROUP_ROWS],
+        "more_groups": max(0, len(groups) - GROUP_ROWS),
+        "examples": [
+            (title, [_example(case, confidence[case.index]) for case in chosen])
+            for title, chosen in _extremes(cases, examples)
+        ],
+        "pairs": _pairs(cases),
+        "swaps": _swaps(cases),
+        "scale": scale_bar(),
+    }
+
+
+def _extremes(cases: list[Case], count: int) -> list[tuple[str, list[Case]]]:
+    """The best, median and worst cases, none of them twice."""
+    order = sorted(cases, key=lambda c: (-c.dice, c.row["case"]))
+    if len(order) < 3 * count:
+        return [("All cases, best first", order)]
+    middle = (len(order) - count) // 2
+    return [
+        ("Best", order[:count]),
+        ("Median", order[middle : middle + count]),
+        ("Worst", order[-count:][::-1]),
+    ]
+
+
+def _panels(case: Case, *, other: bool = False) -> dict[str, str]:
+    from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
+
+    image, truth, prediction = shrunk(case.image(), case.truth(), case.prediction(other))
+    return {
+        "image": data_uri(image),
+        "truth": data_uri(draw(image, truth, TRUTH)),
+        "prediction": data_uri(draw(image, prediction, PREDICTION)),
+    }
+
+
+def _example(case: Case, confidence: np.ndarray) -> dict[str, Any]:
+    small = shrunk(case.image())[0]
+    return {
+        **_panels(case),
+        "confidence": data_uri(confidence_map(small, confidence)),
+        "mean_confidence": f"{float(case.row['confidence']):.2f}",
+        "text": case.row["text"],
+        "case": case.row["case"],
+        "dice": f"{case.dice:.3f}",
+        "hd95": f"{float(case.row['hd95']):.1f}",
+    }
+
+
+def _pairs(cases: list[Case]) -> list[list[dict[str, Any]]]:
+    """Images that occur with several sentences: the most sentences first."""
+    by_image: dict[str, list[Case]] = {}
+    for case in cases:
+        by_image.setdefault(case.row["image_sha1"], []).append(case)
+    several = [group for group in by_image.values() if len({c.row["text"] for c in group}) > 1]
+    several.sort(key=lambda group: (-len(group), group[0].row["case"]))
+    return [
+        [{**_panels(c), "text": c.row["text"], "dice": f"{c.dice:.3f}"} for c in group]
+        for group in several[:PAIRED_IMAGES]
+    ]
+
+
+def _swaps(cases: list[Case]) -> list[dict[str, Any]]:
+    """Images decoded with another image's sentence, for data in which every image has one sentence."""
+    checked = [c for c in cases if c.row["other_text"] and c.dice > 0]
+    checked.sort(key=lambda c: (float(c.row["other_text_dice"] or 1) - c.dice, c.row["case"]))
+    step = max(1, len(checked) // PAIRED_IMAGES)
+    return [
+        {
+            "right": _panels(c),
+            "wrong": _panels(c, other=True)["prediction"],
+            "text": c.row["text"],
+            "other": c.row["other_text"],
+            "dice": f"{c.dice:.3f}",
+            "other_dice": f"{float(c.row['other_text_dice']):.3f}",
+        }
+        for c in checked[::step][:PAIRED_IMAGES]
+    ]

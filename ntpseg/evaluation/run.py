@@ -1,0 +1,174 @@
+"""Evaluating a model on the records of one split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntpseg.evaluation.metrics import concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.result import Evaluation
+from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
+from ntpseg.evaluation.textcheck import other_texts
+
+if TYPE_CHECKING:
+    from ntpseg.data import Record
+    from ntpseg.generation import Segmenter
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What an evaluation does besides scoring.
+
+    Args:
+        text_check: number of cases that are also decoded with an empty text and with another image's text, spread
+            evenly over the split; 0 leaves the check out.
+        bootstrap: how intervals are made.
+
+    Raises:
+        ValueError: `text_check` is negative.
+    """
+
+    text_check: int = 256
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+    def __post_init__(self) -> None:
+        if self.text_check < 0:
+            raise ValueError(f"text_check is {self.text_check}; it must be 0 or more")
+
+
+def evaluate(
+    segmenter: Segmenter,
+    records: Sequence[Record],
+    options: EvaluationOptions | None = None,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Decode every record's mask and score it at the image's own size.
+
+    Args:
+        segmenter: the model.
+        records: cases with masks.
+        options: see `EvaluationOptions`.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        ValueError: there is no record, or one has no mask.
+    """
+    options = options or EvaluationOptions()
+    cases = list(records)
+    if not cases:
+        raise ValueError("records is empty; it must hold at least one case")
+    bare = next((r for r in cases if r.mask is None), None)
+    if bare is not None:
+        raise ValueError(f"records: case {bare.case!r} has no mask; every evaluated case must have one")
+    return _Run(segmenter, cases, options, progress or (lambda stage, done, total: None)).result()
+
+
+class _Run:
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        cases: list[Record],
+        options: EvaluationOptions,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.segmenter, self.cases, self.options, self.progress = segmenter, cases, options, progress
+        self.texts, self.subjects = [r.text for r in cases], [r.subject for r in cases]
+
+    def result(self) -> Evaluation:
+        from ntpseg.data import read_image, read_mask
+
+        def images() -> Any:
+            for i, record in enumerate(self.cases):
+                self.progress("reading", i + 1, len(self.cases))
+                yield read_image(record.image)
+
+        codes = self.segmenter.encode(images())
+        self.truth = [read_mask(r.mask) for r in self.cases if r.mask is not None]
+        made = self._decode("decoding", codes, self.texts)
+        masks = self._own_size(made.codes, range(len(self.cases)))
+        parts = []
+        for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
+            parts.append(segmentation_metrics(mask[None], truth[None]))
+            self.progress("scoring", i + 1, len(masks))
+        per_case = concatenate(parts)
+        per_case["confidence"] = made.confidence.mean(axis=(1, 2)).astype(np.float64)
+        per_case["ceiling"] = self._ceiling()
+        bootstrap = self.options.bootstrap
+        summary = summarise(per_case, self.subjects, bootstrap)
+        summary["ceiling"] = float(per_case["ceiling"].mean())
+        generator = self.segmenter.generator
+        summary["decoding"] = {
+            "method": generator.options.method,
+            "path": type(generator.decoder).__name__,
+            "dtype": str(generator.decoder.dtype).removeprefix("torch."),
+            "tokens_per_second": made.tokens_per_second,
+            "tokens": made.codes.size,
+            "seconds": made.seconds,
+            "steps": made.steps,
+        }
+        result = Evaluation(self.cases, per_case, summary, masks, made.confidence)
+        if self.options.text_check:
+            self._text_check(codes, result)
+        summary["groups"] = summarise_groups(per_case, self.subjects, self.texts, bootstrap)
+        return result
+
+    def _decode(self, stage: str, codes: np.ndarray, texts: Sequence[str]) -> Any:
+        done = 0
+
+        def count(new: int) -> None:
+            nonlocal done
+            done += new
+            self.progress(stage, done, len(texts))
+
+        return self.segmenter.decode(codes, texts, count)
+
+    def _own_size(self, codes: np.ndarray, chosen: Sequence[int]) -> list[np.ndarray]:
+        from ntpseg.data import resize_mask
+
+        soft = self.segmenter.probabilities(codes)
+        return [resize_mask(p, *self.truth[i].shape) for p, i in zip(soft, chosen, strict=True)]
+
+    def _ceiling(self) -> np.ndarray:
+        import torch
+
+        from ntpseg.data import resize_mask
+
+        vision = self.segmenter.bundle.vision
+        size, found = vision.image_size, []
+        for first in range(0, len(self.truth), 32):
+            part = self.truth[first : first + 32]
+            small = np.stack([resize_mask(t, size, size) for t in part])[:, None].astype(np.float32)
+            found.append(vision.encode_mask(torch.from_numpy(small)).cpu().numpy())
+        masks = self._own_size(np.concatenate(found), range(len(self.truth)))
+        return self._dice(masks, range(len(self.truth)))
+
+    def _dice(self, masks: Sequence[np.ndarray], chosen: Sequence[int]) -> np.ndarray:
+        return np.array([dice_scores(m[None], self.truth[i][None])[0] for m, i in zip(masks, chosen, strict=True)])
+
+    def _text_check(self, codes: np.ndarray, result: Evaluation) -> None:
+        """Decode some cases again without their text and with another's; all are scored against the right truth."""
+        count = min(self.options.text_check, len(self.cases))
+        chosen = np.unique(np.linspace(0, len(self.cases) - 1, count).round().astype(int)).tolist()
+        subjects = [self.subjects[i] for i in chosen]
+
+        def estimate(dice: np.ndarray) -> dict[str, Any]:
+            blank = np.zeros(len(dice))
+            cases = {"dice": dice, "intersection": blank, "predicted": blank, "true": blank}
+            return summarise(cases, subjects, self.options.bootstrap)["per_image"]["dice"]
+
+        result.checked = chosen
+        right = result.per_case["dice"][chosen]
+        empty = self._decode("decoding, empty text", codes[chosen], [""] * len(chosen))
+        result.empty_dice = self._dice(self._own_size(empty.codes, chosen), chosen)
+        check = {"cases": len(chosen), "right": estimate(right), "empty": estimate(result.empty_dice), "other": None}
+        others = other_texts([self.texts[i] for i in chosen])
+        if others is not None:
+            made = self._decode("decoding, another text", codes[chosen], others)
+            result.other_text, result.other_masks = others, self._own_size(made.codes, chosen)
+            result.other_dice = self._dice(result.other_masks, chosen)
+            check["other"] = estimate(result.other_dice)
+        result.summary["text_check"] = check

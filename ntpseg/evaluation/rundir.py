@@ -1,0 +1,55 @@
+"""Finding one's way in a run directory: ``config.yaml``, ``model/``, ``trainer_log.jsonl``, ``eval/SPLIT/``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def run_directory(model: Path) -> Path:
+    """The run that `model` is or belongs to; `model` itself where there is no run around it."""
+    path = model.resolve()
+    if not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file():
+        return path.parent
+    return path
+
+
+def data_of(run: Path) -> tuple[Path, str]:
+    """The data set and its layout that a run was trained on.
+
+    Raises:
+        ValueError: there is no ``config.yaml``, or it names no data set.
+    """
+    from omegaconf import OmegaConf
+
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"data is not given and {file} does not exist; name the data set with --data")
+    config: Any = OmegaConf.load(file)
+    section = config.get("data") or {}
+    if not section.get("path"):
+        raise ValueError(f"data is not given and {file} has no data.path; name the data set with --data")
+    return Path(section["path"]), str(section.get("layout") or "auto")
+
+
+def training_log(run: Path) -> list[dict[str, Any]]:
+    """The rows of ``trainer_log.jsonl``; a last line that was cut off is left out."""
+    file = run / "trainer_log.jsonl"
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def splits(run: Path) -> list[str]:
+    """The evaluated splits of a run, test first."""
+    found = sorted(p.parent.name for p in (run / "eval").glob("*/summary.json"))
+    return sorted(found, key=lambda name: (name != "test", name))

@@ -1,0 +1,72 @@
+"""Results as a table on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GROUPS = 12
+
+
+def interval(estimate: dict[str, Any], digits: int = 3) -> str:
+    """``0.812 [0.790, 0.833]``, or the value alone where there is no interval."""
+    value = f"{estimate['value']:.{digits}f}"
+    if estimate["low"] is None:
+        return value
+    return f"{value} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def metric_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, per-image mean and pooled score of each metric."""
+    names = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "assd": "ASSD (px)"}
+    rows = []
+    for key, name in names.items():
+        digits = 3 if key in ("dice", "iou") else 2
+        pooled = summary["pooled"].get(key)
+        rows.append((name, interval(summary["per_image"][key], digits), interval(pooled, digits) if pooled else ""))
+    return rows
+
+
+def text_check_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and per-image Dice of the right, the empty and another image's text; empty without a check."""
+    check = summary.get("text_check")
+    if not check:
+        return []
+    rows = [("right text", interval(check["right"])), ("empty text", interval(check["empty"]))]
+    if check["other"]:
+        rows.append(("another image's text", interval(check["other"])))
+    return rows
+
+
+def summary_table(summary: dict[str, Any], title: str) -> Table:
+    """One table: metrics with both averages named, the text check, the largest groups of equal text, speed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    level = f"{100 * summary['level']:g} %"
+    table = Table(title=Text(title), caption=f"[{level} bootstrap interval over {summary['subjects']} subjects]")
+    table.add_column(f"{summary['cases']} images")
+    table.add_column("per-image mean", no_wrap=True)
+    table.add_column("pooled over pixels", no_wrap=True)
+    for row in metric_rows(summary):
+        table.add_row(*row)
+    table.add_row("Dice ceiling of the mask tokenizer", f"{summary['ceiling']:.3f}", "", end_section=True)
+    rows = text_check_rows(summary)
+    for i, (name, dice) in enumerate(rows):
+        cases = f" ({summary['text_check']['cases']} images)" if i == 0 else ""
+        table.add_row(f"Dice, {name}{cases}", dice, "", end_section=i + 1 == len(rows))
+    groups = summary["groups"]
+    if len(groups) > 1:
+        shown = list(groups.items())[:GROUPS]
+        for i, (text, group) in enumerate(shown):
+            dice, pooled = interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"])
+            label = Text(f"{group['cases']} x {text or '(empty text)'}")
+            table.add_row(label, f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(shown))
+        if len(groups) > GROUPS:
+            table.add_row(f"... and {len(groups) - GROUPS} more texts in summary.json", "", "", end_section=True)
+    decoding = summary["decoding"]
+    speed = f"{decoding['tokens_per_second']:,.0f} tokens/s"
+    table.add_row(f"decoding ({decoding['method']}, {decoding['dtype']})", speed, f"{decoding['seconds']:.1f} s")
+    return table

@@ -1,0 +1,71 @@
+"""Which images to segment with which sentences, and where the results go."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image file, one sentence, and the name of its results without extension."""
+
+    image: Path
+    text: str
+    name: str
+
+
+def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]:
+    """Pair the images of a folder with one sentence for all, or with those of a table.
+
+    Args:
+        folder: its image files count, not those of folders inside it.
+        text: the sentence for every image.
+        table: a CSV file with the columns ``image`` (a file's name, with or without extension) and ``text``. An image
+            may have several rows; images without one are left out.
+
+    Raises:
+        ValueError: not exactly one of `text` and `table` is given, the table lacks a column, or it names an image that
+            is not there.
+    """
+    if (text is None) == (table is None):
+        raise ValueError("text and texts: exactly one of the two must be given for a folder")
+    from ntpseg.data.records import known_suffix
+
+    files = sorted(p for p in folder.iterdir() if p.is_file() and known_suffix(p.name) and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"image is {folder}, a folder without images; it must hold at least one")
+    if table is None:
+        pairs = [(file, text or "") for file in files]
+    else:
+        known = {file.name: file for file in files}
+        for file in files:
+            known.setdefault(file.stem, file)
+        pairs = []
+        for name, sentence in _rows(table):
+            if name not in known:
+                raise ValueError(f"texts: {table} names the image {name!r}, which is not in {folder}")
+            pairs.append((known[name], sentence))
+    return _named(pairs)
+
+
+def _rows(table: Path) -> list[tuple[str, str]]:
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
+        for wanted in ("image", "text"):
+            if wanted not in columns:
+                raise ValueError(f"texts: {table} has no column {wanted!r}; it must have image and text")
+        return [((row[columns["image"]] or "").strip(), (row[columns["text"]] or "").strip()) for row in reader]
+
+
+def _named(pairs: list[tuple[Path, str]]) -> list[Job]:
+    """Name the results after the images; a second sentence or a second file of one stem is numbered."""
+    seen: dict[str, int] = {}
+    jobs = []
+    for file, text in pairs:
+        seen[file.stem] = seen.get(file.stem, 0) + 1
+        number = seen[file.stem]
+        jobs.append(Job(file, text, file.stem if number == 1 else f"{file.stem}_{number}"))
+    return jobs

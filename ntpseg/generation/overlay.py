@@ -1,0 +1,41 @@
+"""Masks drawn over their image."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PREDICTION = (255, 96, 64)
+TRUTH = (64, 200, 120)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The mask's pixels that touch its outside (or the image's border) along an axis: bool ``[H, W]``."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside
+
+
+def draw(
+    image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION, opacity: float = 0.35
+) -> np.ndarray:
+    """Tint a mask over an image and draw its outline.
+
+    Args:
+        image: uint8 ``[H, W]`` or ``[H, W, 3]``.
+        mask: bool ``[H, W]``.
+        color: red, green, blue.
+        opacity: of the tint, 0 (outline alone) to 1.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"mask is {list(mask.shape)}; it must have the image's size {list(image.shape[:2])}")
+    rgb = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+    out = rgb.astype(np.float32)
+    out[mask] = out[mask] * (1 - opacity) + np.asarray(color, np.float32) * opacity
+    out[outline(mask)] = color
+    return np.rint(out).astype(np.uint8)

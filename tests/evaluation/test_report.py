@@ -1,0 +1,125 @@
+"""The report: one file, everything in it, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tiny_segmenter import shared
+
+from ntpseg.evaluation import EvaluationOptions, evaluate
+from ntpseg.evaluation.report import write_report
+from ntpseg.generation import Segmenter
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.sources += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records, bundle, source = shared()
+    folder = tmp_path_factory.mktemp("report") / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "trainer_log.jsonl"):
+        shutil.copy(source / name, folder / name)
+    result = evaluate(Segmenter(bundle), records, EvaluationOptions(text_check=6))
+    result.write(folder / "eval" / "test")
+    return folder
+
+
+def parse(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_page_is_whole_and_self_contained(run: Path) -> None:
+    page = parse(write_report(run))
+    assert all(s.startswith(("data:", "#")) for s in page.sources)
+    assert len(page.ids) == len(set(page.ids))
+    known = {f"#{i}" for i in page.ids}
+    assert all(s in known for s in page.sources if s.startswith("#"))
+    for words in ("per-image mean", "pooled over pixels", "Decoding speed", "Best", "Median", "Worst", "confidence"):
+        assert words in page.text
+    assert "Parts of the loss" in page.text and "config.yaml" in page.text
+    # Text of the data is escaped.
+    assert 'Nothing, "really".' in page.text
+
+
+def test_same_image_with_different_sentences_is_shown(run: Path) -> None:
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Same image, different sentences" in text
+    section = text.split("Same image, different sentences")[1].split("By sentence")[0]
+    assert "The left square." in section and "The right square." in section
+
+
+def test_without_such_pairs_another_images_sentence_is_shown(tmp_path: Path) -> None:
+    records, bundle, _ = shared()
+    single = list({r.subject: r for r in records[1::2]}.values())
+    result = evaluate(Segmenter(bundle), single, EvaluationOptions(text_check=6))
+    result.write(tmp_path / "eval" / "test")
+    page = parse(write_report(tmp_path, tmp_path / "deep" / "page.html"))
+    assert "Same image, another sentence" in page.text
+    assert "Training" not in page.text
+
+
+def test_examples_are_best_median_and_worst(run: Path) -> None:
+    text = write_report(run, examples=2).read_text(encoding="utf-8")
+    shown = [float(x) for x in re.findall(r"<span>Dice ([\d.]+) · HD95", text)]
+    assert len(shown) == 6
+    assert min(shown[:2]) >= max(shown[2:4]) >= max(shown[4:])
+    assert shown[4] <= shown[5]
+
+
+def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither eval"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match=r"split is 'val'.* test"):
+        write_report(run, split="val")
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    table = broken / "eval" / "test" / "cases.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("/img/", "/moved/"), encoding="utf-8")
+    with pytest.raises(ValueError, match="no longer there"):
+        write_report(broken)
+
+
+def test_command(run: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ntpseg.cli import app
+
+    result = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "r.html")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "r.html").stat().st_size > 20_000
