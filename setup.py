@@ -119,7 +119,7 @@ def native() -> dict[str, object]:
                 py_limited_api=True,
                 extra_compile_args={"cxx": [*flags["cxx"], "-DUSE_CUDA"]},
                 library_dirs=cuda_libraries(str(find_nvcc())),
-                # The static runtime works beside whatever runtime PyTorch brings: both use the device's primary context.
+                # The static runtime works beside whichever PyTorch brings: both use the device's primary context.
                 libraries=["cudart_static", "dl", "rt", "pthread"],
             )
         )

@@ -39,6 +39,20 @@ struct RecordShape {
   int64_t samples, n, batch, length;
 };
 
+inline void check_memory(
+    const torch::stable::Tensor& rows,
+    const torch::stable::Tensor& stamp,
+    const torch::stable::Tensor& control,
+    const torch::stable::Tensor& epoch) {
+  check_tensor(rows, "rows", 4, ScalarType::Int);
+  check_tensor(stamp, "stamp", 2, ScalarType::Int);
+  check_tensor(control, "control", 1, ScalarType::Int);
+  check_tensor(epoch, "epoch", 0, ScalarType::Long);
+  STD_TORCH_CHECK(rows.size(0) == 2 && rows.size(2) == 3, "rows must be [2, N, 3, n]");
+  STD_TORCH_CHECK(stamp.size(0) == 2 && stamp.size(1) == rows.size(1), "stamp must be [2, N]");
+  STD_TORCH_CHECK(control.size(0) >= 2, "control must have a counter and at least one lock");
+}
+
 inline RecordShape check_record(
     const torch::stable::Tensor& rows,
     const torch::stable::Tensor& stamp,
@@ -48,18 +62,12 @@ inline RecordShape check_record(
     const torch::stable::Tensor& prediction,
     const torch::stable::Tensor& labels,
     const torch::stable::Tensor& deviation) {
-  check_tensor(rows, "rows", 4, ScalarType::Int);
-  check_tensor(stamp, "stamp", 2, ScalarType::Int);
-  check_tensor(control, "control", 1, ScalarType::Int);
-  check_tensor(epoch, "epoch", 0, ScalarType::Long);
+  check_memory(rows, stamp, control, epoch);
   check_tensor(sample_ids, "sample_ids", 1, ScalarType::Long);
   check_tensor(prediction, "prediction", 2, ScalarType::Long);
   check_tensor(labels, "labels", 2, ScalarType::Long);
   check_tensor(deviation, "deviation", 2, ScalarType::Float);
   const RecordShape shape{rows.size(1), rows.size(3), prediction.size(0), prediction.size(1)};
-  STD_TORCH_CHECK(rows.size(0) == 2 && rows.size(2) == 3, "rows must be [2, N, 3, n]");
-  STD_TORCH_CHECK(stamp.size(0) == 2 && stamp.size(1) == shape.samples, "stamp must be [2, N]");
-  STD_TORCH_CHECK(control.size(0) >= 2, "control must have a counter and at least one lock");
   STD_TORCH_CHECK(sample_ids.size(0) == shape.batch, "sample_ids must be [B]");
   for (const auto* other : {&labels, &deviation}) {
     STD_TORCH_CHECK(

@@ -50,6 +50,40 @@ std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is
   return {value, index};
 }
 
+MemoryView view_of(const Tensor& rows, const Tensor& stamp, const Tensor& control, const Tensor& epoch) {
+  return {
+      static_cast<int32_t*>(rows.data_ptr()),
+      static_cast<int32_t*>(stamp.data_ptr()),
+      static_cast<int32_t*>(control.data_ptr()),
+      control.size(0) - 1,
+      rows.size(1),
+      rows.size(3),
+      *static_cast<const int64_t*>(epoch.data_ptr())};
+}
+
+void merge_entries(
+    const Tensor& rows,
+    const Tensor& stamp,
+    const Tensor& control,
+    const Tensor& epoch,
+    const Tensor& sample_ids,
+    const Tensor& entries) {
+  check_memory(rows, stamp, control, epoch);
+  check_tensor(sample_ids, "sample_ids", 1, ScalarType::Long);
+  check_tensor(entries, "entries", 3, ScalarType::Int);
+  STD_TORCH_CHECK(
+      entries.size(0) == sample_ids.size(0) && entries.size(1) == 3, "entries must be [B, 3, m] with sample_ids [B]");
+  const MemoryView memory = view_of(rows, stamp, control, epoch);
+  const auto* ids = static_cast<const int64_t*>(sample_ids.data_ptr());
+  const auto* source = static_cast<const int32_t*>(entries.data_ptr());
+  const int64_t slots = entries.size(2);
+  torch::stable::parallel_for(0, sample_ids.size(0), rows_per_task(slots), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      merge_into(memory, ids[row], read_entries(source + row * 3 * slots, slots));
+    }
+  });
+}
+
 void record_errors(
     const Tensor& rows,
     const Tensor& stamp,
@@ -62,14 +96,7 @@ void record_errors(
     int64_t ignore_index) {
   const RecordShape shape =
       check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
-  const MemoryView memory{
-      static_cast<int32_t*>(rows.data_ptr()),
-      static_cast<int32_t*>(stamp.data_ptr()),
-      static_cast<int32_t*>(control.data_ptr()),
-      control.size(0) - 1,
-      shape.samples,
-      shape.n,
-      *static_cast<const int64_t*>(epoch.data_ptr())};
+  const MemoryView memory = view_of(rows, stamp, control, epoch);
   const auto* ids = static_cast<const int64_t*>(sample_ids.data_ptr());
   const auto* predictions = static_cast<const int64_t*>(prediction.data_ptr());
   const auto* targets = static_cast<const int64_t*>(labels.data_ptr());
@@ -110,11 +137,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ntpseg, m) {
   m.def(
       "record_errors(Tensor(a!) rows, Tensor(b!) stamp, Tensor(c!) control, Tensor epoch, Tensor sample_ids, "
       "Tensor prediction, Tensor labels, Tensor deviation, int ignore_index) -> ()");
+  m.def(
+      "merge_entries(Tensor(a!) rows, Tensor(b!) stamp, Tensor(c!) control, Tensor epoch, Tensor sample_ids, "
+      "Tensor entries) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ntpseg, CPU, m) {
   m.impl("topn_errors", TORCH_BOX(&ntpseg::topn_errors));
   m.impl("record_errors", TORCH_BOX(&ntpseg::record_errors));
+  m.impl("merge_entries", TORCH_BOX(&ntpseg::merge_entries));
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

@@ -24,23 +24,15 @@ class Locked {
 
 // One row of the memory: deviation bits, positions and tokens, n of each.
 void write(int32_t* row, int64_t n, const Entries& entries) {
-  std::memcpy(row, entries.deviation.data(), entries.size * sizeof(float));
-  std::copy_n(entries.position.data(), entries.size, row + n);
-  std::copy_n(entries.token.data(), entries.size, row + 2 * n);
+  const int64_t size = std::min(entries.size, n);
+  std::memcpy(row, entries.deviation.data(), size * sizeof(float));
+  std::copy_n(entries.position.data(), size, row + n);
+  std::copy_n(entries.token.data(), size, row + 2 * n);
   const float nothing = -std::numeric_limits<float>::infinity();
-  for (int64_t i = entries.size; i < n; ++i) {
+  for (int64_t i = size; i < n; ++i) {
     std::memcpy(row + i, &nothing, sizeof nothing);
     row[n + i] = row[2 * n + i] = -1;
   }
-}
-
-Entries read(const int32_t* row, int64_t n) {
-  Entries entries(n);
-  std::memcpy(entries.deviation.data(), row, n * sizeof(float));
-  std::copy_n(row + n, n, entries.position.data());
-  std::copy_n(row + 2 * n, n, entries.token.data());
-  entries.size = std::find(row + n, row + 2 * n, -1) - (row + n);
-  return entries;
 }
 
 Entries merge(const Entries& a, const Entries& b, int64_t n) {
@@ -65,6 +57,15 @@ Entries merge(const Entries& a, const Entries& b, int64_t n) {
 
 }  // namespace
 
+Entries read_entries(const int32_t* row, int64_t n) {
+  Entries entries(n);
+  std::memcpy(entries.deviation.data(), row, n * sizeof(float));
+  std::copy_n(row + n, n, entries.position.data());
+  std::copy_n(row + 2 * n, n, entries.token.data());
+  entries.size = std::find(row + n, row + 2 * n, -1) - (row + n);
+  return entries;
+}
+
 void merge_into(const MemoryView& memory, int64_t sample, const Entries& fresh) {
   if (sample < 0 || sample >= memory.samples) {
     __atomic_fetch_add(memory.control, 1, __ATOMIC_RELAXED);
@@ -74,7 +75,7 @@ void merge_into(const MemoryView& memory, int64_t sample, const Entries& fresh) 
   const int64_t buffer = (memory.epoch & 1) * memory.samples + sample;
   int32_t* row = memory.rows + buffer * 3 * memory.n;
   if (memory.stamp[buffer] == memory.epoch) {
-    write(row, memory.n, merge(read(row, memory.n), fresh, memory.n));
+    write(row, memory.n, merge(read_entries(row, memory.n), fresh, memory.n));
   } else {
     write(row, memory.n, fresh);
     memory.stamp[buffer] = static_cast<int32_t>(memory.epoch);

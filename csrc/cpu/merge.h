@@ -22,6 +22,9 @@ struct MemoryView {
   int64_t locks, samples, n, epoch;
 };
 
+// Reads entries laid out as the memory's rows are: n deviations, n positions, n tokens, position -1 past the last.
+Entries read_entries(const int32_t* row, int64_t n);
+
 // Merges under the sample's lock; entries of a sample that another thread merges too may arrive in any order, since
 // the outcome does not depend on it. An id out of range is counted in control[0] and skipped.
 void merge_into(const MemoryView& memory, int64_t sample, const Entries& fresh);

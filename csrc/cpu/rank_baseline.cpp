@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
+#include <string_view>
 #include <utility>
 
 namespace ntpseg {
@@ -50,22 +50,18 @@ static inline void compress_columns(int32_t* out, int32_t first, int mask) {
 
 }  // namespace baseline
 
-static RankRow choose() {
+RankRow rank_row_for_this_cpu() {
 #if defined(__x86_64__)
+  // Read at every call, which costs nothing beside the ranking, so that one process can compare them.
   const char* asked = std::getenv("NTPSEG_CPU_ISA");
-  const std::string limit = asked ? asked : "avx512";
+  const std::string_view limit = asked ? asked : "avx512";
   __builtin_cpu_init();
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (limit == "avx512" && has_avx512) return avx512::rank_row;
-  if (limit != "baseline" && __builtin_cpu_supports("avx2")) return avx2::rank_row;
+  if (limit != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return avx2::rank_row;
 #endif
   return baseline::rank_row;
-}
-
-RankRow rank_row_for_this_cpu() {
-  static const RankRow chosen = choose();
-  return chosen;
 }
 
 }  // namespace ntpseg

@@ -64,14 +64,11 @@ def _exchange_epoch(rows: Tensor, stamp: Tensor, control: Tensor, epoch: int, wi
         for rank in range(world):
             if rank != me:
                 held = samples[rank] >= 0
-                block = entries[rank][held].to(rows.device)
                 merge_entries(
                     rows,
                     stamp,
                     control,
                     clock,
                     samples[rank][held].to(rows.device),
-                    block[:, 0].contiguous().view(torch.float32),
-                    block[:, 1],
-                    block[:, 2],
+                    entries[rank][held].to(rows.device),
                 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ntpseg.memory import state
+from ntpseg.memory import deviation as deviations
+from ntpseg.memory import state, storage
+from ntpseg.memory.background import Background, served_rows
 from ntpseg.memory.exchange import exchange
 from ntpseg.memory.tokens import HardTokens
-from ntpseg.ops import record_errors
+from ntpseg.ops import record_errors, topn_errors
+from ntpseg.ops.record import pack_entries
 
 _LOCKS = 4096
 
@@ -16,16 +22,24 @@ _LOCKS = 4096
 class HardTokenMemory:
     """The up to n hardest errors of every sample, recorded in one epoch and served in the next.
 
+    It takes ``24 N n`` bytes: two epochs of deviation, position and token.
+
     Args:
         num_samples: number of samples N in the data set; sample ids are 0 .. N-1.
         n: entries kept per sample and epoch.
-        device: where the memory lives and where its inputs and outputs are; the CPU by default.
+        device: where the inputs of `record` and the outputs of `lookup` are; the CPU by default.
+        storage: where the rows lie. ``device``: beside the model; nothing waits, and on CUDA `record` can be captured
+            into a graph. ``pinned``: in host memory; ``mapped``: in files under ``path``, for data sets beyond memory.
+            Both of these work in the background: `record` hands its entries to a thread, and `prefetch` fetches the
+            next batch's while this one computes.
+        path: folder of a mapped memory. One that is there already is opened where it left off.
         key: content key of the data set, its order included (see `content_key`); a state with another key is refused.
-        deviation: the kind of deviation that is recorded; kept with the state, since kinds cannot be compared.
+        deviation: the kind of deviation that is recorded, one of `ntpseg.memory.deviation.KINDS`; kept with the state,
+            since kinds cannot be compared.
         ignore_index: the label of unsupervised positions.
 
     Raises:
-        ValueError: ``num_samples`` or ``n`` is less than 1.
+        ValueError: an argument is out of range or unknown, or the files under ``path`` belong to another memory.
     """
 
     def __init__(
@@ -34,23 +48,23 @@ class HardTokenMemory:
         n: int,
         device: torch.device | str | None = None,
         *,
+        storage: str = "device",
+        path: str | Path | None = None,
         key: str | None = None,
         deviation: str = "margin",
         ignore_index: int = -100,
     ) -> None:
-        for name, value in (("num_samples", num_samples), ("n", n)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.num_samples = num_samples
-        self.n = n
+        _check_options(num_samples, n, storage, path, deviation)
+        self.num_samples, self.n = num_samples, n
         self.device = torch.device(device or "cpu")
-        self.key = key
-        self.deviation = deviation
-        self.ignore_index = ignore_index
-        self._rows = torch.zeros(2, num_samples, 3, n, dtype=torch.int32, device=self.device)
-        self._stamp = torch.zeros(2, num_samples, dtype=torch.int32, device=self.device)
-        self._control = torch.zeros(1 + _LOCKS, dtype=torch.int32, device=self.device)
-        self._epoch = torch.ones((), dtype=torch.int64, device=self.device)
+        self.storage, self.key, self.deviation, self.ignore_index = storage, key, deviation, ignore_index
+        home = self.device if storage == "device" else torch.device("cpu")
+        self._control = torch.zeros(1 + _LOCKS, dtype=torch.int32, device=home)
+        self._epoch = torch.ones((), dtype=torch.int64, device=home)
+        self._store = self._open(home, path)
+        self._background: Background | None = None
+        if storage != "device":
+            self._background = Background(self._store, self._control, self._epoch, self.device)
 
     @property
     def epoch(self) -> int:
@@ -80,24 +94,46 @@ class HardTokenMemory:
         for name, tensor in (("labels", labels), ("deviation", deviation)):
             if tensor.shape != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}; it must be {list(shape)}, as prediction is")
-        record_errors(
-            self._rows,
-            self._stamp,
-            self._control,
-            self._epoch,
-            sample_ids.to(self.device, non_blocking=True),
-            prediction.to(self.device),
-            labels.to(self.device),
-            deviation.detach().to(self.device),
-            self.ignore_index,
-        )
+        inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
+        sample_ids, prediction, labels, deviation = inputs
+        if self._background is None:
+            memory = (self._store.rows, self._store.stamp, self._control, self._epoch)
+            record_errors(*memory, sample_ids, prediction, labels, deviation, self.ignore_index)
+            return
+        is_error = (prediction >= 0) & (labels != self.ignore_index) & (prediction != labels)
+        value, index = topn_errors(deviation, is_error, self.n)
+        self._background.write(sample_ids.clone(), pack_entries(value, index, prediction))
+
+    def observe(
+        self,
+        sample_ids: Tensor,
+        output: deviations.TokenOutput,
+        labels: Tensor,
+        codebook: deviations.Codebook | None = None,
+    ) -> None:
+        """Record a loss's output with this memory's own kind of deviation; `record` without working it out oneself.
+
+        Args:
+            sample_ids: ``[B]`` int64.
+            output: what `ntpseg.ntp_loss` returned.
+            labels: ``[B, T]`` int64, unshifted.
+            codebook: the embeddings, for deviation ``codebook`` alone.
+
+        Raises:
+            ValueError: as `record`, or ``codebook`` is missing.
+        """
+        deviation = deviations.token_deviation(self.deviation, output, labels, codebook)
+        self.record(sample_ids, output.prediction, labels, deviation)
 
     def advance(self) -> None:
         """End the epoch: what was recorded becomes what is served, and recording starts afresh.
 
+        Takes the same time whatever the size of the memory.
+
         Raises:
             ValueError: a sample id of this epoch was out of range.
         """
+        self._settle()
         skipped = int(self._control[0])
         if skipped:
             self._control[0] = 0
@@ -105,6 +141,19 @@ class HardTokenMemory:
                 f"sample_ids held {skipped} ids outside [0, {self.num_samples}); they must index the data set"
             )
         self._epoch += 1
+        self._write_header()
+
+    def prefetch(self, sample_ids: Tensor) -> None:
+        """Start fetching what a later `lookup` of the same ids will return; up to eight batches ahead.
+
+        Does nothing where the rows are on the device already.
+
+        Args:
+            sample_ids: ``[B]`` int64; ids on a GPU have to be waited for.
+        """
+        self._check_ids(sample_ids)
+        if self._background is not None:
+            self._background.prefetch(sample_ids)
 
     def lookup(self, sample_ids: Tensor) -> HardTokens:
         """Return what was recorded for these samples in the previous epoch.
@@ -120,16 +169,13 @@ class HardTokenMemory:
             ValueError: ``sample_ids`` is no vector of integers, or (on the CPU) an id is out of range.
         """
         self._check_ids(sample_ids)
-        ids = sample_ids.to(self.device)
-        served = self._epoch - 1
-        known = (ids >= 0) & (ids < self.num_samples)
-        row = (served % 2) * self.num_samples + torch.where(known, ids, 0)
-        valid = known & (served > 0) & (self._stamp.view(-1)[row] == served)
-        entry = self._rows.view(-1, 3, self.n)[row]
-        entry = torch.where(valid.view(-1, 1, 1), entry, -1).long()
-        return HardTokens(position=entry[:, 1], token=entry[:, 2])
+        if self._background is not None:
+            entries = self._background.read(sample_ids)
+        else:
+            entries = served_rows(self._store, self._epoch, sample_ids.to(self.device, non_blocking=True))
+        return HardTokens(position=entries[:, 1].long(), token=entries[:, 2].long())
 
-    def sync(self, group: object | None = None) -> None:
+    def sync(self, group: Any = None) -> None:
         """Merge what the ranks of a process group recorded, so that each can serve what another saw.
 
         Call it on every rank at the end of an epoch, before or after `advance`; doing it twice changes nothing.
@@ -137,11 +183,60 @@ class HardTokenMemory:
 
         Args:
             group: a ``torch.distributed`` process group; the default group if None.
-        """
-        exchange(self._rows, self._stamp, self._control, self.epoch, group)
 
-    def state_dict(self) -> dict[str, object]:
+        Raises:
+            ValueError: the ranks are in different epochs.
+        """
+        self._settle()
+        exchange(self._store.rows, self._store.stamp, self._control, self.epoch, group)
+
+    def flush(self) -> None:
+        """Finish what is under way; of a mapped memory, wait until the disk has it. A killed process loses nothing
+        that `record` has handed over; after a power cut, what was flushed is there."""
+        self._settle()
+        self._store.flush()
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the exact state as CPU tensors, numbers and strings; its size grows with the errors held."""
+        self._settle()
+        rows, stamp, epoch = self._store.rows, self._store.stamp, self.epoch
+        return {
+            **self._identity(),
+            "served": state.pack(rows, stamp, epoch - 1),
+            "recording": state.pack(rows, stamp, epoch),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, whatever storage and device it came from.
+
+        Raises:
+            ValueError: it is no such state, of another version, of another number of samples or entries, of another
+                data set (content key) or of another kind of deviation. The memory is unchanged then.
+        """
+        state.check(saved, self._identity())
+        self._settle()
+        store, epoch = self._store, int(saved["epoch"])
+        store.stamp.zero_()
+        self._control.zero_()
+        state.unpack(saved["served"], store.rows, store.stamp, epoch - 1)
+        state.unpack(saved["recording"], store.rows, store.stamp, epoch)
+        self._epoch.fill_(epoch)
+        self._write_header()
+
+    def _open(self, home: torch.device, path: str | Path | None) -> storage.Storage:
+        if self.storage != "mapped":
+            return storage.in_memory(self.num_samples, self.n, home, pinned=self.storage == "pinned")
+        folder = Path(path or "")
+        header = storage.read_header(folder)
+        if header is not None:
+            state.check(header, self._identity())
+            self._epoch.fill_(header["epoch"])
+        opened = storage.mapped(folder, self.num_samples, self.n)
+        if header is None:
+            storage.write_header(folder, self._identity())
+        return opened
+
+    def _identity(self) -> dict[str, Any]:
         return {
             "format": state.FORMAT,
             "version": state.VERSION,
@@ -150,24 +245,15 @@ class HardTokenMemory:
             "key": self.key,
             "deviation": self.deviation,
             "epoch": self.epoch,
-            "served": state.pack(self._rows, self._stamp, self.epoch - 1),
-            "recording": state.pack(self._rows, self._stamp, self.epoch),
         }
 
-    def load_state_dict(self, saved: dict[str, object]) -> None:
-        """Restore what `state_dict` returned, on any device.
+    def _settle(self) -> None:
+        if self._background is not None:
+            self._background.drain()
 
-        Raises:
-            ValueError: it is no such state, of a later version, of another number of samples or entries, of another
-                data set (content key) or of another kind of deviation. The memory is unchanged then.
-        """
-        state.check(saved, num_samples=self.num_samples, n=self.n, key=self.key, deviation=self.deviation)
-        epoch = int(saved["epoch"])  # type: ignore[call-overload]
-        self._stamp.zero_()
-        self._control.zero_()
-        state.unpack(saved["served"], self._rows, self._stamp, epoch - 1)
-        state.unpack(saved["recording"], self._rows, self._stamp, epoch)
-        self._epoch.fill_(epoch)
+    def _write_header(self) -> None:
+        if self._store.folder is not None:
+            storage.write_header(self._store.folder, self._identity())
 
     def _check_ids(self, sample_ids: Tensor) -> None:
         if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
@@ -178,3 +264,14 @@ class HardTokenMemory:
                 raise ValueError(
                     f"sample_ids spans {low} .. {high}; every id must be in [0, {self.num_samples}), the data set"
                 )
+
+
+def _check_options(num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str) -> None:
+    for name, value in (("num_samples", num_samples), ("n", n)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for name, choice, kinds in (("storage", kind, storage.KINDS), ("deviation", deviation, deviations.KINDS)):
+        if choice not in kinds:
+            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(kinds)}")
+    if (path is not None) != (kind == "mapped"):
+        raise ValueError(f"path is {path!r}; storage 'mapped' needs a folder and no other storage takes one")

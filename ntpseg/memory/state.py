@@ -61,8 +61,12 @@ def unpack(packed: Any, rows: Tensor, stamp: Tensor, epoch: int) -> None:
         start = stop
 
 
-def check(saved: dict[str, Any], *, num_samples: int, n: int, key: str | None, deviation: str) -> None:
-    """Refuse a state that does not belong to this memory.
+def check(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Refuse a state, or the header of a mapped memory, that does not belong to a memory.
+
+    Args:
+        saved: what was saved.
+        mine: the same fields of the memory that is to take it.
 
     Raises:
         ValueError: naming what differs.
@@ -71,11 +75,11 @@ def check(saved: dict[str, Any], *, num_samples: int, n: int, key: str | None, d
         raise ValueError(f"the state's format is {saved.get('format')!r}; it must be {FORMAT!r}")
     if saved["version"] != VERSION:
         raise ValueError(f"the state's version is {saved['version']}; this release of ntpseg reads version {VERSION}")
-    for name, mine in (("num_samples", num_samples), ("n", n), ("deviation", deviation)):
-        if saved[name] != mine:
-            raise ValueError(f"the state's {name} is {saved[name]!r}; it must be {mine!r}, as in this memory")
-    if key is not None and saved["key"] is not None and saved["key"] != key:
+    for name in ("num_samples", "n", "deviation"):
+        if saved[name] != mine[name]:
+            raise ValueError(f"the state's {name} is {saved[name]!r}; it must be {mine[name]!r}, as in this memory")
+    if None not in (saved["key"], mine["key"]) and saved["key"] != mine["key"]:
         raise ValueError(
-            f"the state's content key is {saved['key']!r}; it must be {key!r}: the data set, or the order of its "
-            "samples, is not the one that these errors were recorded on"
+            f"the state's content key is {saved['key']!r}; it must be {mine['key']!r}: the data set, or the order of "
+            "its samples, is not the one that these errors were recorded on"
         )

@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntpseg.ops.topn import canonical, native_serves, ordered_bits, plain_topn_errors, ready
+from ntpseg.ops.extension import usable
+from ntpseg.ops.topn import native_serves, ordered_bits, plain_topn_errors, ready
 
 _NONE = torch.iinfo(torch.int64).min
 _NO_PAIR = torch.iinfo(torch.int64).max
+_NO_DEVIATION = -0x00800000  # the bits of -inf as float32
 
 
 def record_errors(
@@ -71,33 +73,40 @@ def plain_record_errors(
     """Do what `record_errors` does with PyTorch operators alone (any device, any size)."""
     is_error = (prediction >= 0) & (labels != ignore_index) & (prediction != labels)
     value, index = plain_topn_errors(deviation, is_error, rows.shape[3])
-    token = prediction.gather(1, index.clamp(min=0).long())
-    merge_entries(rows, stamp, control, epoch, sample_ids, value, index, token)
+    entries = pack_entries(value, index, prediction)
+    plain_merge_entries(rows, stamp, control, epoch, sample_ids, entries)
 
 
 def merge_entries(
-    rows: Tensor,
-    stamp: Tensor,
-    control: Tensor,
-    epoch: Tensor,
-    sample_ids: Tensor,
-    value: Tensor,
-    position: Tensor,
-    token: Tensor,
+    rows: Tensor, stamp: Tensor, control: Tensor, epoch: Tensor, sample_ids: Tensor, entries: Tensor
 ) -> None:
     """Merge entries that were ranked already into the rows of ``epoch``, in place.
 
     Args:
-        value: ``[B, m]`` float32 deviations, in any order.
-        position: ``[B, m]`` integer, -1 in empty slots.
-        token: ``[B, m]`` integer.
+        entries: ``[B, 3, m]`` int32, laid out and ranked as the memory's own rows are, without repeated pairs.
 
     The other arguments are those of `record_errors`.
     """
+    if rows.device.type == "cpu" and usable("cpu"):
+        torch.ops.ntpseg.merge_entries(rows, stamp, control, epoch, sample_ids.contiguous(), entries.contiguous())
+    else:
+        plain_merge_entries(rows, stamp, control, epoch, sample_ids, entries)
+
+
+def pack_entries(value: Tensor, index: Tensor, prediction: Tensor) -> Tensor:
+    """Return what `topn_errors` found as ``[B, 3, n]`` int32 entries: deviation bits, position, token."""
+    token = prediction.gather(1, index.clamp(min=0).long()).int()
+    return torch.stack([value.view(torch.int32), index, token.masked_fill(index < 0, -1)], dim=1)
+
+
+def plain_merge_entries(
+    rows: Tensor, stamp: Tensor, control: Tensor, epoch: Tensor, sample_ids: Tensor, entries: Tensor
+) -> None:
+    """Do what `merge_entries` does with PyTorch operators alone (any device); entries may be in any order."""
     samples = stamp.shape[1]
     known = (sample_ids >= 0) & (sample_ids < samples)
     control[:1] += (~known).sum().int()
-    sample_ids, value, position, token = (x[known] for x in (sample_ids, value, position, token))
+    sample_ids, entries = sample_ids[known], entries[known]
     flat_rows, flat_stamp = rows.view(2 * samples, *rows.shape[2:]), stamp.view(-1)
     target = (epoch % 2) * samples + sample_ids
     # Visits of one sample within the batch must see each other: the i-th visits of all samples go together.
@@ -107,12 +116,8 @@ def merge_entries(
         row = target[batch]
         held = flat_rows[row]
         fresh = (flat_stamp[row] != epoch).unsqueeze(1)
-        flat_rows[row] = _merge(
-            torch.cat([held[:, 0].view(torch.float32), canonical(value[batch])], dim=1),
-            torch.cat([held[:, 1].masked_fill(fresh, -1), position[batch].int()], dim=1).long(),
-            torch.cat([held[:, 2], token[batch].int()], dim=1).long(),
-            rows.shape[3],
-        )
+        held[:, 1].masked_fill_(fresh, -1)
+        flat_rows[row] = _merge(torch.cat([held, entries[batch]], dim=2), rows.shape[3])
         flat_stamp[row] = epoch.int()
 
 
@@ -125,20 +130,17 @@ def _rounds(target: Tensor) -> list[Tensor]:
     return [(visit == i).nonzero().squeeze(1) for i in range(int(visit.max()) + 1 if target.numel() else 0)]
 
 
-def _merge(value: Tensor, position: Tensor, token: Tensor, n: int) -> Tensor:
-    """Rank ``[R, m]`` candidates, drop the lesser of equal pairs and return the best as rows ``[R, 3, n]`` int32."""
+def _merge(entries: Tensor, n: int) -> Tensor:
+    """Rank ``[R, 3, m]`` candidates, drop the lesser of equal pairs and return the best as ``[R, 3, n]``."""
+    bits, position, token = entries.unbind(1)
     empty = position < 0
-    key = ordered_bits(value).masked_fill(empty, _NONE)
-    pair = ((position << 32) | token).masked_fill(empty, _NO_PAIR)
+    key = ordered_bits(bits.contiguous().view(torch.float32)).masked_fill(empty, _NONE)
+    pair = ((position.long() << 32) | token.long()).masked_fill(empty, _NO_PAIR)
     order = key.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, pair.gather(1, order).argsort(dim=1, stable=True))
     key, pair = key.gather(1, order), pair.gather(1, order)
     key[:, 1:].masked_fill_(pair[:, 1:] == pair[:, :-1], _NONE)
     key, rank = key.sort(dim=1, descending=True, stable=True)
-    chosen = order.gather(1, rank)
-    entry = torch.stack([value.view(torch.int32), position.int(), token.int()], dim=1)
-    blank = torch.tensor([-torch.inf, 0.0, 0.0], device=value.device).view(torch.int32)
-    blank = blank.index_fill(0, torch.tensor([1, 2], device=value.device), -1).view(1, 3, 1)
-    entry = entry.gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
-    entry = torch.where((key == _NONE).unsqueeze(1), blank, entry)
-    return entry[:, :, :n]
+    chosen = order.gather(1, rank).unsqueeze(1).expand(-1, 3, -1)
+    blank = torch.tensor([_NO_DEVIATION, -1, -1], dtype=torch.int32, device=entries.device).view(1, 3, 1)
+    return torch.where((key == _NONE).unsqueeze(1), blank, entries.gather(2, chosen))[:, :, :n]

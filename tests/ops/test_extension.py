@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,15 +38,6 @@ def test_compiles_without_a_graph_break() -> None:
     expected = topn_errors(deviation * 2, is_error, 5)
     found = compiled(deviation, is_error)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_other_instruction_sets(isa: str) -> None:
-    tests = Path(__file__).with_name("test_topn.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not plain", str(tests)]
-    environment = {**os.environ, "NTPSEG_CPU_ISA": isa, "PYTEST_ADDOPTS": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_malformed_tensors_are_refused_natively() -> None:

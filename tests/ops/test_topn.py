@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import hard_error_reference as reference
 import pytest
@@ -32,7 +33,26 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     )
 
 
-@pytest.mark.parametrize("path", [plain_topn_errors, topn_errors])
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run on this instruction set, or the best below it that the processor has."""
+    monkeypatch.setenv("NTPSEG_CPU_ISA", request.param)
+    return request.param
+
+
+def on_isa(isa: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def path(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NTPSEG_CPU_ISA", isa)
+            return topn_errors(deviation, is_error, n)
+
+    return path
+
+
+PATHS = {"plain": plain_topn_errors, **{isa: on_isa(isa) for isa in ("avx512", "avx2", "baseline")}}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @settings(max_examples=150, deadline=None)
 @given(problems())
 @example((torch.full((2, 33), 1.0), torch.ones(2, 33, dtype=torch.bool), 5))
@@ -50,7 +70,7 @@ def test_equals_the_definition(path, problem: tuple[Tensor, Tensor, int]) -> Non
 @pytest.mark.parametrize(
     ("rows", "length", "n"), [(64, 1568, 64), (3, 5000, 256), (2, 17, 300), (5, 1, 4), (2, 16384, 7)]
 )
-def test_paths_agree_at_real_sizes(rows: int, length: int, n: int, density: float) -> None:
+def test_paths_agree_at_real_sizes(isa: str, rows: int, length: int, n: int, density: float) -> None:
     deviation = torch.randn(rows, length).abs()
     is_error = torch.rand(rows, length) < density
     torch.testing.assert_close(
@@ -62,7 +82,7 @@ def test_paths_agree_at_real_sizes(rows: int, length: int, n: int, density: floa
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
-def test_sorted_rows(order: str) -> None:
+def test_sorted_rows(isa: str, order: str) -> None:
     deviation = torch.arange(3000.0).repeat(2, 1)
     expected = torch.arange(2999, 2899, -1)
     if order == "descending":

@@ -1,0 +1,68 @@
+"""How far a prediction is from the truth: the kinds of deviation that can rank hard errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+KINDS = ("margin", "nll", "codebook")
+
+
+class TokenOutput(Protocol):
+    """What `ntpseg.ntp_loss` returns, as far as it is needed here: ``[B, T]`` each."""
+
+    prediction: Tensor
+    nll: Tensor
+    margin: Tensor
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The embeddings behind the code tokens.
+
+    Attributes:
+        embedding: ``[K, e]`` floating point, one row per code.
+        first_token: token id of code 0; code c is token ``first_token + c``.
+    """
+
+    embedding: Tensor
+    first_token: int
+
+
+def token_deviation(kind: str, output: TokenOutput, labels: Tensor, codebook: Codebook | None = None) -> Tensor:
+    """Compute the deviation of every predicted token from its label.
+
+    - ``margin``: max z - z[y], in logits: how firmly the wrong token was preferred. The default.
+    - ``nll``: -log p(y), in nats: how improbable the truth was. Unlike the margin it also grows with the number of
+      rivals.
+    - ``codebook``: Euclidean distance between the embeddings of the predicted and the true code: how different the
+      decoded patch looks, whatever the model's confidence. Where only one of the two is a code, +inf: a token of
+      another kind decodes to nothing.
+
+    Args:
+        kind: one of `KINDS`.
+        output: the loss's output.
+        labels: ``[B, T]`` int64, unshifted.
+        codebook: needed by ``codebook`` alone.
+
+    Returns:
+        ``[B, T]`` floating point without a gradient. What it holds where there is no error is not used.
+
+    Raises:
+        ValueError: the kind is unknown, or ``codebook`` lacks the codebook.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"deviation is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind != "codebook":
+        return getattr(output, kind).detach()
+    if codebook is None:
+        raise ValueError("codebook is None; deviation 'codebook' needs the embeddings of the codes")
+    embedding = codebook.embedding.detach().to(labels.device, torch.float32)
+    codes = [tokens - codebook.first_token for tokens in (output.prediction, labels)]
+    known = [(code >= 0) & (code < embedding.shape[0]) for code in codes]
+    rows = [embedding[torch.where(valid, code, 0)] for code, valid in zip(codes, known)]
+    distance = (rows[0] - rows[1]).norm(dim=-1)
+    return torch.where(known[0] & known[1], distance, torch.inf)
