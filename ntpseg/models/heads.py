@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -77,18 +78,18 @@ class NextKHeads(nn.Module):
         logits_of: int = 0,
         vocab_range: tuple[int, int] | None = None,
         **keywords: Any,
-    ) -> Tensor | NTPOutput:
+    ) -> Any:
         """Head states, the loss or logits, whichever is asked for.
 
         Args:
             hidden: ``[B, T, D]`` (any leading shape without `labels`).
-            labels: ``[B, T]`` int64: return the loss.
+            labels: ``[B, T]`` int64: return the loss, as `loss` does but with the fields of `NTPOutput` in a tuple.
             logits_of: n > 0: return the logits of the first n heads.
             vocab_range: ``(lo, hi)``, for the loss and the logits.
             **keywords: further arguments of `ntp_loss`; only with `labels`.
 
         Returns:
-            ``[..., k, D]`` head states; or the `NTPOutput`; or ``[..., n, V']`` logits.
+            ``[..., k, D]`` head states; or the fields of `NTPOutput`; or ``[..., n, V']`` logits.
 
         Raises:
             ValueError: `hidden` does not end in D, or `logits_of` is above k.
@@ -96,7 +97,9 @@ class NextKHeads(nn.Module):
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden must end in {self.hidden_size} features, got shape {list(hidden.shape)}")
         if labels is not None:
-            return ntp_loss(self._states(hidden, self.k), self.weight, labels, vocab_range=vocab_range, **keywords)
+            out = ntp_loss(self._states(hidden, self.k), self.weight, labels, vocab_range=vocab_range, **keywords)
+            # ZeRO-3 gathers the parameters for backward in hooks on the output's tensors; it looks into tuples only.
+            return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
         if keywords:
             raise ValueError(f"{sorted(keywords)[0]} needs labels")
         if not logits_of:
@@ -112,7 +115,7 @@ class NextKHeads(nn.Module):
 
     def loss(self, hidden: Tensor, labels: Tensor, **keywords: Any) -> NTPOutput:
         """`ntp_loss` of all k heads on ``[B, T, D]`` states with this module's weight."""
-        return self(hidden, labels, **keywords)
+        return NTPOutput(*self(hidden, labels, **keywords))
 
     def logits(self, hidden: Tensor, *, heads: int = 1, vocab_range: tuple[int, int] | None = None) -> Tensor:
         """Logits of the first `heads` heads: ``[..., heads, V']``; class v of the result is ``v + lo``."""

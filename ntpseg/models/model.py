@@ -197,7 +197,7 @@ class NTPSegModel(PreTrainedModel):
         het = None
         if het_position is not None and het_token is not None and config.het_weight > 0:
             het = HardTokens(torch.where(het_position < start, -1, het_position - start), het_token)
-        out = self.heads(
+        out = self.heads.loss(
             hidden[:, start:],
             labels[:, start:],
             negatives=config.negatives,

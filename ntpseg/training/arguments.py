@@ -37,6 +37,7 @@ FIXED: dict[str, Any] = {
     "remove_unused_columns": False,  # sample_ids is no argument of the model
     "label_names": ["labels"],
     "prediction_loss_only": True,
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -49,6 +50,8 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     from transformers import TrainingArguments
 
     fields = {**DEFAULTS, **config.training, **FIXED, "output_dir": str(run), "seed": config.seed}
+    # YAML reads a bare `no` as False.
+    fields |= {k: "no" for k, v in fields.items() if k.endswith("_strategy") and v is False}
     fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)
     if not torch.cuda.is_available():
         fields |= {"use_cpu": True, "dataloader_pin_memory": False}

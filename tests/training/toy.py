@@ -105,6 +105,7 @@ def make_trainer(
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "prediction_loss_only": True,
+        "ddp_find_unused_parameters": False,
         "seed": 0,
         **fields,
     }

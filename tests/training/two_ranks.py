@@ -1,0 +1,65 @@
+"""Trains the toy on the ranks of torchrun: ``two_ranks.py OUTPUT MODE ...``.
+
+Each MODE is ddp, zero2 or zero3; a zero3 run is also resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from toy import make_toy, make_trainer
+
+from ntpseg.training.hardware import deepspeed_config, end_processes, prepare_deepspeed, rank
+
+NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm", "token_accuracy")
+
+
+def run(mode: str, output: Path, batch: int, **fields) -> list[list[float]]:
+    """Every step's figures of four epochs; with ``save_strategy`` also checkpoints and the saved model."""
+    zero = deepspeed_config(mode if mode.startswith("zero") else None)
+    if zero is not None:
+        if mode == "zero3":
+            zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        fields["deepspeed"] = zero
+    fields = {"num_train_epochs": 4, "per_device_train_batch_size": batch, **fields}
+    resume = fields.pop("resume", None)
+    trainer = make_trainer(make_toy(16, variants=1), output, k=3, **fields)
+    trainer.train(resume)
+    if "save_strategy" in fields:
+        trainer.save_model(str(output / "model"))
+    return [[line[n] for n in NAMES] for line in trainer.state.log_history if "loss" in line]
+
+
+def forget() -> None:
+    """Let the next trainer of this process set itself up anew."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    dist.barrier()
+
+
+def main(output: Path, modes: list[str]) -> None:
+    torch.set_num_threads(1)
+    prepare_deepspeed()
+    found = {}
+    for mode in modes:
+        fields = {"save_strategy": "steps", "save_steps": 3} if mode == "zero3" else {}
+        found[mode] = run(mode, output / mode, 2, gradient_accumulation_steps=2, **fields)
+        forget()
+    if "zero3" in modes:
+        checkpoint = str(output / "zero3" / "checkpoint-3")
+        found["resumed"] = run("zero3", output / "again", 2, gradient_accumulation_steps=2, resume=checkpoint)
+    if rank() == 0:
+        (output / "found.json").write_text(json.dumps(found))
+    end_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
