@@ -37,7 +37,8 @@ def write_dataset(folder: Path, count: int = 12) -> list[Record]:
             for path, array in ((image, pixels), (mask, masks[n].astype(np.uint8) * 255)):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(path)
-            records.append(Record(image, mask, text, "test" if i % 3 == 0 else "train", f"p{i}/{n}", f"p{i}"))
+            split = "test" if i % 3 == 0 else "val" if i % 6 == 1 else "train"
+            records.append(Record(image, mask, text, split, f"p{i}/{n}", f"p{i}"))
     return records
 
 

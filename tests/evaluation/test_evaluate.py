@@ -116,5 +116,5 @@ def test_command_writes_and_prints_both_dices(tmp_path: Path) -> None:
     assert "per-image mean" in result.output and "pooled over pixels" in result.output
     assert f"{summary['per_image']['dice']['value']:.3f}" in result.output
     assert f"{summary['pooled']['dice']['value']:.3f}" in result.output
-    missing = CliRunner().invoke(app, [*arguments, "--split", "val"])
-    assert isinstance(missing.exception, ValueError) and "split is 'val'" in str(missing.exception)
+    missing = CliRunner().invoke(app, [*arguments, "--split", "dev"])
+    assert isinstance(missing.exception, ValueError) and "split is 'dev'" in str(missing.exception)
