@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def prepare_deepspeed() -> None:
     """
     import deepspeed
 
+    # PyTorch names the successors of the collectives that DeepSpeed calls, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     backend = "nccl"
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

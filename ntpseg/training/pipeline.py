@@ -15,7 +15,7 @@ from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.dataset import Collator, TokenDataset
 from ntpseg.training.hardware import end_processes, rank
-from ntpseg.training.preparation import Prepared, prepare_run
+from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -144,6 +144,8 @@ def _claim(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> No
         check_same_run(config, saved)
         for path in drop_incomplete(run):
             print(f"removed {path}, which was never finished", file=sys.stderr)
+    elif saved.is_file() and not (run / PREPARED).is_file():
+        pass  # an attempt that ended before anything was made, over bad data for one
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         if not overwrite:
             raise ValueError(

@@ -25,7 +25,7 @@ from ntpseg.training.config import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DONE = "prepared.json"
+PREPARED = "prepared.json"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         DataProblems: the data set is not in order and ``data.skip_bad`` is False.
         ValueError: it has no training pair, or a setting cannot be used.
     """
-    done = run / _DONE
+    done = run / PREPARED
     if done.is_file():
         return _open(config, run, json.loads(done.read_text(encoding="utf-8")))
     records = _records(config, run)
