@@ -1,33 +1,50 @@
-"""The matrix products and passes over a block of logits, and what each device does best for them."""
+"""The matrix products over a block of rows, tile sizes, and what each device and dtype does best for them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Blocks stay within the share of a last-level cache on a CPU; a GPU needs 2048 rows to fill its products.
-_CPU_BLOCK_BYTES = 64 << 20
-_GPU_BLOCK_BYTES = 1 << 30
-_GPU_BLOCK_ROWS = 2048
-_CPU_BLOCK_ROWS = 64
-# The product of one block for the weight's gradient is formed in slices of this size before it is added.
-_SLICE_BYTES = 256 << 20
+_CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 80 << 20, 64
+_GPU_BLOCK_BYTES, _GPU_BLOCK_ROWS = 1 << 30, 2048  # fewer rows starve the products
+_CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's second-level cache
+_TILE_STEP = 256
 
 
-def rows_per_block(classes: int, work: torch.dtype, device: torch.device, budget: int | None, rows: int) -> int:
-    """How many rows share one block of logits, from a budget of bytes (never from V / D: that starves the products)."""
-    gpu = device.type != "cpu"
-    least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
-    budget = budget or (_GPU_BLOCK_BYTES if gpu else _CPU_BLOCK_BYTES)
-    size = max(budget // (classes * work.itemsize), least)
-    if rows <= size:
-        return max(rows, 1)
-    blocks = -(-rows // size)
-    return -(-rows // blocks)  # equal blocks rather than a short last one
+@dataclass(frozen=True)
+class Grid:
+    """How the rows and classes of one call are cut up."""
+
+    rows: int  # of a block
+    classes: int  # of a tile
+    store: torch.dtype  # of a block's exponentials
+    device: torch.device
+
+    @staticmethod
+    def choose(rows: int, classes: int, operand: torch.dtype, device: torch.device, budget: int | None) -> Grid:
+        """From a budget of bytes for a block, never from V / D: that starves the products where V is large."""
+        gpu = device.type != "cpu"
+        # exp(z - z[y]) leaves the range of float16
+        store = torch.float32 if operand == torch.float16 else operand
+        least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
+        budget = budget or (_GPU_BLOCK_BYTES if gpu else _CPU_BLOCK_BYTES)
+        size = max(budget // (classes * store.itemsize), least)
+        size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
+        tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
+        return Grid(size, max(tile, _TILE_STEP), store, device)
+
+    def block(self, classes: int) -> Tensor:
+        """Room for the exponentials of one block."""
+        return torch.empty(self.rows, classes, dtype=self.store, device=self.device)
 
 
 def logits(hidden: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
-    """``hidden @ matrix.T`` in the dtype of `out`, written to `out`."""
+    """``hidden @ matrix.T`` written to `out`, accumulated in its dtype.
+
+    PyTorch has no CPU product of bfloat16 into float32: there the result is rounded to bfloat16 on the way.
+    """
     if hidden.dtype == out.dtype:
         return torch.mm(hidden, matrix.t(), out=out)
     if hidden.is_cuda:
@@ -37,78 +54,69 @@ def logits(hidden: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
     return torch.mm(hidden.to(out.dtype), matrix.to(out.dtype).t(), out=out)
 
 
-def softmax_(z: Tensor, z_max: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place and the log-sum-exp of each row; `z_max` is the row's maximum and `best` its place."""
-    if z.device.type == "cpu":
-        probability = torch.softmax(z, 1, out=z)
-        return probability, z_max - probability.gather(1, best.unsqueeze(1)).squeeze(1).log()
-    probability = z.sub_(z_max.unsqueeze(1)).exp_()
-    total = probability.sum(1)
-    return probability.div_(total.unsqueeze(1)), z_max + total.log()
+def row_dots(hidden: Tensor, matrix: Tensor, token: Tensor, work: torch.dtype) -> Tensor:
+    """``[C, q]``: the logits of `token` ``[C, q]``, products and sums in `work`."""
+    wide = hidden.to(work)
+    dots = torch.empty(token.shape, dtype=work, device=hidden.device)
+    for column in range(token.shape[1]):
+        dots[:, column] = (wide * matrix.index_select(0, token[:, column])).sum(1)
+    return dots
 
 
-def scatter_add_(block: Tensor, column: Tensor, value: Tensor) -> None:
-    """``block[r, column[r, i]] += value[r, i]``, in an order that does not change from run to run."""
-    if block.is_cuda:
-        row = torch.arange(len(block), device=block.device).unsqueeze(1).expand_as(column)
-        block.index_put_((row, column), value, accumulate=True)  # sorts; scatter_add_ would use atomics
+def add_at_(block: Tensor, column: Tensor, value: Tensor) -> None:
+    """``block[r, column[r, i]] += value[r, i]``, the same from run to run: repeated columns are summed beforehand."""
+    row = torch.arange(len(block), device=block.device).unsqueeze(1).expand_as(column)
+    same = (column.unsqueeze(2) == column.unsqueeze(1)).to(value.dtype)
+    whole = block[row, column].to(value.dtype) + torch.einsum("rij,rj->ri", same, value)
+    block[row, column] = whole.to(block.dtype)
+
+
+def classes_above(block: Tensor, total: Tensor, threshold: float, grid: Grid) -> Tensor:
+    """``[n]`` int64: the classes whose entry, in units of probability, reaches `threshold` in some row."""
+    scale = (1 / total).unsqueeze(1)
+    tops = [(part.abs() * scale).amax(0) for part in block.split(grid.classes, 1)]
+    return (torch.cat(tops) >= threshold).nonzero().squeeze(1)
+
+
+def hidden_gradient(block: Tensor, matrix: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None) -> None:
+    """``out = diag(unit) block @ matrix``, over `classes` only unless that is None."""
+    if classes is not None:
+        block, matrix = block.index_select(1, classes), matrix.index_select(0, classes)
+    if block.dtype == matrix.dtype:
+        product = torch.mm(block, matrix, out_dtype=unit.dtype) if _mixed(block, unit.dtype) else block @ matrix
     else:
-        block.scatter_add_(1, column, value)
+        product = block @ matrix.to(block.dtype)
+    torch.mul(product, unit.unsqueeze(1), out=out) if out.dtype == unit.dtype else out.copy_(
+        product * unit.unsqueeze(1)
+    )
 
 
-def gradients(
-    block: Tensor,
-    unit: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    d_hidden: Tensor | None,
-    d_matrix: Tensor | None,
-    *,
-    threshold: float = 0.0,
+def add_weight_gradient(
+    block: Tensor, hidden: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None, grid: Grid
 ) -> None:
-    """``d_hidden = diag(unit) block @ matrix`` and ``d_matrix += block.T @ diag(unit) hidden``.
-
-    Args:
-        block: ``[C, V]`` work dtype, logit gradients in units of `unit`.
-        unit: ``[C]``.
-        hidden, matrix: ``[C, D]`` and ``[V, D]``, the operands.
-        d_hidden: ``[C, D]``, overwritten; None when not wanted.
-        d_matrix: ``[V, D]`` work dtype, added to; None when not wanted.
-        threshold: leave out every class whose entries are below this in all rows of the block.
-    """
-    kept = None
-    if threshold > 0:
-        kept = (block.abs().amax(0) >= threshold).nonzero().squeeze(1)
-        block, matrix = block.index_select(1, kept), matrix.index_select(0, kept)
-    operand = block.to(hidden.dtype)
-    if d_hidden is not None:
-        d_hidden.copy_(_product(operand, matrix, block.dtype).mul_(unit.unsqueeze(1)))
-    if d_matrix is None:
+    """``out += block.T @ diag(unit) hidden``, over `classes` only unless that is None; `out` is in the work dtype."""
+    scaled = (hidden * unit.unsqueeze(1)).to(block.dtype)
+    if classes is not None:
+        block = block.index_select(1, classes)
+    if block.dtype == out.dtype and classes is None:
+        out.addmm_(block.t(), scaled)
         return
-    # float16 would flush unit * hidden; its largest entry goes to the result instead
-    largest = unit.abs().max() if hidden.dtype == torch.float16 else None
-    factor = unit if largest is None else unit / largest
-    scaled = (hidden * factor.unsqueeze(1).to(block.dtype)).to(hidden.dtype)
-    if kept is None and operand.dtype == d_matrix.dtype:
-        d_matrix.addmm_(operand.t(), scaled)
-        return
-    step = max(_SLICE_BYTES // (4 * hidden.shape[1]), 1)
-    for low in range(0, operand.shape[1], step):
-        product = _product(operand[:, low : low + step].t(), scaled, d_matrix.dtype)
-        if largest is not None:
-            product.mul_(largest)
-        if kept is None:
-            d_matrix[low : low + step].add_(product)
+    turned = scaled.t().contiguous()
+    for low in range(0, block.shape[1], grid.classes):
+        part = block[:, low : low + grid.classes]
+        if _mixed(part, out.dtype):
+            product = torch.mm(part.t(), scaled, out_dtype=out.dtype)
+        elif part.dtype == torch.bfloat16:
+            # oneDNN is more than twice as fast with the small operand transposed than with the block
+            product = (turned @ part).t().contiguous()
         else:
-            d_matrix.index_add_(0, kept[low : low + step], product)
+            product = part.t() @ scaled
+        if classes is None:
+            out[low : low + grid.classes].add_(product)
+        else:
+            out.index_add_(0, classes[low : low + grid.classes], product.to(out.dtype))
 
 
-def _product(left: Tensor, right: Tensor, work: torch.dtype) -> Tensor:
-    """``left @ right`` in `work`."""
-    if left.dtype == work:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=work)
-    if left.dtype == torch.bfloat16:
-        return (left @ right).to(work)
-    return left.to(work) @ right.to(work)
+def _mixed(operand: Tensor, work: torch.dtype) -> bool:
+    """Whether the device multiplies `operand` into `work` directly."""
+    return operand.is_cuda and operand.dtype != work

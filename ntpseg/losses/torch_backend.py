@@ -1,9 +1,10 @@
-"""One pass over blocks of logits in plain PyTorch, on the CPU and on GPUs.
+"""The target-anchored one-pass algorithm (DESIGN, section 1) in plain PyTorch, for the CPU and for GPUs.
 
-DESIGN: "target-anchored". Here a block's logits are whole before anything is exponentiated, so the anchor can be the
-row's maximum, which never overflows; the gaps that TCL and HET need are gathered from the raw logits. A block of
-softmax probabilities is touched up in place at the few classes of TCL, HET and the target, and feeds the two
-matrix products of the gradients. Logits are never recomputed.
+A block of rows is processed tile by tile along the vocabulary: a product gives a tile of logits, which is reduced and
+exponentiated against the row's own target logit while it is still in the cache, and is stored as E = exp(z - z[y]) in
+the dtype of the operands. The block then holds the unnormalised softmax of its rows; a handful of entries per row is
+touched up for TCL, HET and the target, and two products read it. Nothing is computed twice, except a block in which
+some row's maximum lies so far above its target that the sum would overflow: it is redone with the maximum as anchor.
 """
 
 from __future__ import annotations
@@ -18,58 +19,55 @@ from ntpseg.losses.backends import RowsResult, gradient_dtype
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
 
-_NEXT_TO_NOTHING = 1e-30
+# exp of this times the largest vocabulary, times the ratio of a hard token's weight to its row's, still fits float32
+_HIGHEST_GAP = {torch.float64: 600.0, torch.float32: 60.0}
 
 
 def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult:
     """See `ntpseg.losses.backends` for the contract."""
-    count, _ = rows.hidden.shape
-    work = rows.share.dtype
-    device = rows.hidden.device
+    count, device, work = len(rows.target), rows.hidden.device, rows.share.dtype
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
-    classes = matrices.shape[1]
     kept = gradient_dtype(weight.dtype)
-
     prediction = torch.full((count,), -1, dtype=torch.int64, device=device)
     nll, margin, tcl, het, lse = torch.zeros(5, count, dtype=work, device=device)
     d_hidden = torch.empty(rows.hidden.shape, dtype=kept, device=device) if hidden_grad else None
     d_weight = torch.zeros(matrices.shape, dtype=work, device=device) if weight_grad else None
 
-    size = products.rows_per_block(classes, work, device, options.chunk_bytes, count)
-    block = torch.empty(size, classes, dtype=work, device=device)
+    grid = products.Grid.choose(count, matrices.shape[1], weight.dtype, device, options.chunk_bytes)
+    store = grid.block(matrices.shape[1]) if hidden_grad or weight_grad else None
     for matrix, (start, stop) in enumerate(rows.segments):
-        for low in range(start, stop, size):
-            high = min(low + size, stop)
-            part = slice(low, high)
-            z = products.logits(rows.hidden[part], matrices[matrix], out=block[: high - low])
+        for low in range(start, stop, grid.rows):
+            part = slice(low, min(low + grid.rows, stop))
+            hidden, head = rows.hidden[part], matrices[matrix]
             real = rows.target[part] >= 0
             target = rows.target[part].clamp_min(0)
+            block = None if store is None else store[: len(target)]
+            z_y = products.row_dots(hidden, head, target.unsqueeze(1), work).squeeze(1)
 
-            z_max, best = z.max(1)
-            z_y = z.gather(1, target.unsqueeze(1)).squeeze(1)
-            prediction[part] = torch.where(real, best, -1)
-            margin[part] = torch.where(real, z_max - z_y, 0.0)
+            found = exponentials(hidden, head, target, z_y, z_y, block, grid)
+            if bool((found.top > _HIGHEST_GAP[work]).any()):
+                anchor = torch.where(found.top > _HIGHEST_GAP[work], z_y + found.top, z_y)
+                found = exponentials(hidden, head, target, z_y, anchor, block, grid)
+            shift = found.anchor - z_y
+            log_total = found.total.log()
+            prediction[part] = torch.where(real, found.best, -1)
+            margin[part] = torch.where(real, found.top + shift, 0.0)
+            nll[part] = torch.where(real, log_total + shift, 0.0)
+            lse[part] = torch.where(real, log_total + found.anchor, 0.0)
 
-            touch = _touches(z, z_y, target, prediction, rows, part, options)
+            touch = touches(hidden, head, z_y, target, prediction, rows, part, options)
             tcl[part] = torch.where(real, touch.tcl, 0.0)
             het[part] = touch.het
-
-            probability, row_lse = products.softmax_(z, z_max, best)
-            lse[part] = torch.where(real, row_lse, 0.0)
-            nll[part] = torch.where(real, row_lse - z_y, 0.0)
-            if not (hidden_grad or weight_grad):
+            if block is None:
                 continue
-
-            unit = _touch_up(probability, touch, target, row_lse, rows, part, options, weight.dtype)
-            products.gradients(
-                probability,
-                unit,
-                rows.hidden[part],
-                matrices[matrix],
-                d_hidden[part] if d_hidden is not None else None,
-                d_weight[matrix] if d_weight is not None else None,
-                threshold=options.gradient_filter,
-            )
+            unit = touch_up(block, found, touch, target, z_y, lse[part], rows, part, options)
+            kept_classes = None
+            if options.gradient_filter > 0:
+                kept_classes = products.classes_above(block, found.total, options.gradient_filter, grid)
+            if d_hidden is not None:
+                products.hidden_gradient(block, head, unit, d_hidden[part], kept_classes)
+            if d_weight is not None:
+                products.add_weight_gradient(block, hidden, unit, d_weight[matrix], kept_classes, grid)
 
     if d_weight is not None:
         d_weight = d_weight.reshape(weight.shape).to(kept)
@@ -77,35 +75,90 @@ def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: 
 
 
 @dataclass(frozen=True)
-class _Touches:
-    """The few classes of each row that TCL and HET reach: ``[C, m + h]`` with their softmax-like shares."""
+class Exponentials:
+    """Reductions of one block; all ``[C]``, work dtype but for `best`."""
 
-    token: Tensor  # int64, 0 where there is none
+    anchor: Tensor  # what was subtracted from the row's logits
+    top: Tensor  # max z - anchor
+    best: Tensor  # int64 arg-max
+    total: Tensor  # S, the sum of exp(z - anchor)
+
+
+def exponentials(
+    hidden: Tensor,
+    matrix: Tensor,
+    target: Tensor,
+    z_y: Tensor,
+    anchor: Tensor,
+    block: Tensor | None,
+    grid: products.Grid,
+) -> Exponentials:
+    """Writes ``exp(z - anchor)`` of one block to `block` (unless None) and reduces it on the way.
+
+    Args:
+        hidden: ``[C, D]`` rows; matrix: ``[V, D]``.
+        target: ``[C]`` int64; z_y: ``[C]`` its logit, taken as exact (the product may round it differently, and the
+            margin of a right prediction must be exactly 0).
+        anchor: ``[C]``, subtracted from the logits.
+        block: ``[C, V]`` or None.
+        grid: tile sizes.
+    """
+    rows, classes, work = len(hidden), len(matrix), z_y.dtype
+    top = torch.full((rows,), -torch.inf, dtype=work, device=hidden.device)
+    best = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+    total = torch.zeros(rows, dtype=work, device=hidden.device)
+    room = torch.empty(rows * min(grid.classes, classes), dtype=work, device=hidden.device)
+    home = target // grid.classes
+    for tile, low in enumerate(range(0, classes, grid.classes)):
+        high = min(low + grid.classes, classes)
+        gap = products.logits(hidden, matrix[low:high], out=room[: rows * (high - low)].view(rows, high - low))
+        gap.sub_(anchor.unsqueeze(1))
+        here = (home == tile).nonzero().squeeze(1)
+        gap[here, target[here] - low] = (z_y - anchor)[here]
+
+        tile_top = gap.amax(1)
+        higher = (tile_top > top).nonzero().squeeze(1)  # strictly: ties stay with the lower class
+        best[higher] = gap[higher].argmax(1) + low
+        top = torch.maximum(top, tile_top)
+        total += gap.exp_().sum(1)
+        if block is not None:
+            block[:, low:high].copy_(gap)
+    return Exponentials(anchor, top, best, total)
+
+
+@dataclass(frozen=True)
+class Touches:
+    """The few classes of each row that TCL and HET reach."""
+
+    token: Tensor  # [C, m + h] int64, 0 where there is none
     negative_pull: Tensor  # [C, m] d tcl / d z[negative]
     hard_pull: Tensor  # [C, h] d het / d z[hard token]
     tcl: Tensor  # [C]
     het: Tensor  # [C]
 
 
-def _touches(
-    z: Tensor, z_y: Tensor, target: Tensor, prediction: Tensor, rows: Rows, part: slice, options: LossOptions
-) -> _Touches:
-    """Negatives and hard tokens of one block, from the raw logits."""
-    start, stop = part.start, part.stop
-    back = torch.arange(1, options.negatives + 1, device=z.device)
-    earlier = torch.arange(start, stop, device=z.device).unsqueeze(1) - back
+def touches(
+    hidden: Tensor,
+    matrix: Tensor,
+    z_y: Tensor,
+    target: Tensor,
+    prediction: Tensor,
+    rows: Rows,
+    part: slice,
+    options: LossOptions,
+) -> Touches:
+    """Negatives and hard tokens of one block; their logits come from dot products, not from the rounded block."""
+    back = torch.arange(1, options.negatives + 1, device=hidden.device)
+    earlier = torch.arange(part.start, part.stop, device=hidden.device).unsqueeze(1) - back
     negative = prediction[earlier.clamp_min(0)]
     exists = (back <= rows.reach[part].unsqueeze(1)) & (negative != target.unsqueeze(1)) & (negative >= 0)
     hard = rows.het[part]
-
     token = torch.cat([torch.where(exists, negative, 0), hard.clamp_min(0)], 1)
-    gap = (z.gather(1, token) - z_y.unsqueeze(1)) / options.temperature
+    gap = (products.row_dots(hidden, matrix, token, z_y.dtype) - z_y.unsqueeze(1)) / options.temperature
     gap = gap.masked_fill(~torch.cat([exists, hard >= 0], 1), -torch.inf)
     near, far = gap.split([options.negatives, hard.shape[1]], 1)
-
-    tcl = torch.cat([near, torch.zeros_like(near[:, :1]) if options.negatives else near.new_zeros(len(near), 1)], 1)
-    tcl = tcl.logsumexp(1)
-    return _Touches(
+    tcl = torch.cat([near, near.new_zeros(len(near), 1)], 1).logsumexp(1)  # the zero is the 1 in log(1 + sum)
+    return Touches(
         token=token,
         negative_pull=torch.exp(near - tcl.unsqueeze(1)) / options.temperature,
         hard_pull=torch.sigmoid(far) / options.temperature,
@@ -114,32 +167,33 @@ def _touches(
     )
 
 
-def _touch_up(
-    probability: Tensor,
-    touch: _Touches,
+def touch_up(
+    block: Tensor,
+    found: Exponentials,
+    touch: Touches,
     target: Tensor,
+    z_y: Tensor,
     lse: Tensor,
     rows: Rows,
     part: slice,
     options: LossOptions,
-    operand: torch.dtype,
 ) -> Tensor:
-    """Turns probabilities into logit gradients in units of the returned ``[C]``: ``dz = unit * block``."""
+    """Turns exponentials into logit gradients in units of the returned ``[C]``: ``dz = unit * block``."""
     share = rows.share[part]
-    softmax_scale = share if not options.z_loss else share * (1 + 2 * options.z_loss * lse)
     near = touch.negative_pull * (options.tcl_weight * share).unsqueeze(1)
     far = touch.hard_pull * (options.het_weight * rows.het_share)
     pull = torch.cat([near, far], 1)
     on_target = -(share + pull.sum(1))
+    softmax_scale = share * (1 + 2 * options.z_loss * lse) if options.z_loss else share
+    unit = softmax_scale / found.total
 
-    if operand == torch.float16:
-        # float16 could not hold the ratio of a hard token's weight to its row's
-        unit = torch.maximum(softmax_scale.abs(), on_target.abs())
-        probability.mul_((softmax_scale / unit.masked_fill(unit == 0, 1.0)).unsqueeze(1))
-    else:
-        # a row may carry a hard token without any CE weight: this makes its probabilities vanish beside it
-        unit = torch.where(softmax_scale == 0, on_target.abs().clamp_max(_NEXT_TO_NOTHING), softmax_scale)
-    token = torch.cat([touch.token, target.unsqueeze(1)], 1)
-    value = torch.cat([pull, on_target.unsqueeze(1)], 1) / unit.masked_fill(unit == 0, 1.0).unsqueeze(1)
-    products.scatter_add_(probability, token, value)
+    bare = ((unit == 0) & (on_target != 0)).nonzero().squeeze(1)  # a hard token on a row without any CE weight
+    block[bare] = 0
+    unit[bare] = 1
+    own = torch.exp(z_y - found.anchor)
+    own[bare] = 0
+    divisor = unit.masked_fill(unit == 0, 1.0)
+    products.add_at_(block, touch.token, pull / divisor.unsqueeze(1))
+    # the target's entry is formed whole before it is rounded: 1 - S cancels where the model is sure and right
+    block[torch.arange(len(target), device=target.device), target] = (own + on_target / divisor).to(block.dtype)
     return unit
