@@ -36,7 +36,48 @@ def emit(
     return total, top, best
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "store"])
+@triton.jit
+def emit_parts(
+    z,
+    e,
+    anchor,
+    limit,
+    row_0,
+    row,
+    class_0,
+    rows,
+    classes,
+    e_stride_8,
+    store,
+    BR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """`emit` on PARTS column parts, one after the other: fewer temporaries and less staging memory at a time."""
+    if PARTS == 1:
+        total, top, best = emit(z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, WIDTH, TMA)
+    else:
+        half: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(z, (BR, 2, half)), (0, 2, 1)))
+        total, top, best = emit_parts(
+            left, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BR, half, TMA, PARTS // 2
+        )
+        class_1 = class_0 + half
+        total_r, top_r, best_r = emit_parts(
+            right, e, anchor, limit, row_0, row, class_1, rows, classes, e_stride_8, store, BR, half, TMA, PARTS // 2
+        )
+        # each part may have taken its own maximum as anchor: bring both sums to that of the whole
+        best = tl.where(top_r > top, best_r, best)
+        whole = tl.maximum(top, top_r)
+        total = total * rebase(top, whole, anchor, limit) + total_r * rebase(top_r, whole, anchor, limit)
+        top = whole
+    return total, top, best
+
+
+@triton.jit(
+    do_not_specialize=["rows", "classes", "width_8", "hidden_stride_8", "weight_stride_8", "e_stride_8", "store"]
+)
 def anchored_gemm_kernel(
     hidden,
     weight,
@@ -103,23 +144,9 @@ def anchored_gemm_kernel(
         inside_row = row < rows
         anchor = tl.load(anchor_ptr + row, mask=inside_row, other=0.0)
         limit = tl.load(limit_ptr + row, mask=inside_row, other=0.0)
-        if PARTS == 1:
-            total, top, best = emit(z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BV, TMA)
-        else:
-            # halves live one after the other: half the temporaries, half the staging memory of the store
-            left, right = tl.split(tl.permute(tl.reshape(z, (BR, 2, BV // 2)), (0, 2, 1)))
-            half: tl.constexpr = BV // 2
-            total, top, best = emit(
-                left, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, half, TMA
-            )
-            total_r, top_r, best_r = emit(
-                right, e, anchor, limit, row_0, row, class_0 + half, rows, classes, e_stride_8, store, half, TMA
-            )
-            # each half may have taken its own maximum as anchor: bring both sums to that of the whole tile
-            best = tl.where(top_r > top, best_r, best)
-            whole = tl.maximum(top, top_r)
-            total = total * rebase(top, whole, anchor, limit) + total_r * rebase(top_r, whole, anchor, limit)
-            top = whole
+        total, top, best = emit_parts(
+            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BR, BV, TMA, PARTS
+        )
         place = class_block * rows + row
         tl.store(sum_ptr + place, total, mask=inside_row)
         tl.store(max_ptr + place, top, mask=inside_row)

@@ -27,15 +27,15 @@ class Chunks:
     stride: int
 
 
-def bytes_per_row(classes: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
+def bytes_per_row(classes: int, width: int, dtype: torch.dtype, *, fused: bool, block_classes: int) -> int:
     """Workspace that one row of a chunk takes.
 
-    E (and beside it fp32 logits where the product is not fused and E is 16-bit), 12 bytes of partials per vocabulary
-    block of 256, the row's unscaled gradient in fp32 and the scaled hidden row.
+    E (and beside it fp32 logits where the product is not fused and E is 16-bit), 12 bytes of partials per block of
+    `block_classes` classes, the row's unscaled gradient in fp32 and the scaled hidden row.
     """
     stride = _stride(classes)
     block = stride * (dtype.itemsize if fused or dtype == torch.float32 else dtype.itemsize + 4)
-    return block + 12 * -(-classes // 256) + width * (4 + dtype.itemsize)
+    return block + 12 * -(-classes // block_classes) + width * (4 + dtype.itemsize)
 
 
 def plan_chunks(
@@ -45,20 +45,22 @@ def plan_chunks(
     dtype: torch.dtype,
     *,
     fused: bool,
+    block_classes: int,
     weight_grad: bool,
     chunk_bytes: int | None = None,
 ) -> Chunks:
     """Divides `rows` into equal chunks within the workspace.
 
     Without `chunk_bytes` the whole workspace, the fp32 sum of the weight's gradient included where several chunks need
-    one, stays within `WORKSPACE_BYTES`, but a chunk never has fewer than `LEAST_ROWS` rows: smaller products starve the
-    tensor cores. Where V * D is so large that both cannot be had, the rows win (docs/kernels.md).
+    one, stays within `WORKSPACE_BYTES`. Where that would leave fewer than `LEAST_ROWS` rows, which starve the tensor
+    cores and add to the sum too often, the sum is not counted (docs/kernels.md says where).
 
     Args:
         rows: R >= 1.
         classes, width: V and D.
         dtype: of E.
         fused: whether the fused product is used.
+        block_classes: classes per block of row statistics.
         weight_grad: whether a gradient of the weight is accumulated.
         chunk_bytes: budget of E alone, without a least number of rows.
     """
@@ -66,11 +68,11 @@ def plan_chunks(
     if chunk_bytes is not None:
         most = max(1, chunk_bytes // (stride * dtype.itemsize))
     else:
-        each = bytes_per_row(classes, width, dtype, fused=fused)
-        most = WORKSPACE_BYTES // each
+        each = bytes_per_row(classes, width, dtype, fused=fused, block_classes=block_classes)
+        most = max(LEAST_ROWS, WORKSPACE_BYTES // each)
         if rows > most and weight_grad and dtype != torch.float32:
-            most = (WORKSPACE_BYTES - 4 * classes * width) // each
-        most = max(LEAST_ROWS, most)
+            beside_sum = (WORKSPACE_BYTES - 4 * classes * width) // each
+            most = beside_sum if beside_sum >= LEAST_ROWS else most
     if rows <= most:
         return Chunks(rows, 1, stride)
     count = -(-rows // most)

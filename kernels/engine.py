@@ -107,17 +107,18 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
     if fused is None:
         fused = dtype != torch.float32 and aligned(segment.hidden, weight)
     grad = result.d_hidden is not None or result.d_weight is not None
+    tiles = setting.tiles or TABLE[architecture(device)]
+    block_classes = tiles.forward.classes if fused else BLOCK_CLASSES
     chunks = plan_chunks(
         rows,
         classes,
         width,
         dtype,
         fused=fused,
+        block_classes=block_classes,
         weight_grad=result.d_weight is not None,
         chunk_bytes=setting.chunk_bytes,
     )
-    tiles = setting.tiles or TABLE[architecture(device)]
-    block_classes = tiles.forward.classes if fused else BLOCK_CLASSES
     e = torch.empty(chunks.rows, chunks.stride, dtype=dtype, device=device) if grad else None
     z = None
     if not fused:

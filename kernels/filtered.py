@@ -15,7 +15,7 @@ from ntpseg.kernels.live_tiles import LiveTiles
 from ntpseg.kernels.table import GemmConfig
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "blocks"])
+@triton.jit(do_not_specialize=["rows", "classes", "blocks", "width_8", "e_stride_8", "weight_stride_8", "out_stride_8"])
 def filtered_d_hidden_kernel(
     e,
     weight,
@@ -29,7 +29,7 @@ def filtered_d_hidden_kernel(
     width_8,
     e_stride_8,
     weight_stride_8,
-    out_stride,
+    out_stride_8,
     BR: tl.constexpr,
     BF: tl.constexpr,
     BK: tl.constexpr,
@@ -59,12 +59,23 @@ def filtered_d_hidden_kernel(
         total = tl.dot(operand(a), operand(b), total, input_precision="ieee")
     scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
     total = tl.where(scale[:, None] == 0.0, 0.0, total * scale[:, None])
-    place = row.to(tl.int64)[:, None] * out_stride + feature[None, :]
+    place = row.to(tl.int64)[:, None] * (out_stride_8 * 8) + feature[None, :]
     mask = (row < rows)[:, None] & (feature < width)[None, :]
     tl.store(out_ptr + place, narrow(total, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "blocks", "accumulate"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "classes",
+        "blocks",
+        "width_8",
+        "e_stride_8",
+        "scaled_stride_8",
+        "out_stride_8",
+        "accumulate",
+    ]
+)
 def filtered_d_weight_kernel(
     e,
     scaled,
@@ -77,7 +88,7 @@ def filtered_d_weight_kernel(
     width_8,
     e_stride_8,
     scaled_stride_8,
-    out_stride,
+    out_stride_8,
     accumulate,
     BC: tl.constexpr,
     BF: tl.constexpr,
@@ -111,7 +122,7 @@ def filtered_d_weight_kernel(
                     scaled + b_row + feature[None, :], mask=inside[:, None] & (feature < width)[None, :], other=0.0
                 )
             total = tl.dot(operand(a).T, operand(b), total, input_precision="ieee")
-        place = column.to(tl.int64)[:, None] * out_stride + feature[None, :]
+        place = column.to(tl.int64)[:, None] * (out_stride_8 * 8) + feature[None, :]
         mask = (column < classes)[:, None] & (feature < width)[None, :]
         if accumulate != 0:
             total += tl.load(out_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -151,7 +162,7 @@ def filtered_d_hidden(
         width // 8,
         e.stride(0) // 8,
         weight.stride(0) // 8,
-        out.stride(0),
+        out.stride(0) // 8,
         BR=config.rows,
         BF=config.classes,
         BK=config.depth,
@@ -194,7 +205,7 @@ def filtered_d_weight(
         width // 8,
         e.stride(0) // 8,
         scaled.stride(0) // 8,
-        out.stride(0),
+        out.stride(0) // 8,
         int(accumulate),
         BC=config.rows,
         BF=config.classes,

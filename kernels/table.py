@@ -21,7 +21,7 @@ class GemmConfig:
         warps, stages: warps per program and software-pipeline depth.
         tma: operands through tensor-memory descriptors (sm_90 and later) instead of pointers.
         flatten: one pipeline over all tiles of the persistent program, so that the next tile loads during an epilogue.
-        parts: the epilogue works on the tile in this many column parts (1 or 2), which bounds its registers.
+        parts: the epilogue works on the tile in this many column parts (1, 2 or 4), which bounds its registers.
         group: row blocks that share a weight tile in L2.
         residents: programs per multiprocessor in the persistent grid.
     """
@@ -56,14 +56,15 @@ TABLE: dict[str, Tiles] = {
         d_weight=GemmConfig(128, 128, 32, warps=8, stages=4, tma=False),
     ),
     "sm_90": Tiles(
-        forward=GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=2),
+        forward=GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=4),
         d_hidden=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
-        d_weight=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
+        d_weight=GemmConfig(128, 128, 64, warps=8, stages=3, tma=True),
     ),
     "sm_100": Tiles(
-        forward=GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, parts=2),
+        # two programs per multiprocessor: one's epilogue hides behind the other's products
+        forward=GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, parts=2, residents=2),
         d_hidden=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
-        d_weight=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
+        d_weight=GemmConfig(128, 128, 64, warps=8, stages=3, tma=True),
     ),
     # The interpreter's cost is per program and iteration, whatever the tile.
     "interpreter": Tiles(

@@ -1,0 +1,163 @@
+"""Compiles every kernel that the launchers can choose, for one architecture, on a machine that needs no GPU.
+
+Run as a script, in a process of its own: ahead-of-time compilation and Triton's interpreter exclude each other. It runs
+the engine with every launch replaced by a note of its arguments, so that what is compiled is what a GPU would get;
+then compiles each distinct note and prints one JSON line per kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ntpseg.kernels.combine import Weights
+from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
+from ntpseg.kernels.partials import RowStates
+from ntpseg.kernels.table import TABLE
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def note(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the just-in-time compiler would key on: types, constants, alignment, options."""
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args)) | kwargs
+    assert list(values) == kernel.arg_names, (kernel.__name__, list(values), kernel.arg_names)
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[int] = []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                aligned.append(parameter.num)
+        elif isinstance(value, bool | int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if not parameter.do_not_specialize and value == 1:
+                signature[name], constants[name] = "constexpr", 1
+            elif not parameter.do_not_specialize and value % 16 == 0:
+                aligned.append(parameter.num)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:  # a tensor descriptor
+            element = _POINTERS[value.base.dtype][1:]
+            signature[name] = f"tensordesc<{element}{[int(size) for size in value.block_shape]}>"
+    return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
+
+
+def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """All distinct launches of the engine over dtypes, alignments and options."""
+    found: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
+
+    def record(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+        noted = note(self, args, dict(kwargs))
+        found.setdefault(self.__name__ + json.dumps(noted, sort_keys=True), (self, noted))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for width in (128, 51):  # 51: rows that no wide load or descriptor can take
+                for negatives, hard in ((5, 2), (32, 16)):
+                    for filtered in (0.0, 2.0**-12):
+                        _run(dtype, width, negatives, hard, filtered, architecture)
+    finally:
+        JITFunction.run = original
+    return list(found.values())
+
+
+def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:
+    rows, classes = 160, 640
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    for grad in (True, False):
+        segment = Segment(
+            hidden=torch.zeros(rows, width, dtype=dtype),
+            target=torch.zeros(rows, dtype=torch.int64),
+            reach=torch.zeros(rows, dtype=torch.int32),
+            hard=torch.zeros(rows, hard, dtype=torch.int64),
+            weights=Weights(torch.ones(rows), torch.ones(()), 1.0, 1.0, 0.5, 2.0),
+            negatives=negatives,
+        )
+        result = SegmentResult(
+            RowStates.empty(rows, torch.device("cpu")),
+            torch.empty(rows),
+            torch.empty(rows),
+            torch.empty(rows, width, dtype=kept) if grad else None,
+            torch.empty(classes, width, dtype=kept) if grad else None,
+        )
+        weight = torch.zeros(classes, width, dtype=dtype)
+        for chunk in (None, 640 * dtype.itemsize * 128):  # one chunk, and several that add up in fp32
+            run_segment(segment, weight, result, Setting(chunk, filtered, tiles=TABLE[architecture]))
+
+
+def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
+    """Compiles one launch and reads its resources from the machine code."""
+    attributes = {(index,): [["tt.divisibility", 16]] for index in noted["aligned"]}
+    source = ASTSource(kernel, noted["signature"], constexprs=noted["constants"], attrs=attributes)
+    options = noted["options"] | extra
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "operand": noted["signature"].get("hidden") or noted["signature"].get("e"),
+        "constants": noted["constants"],
+        "options": options,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "bulk_copies": ptx.count("cp.async.bulk.tensor"),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
+    }
+
+
+def main() -> None:
+    """``compile_ahead.py sm_90 [starve]``: starve caps registers, as proof that a spill would be seen."""
+    architecture = sys.argv[1]
+    capability = int(architecture.removeprefix("sm_"))
+    torch.set_num_threads(1)
+    for kernel, noted in launches(architecture):
+        if len(sys.argv) > 2:
+            if kernel.__name__ == "anchored_gemm_kernel":
+                print(json.dumps(compile_one(kernel, noted, capability, maxnreg=64)), flush=True)
+                return
+            continue
+        print(json.dumps(compile_one(kernel, noted, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Random rows for the kernels, and the truth in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ntpseg.kernels.engine import Setting
+from ntpseg.kernels.table import GemmConfig, Tiles
+from ntpseg.losses import torch_backend, triton_backend
+from ntpseg.losses.backends import RowsResult
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.rows import Rows
+
+# The interpreter's tiles once more, with tensor descriptors, parts and flattening as on sm_90.
+_WITH_DESCRIPTORS = GemmConfig(64, 128, 64, warps=4, stages=1, tma=True, flatten=True)
+DESCRIPTORS = Tiles(dataclasses.replace(_WITH_DESCRIPTORS, parts=4), _WITH_DESCRIPTORS, _WITH_DESCRIPTORS)
+
+ROW_RESULTS = ("nll", "margin", "tcl", "het", "lse")
+GRADIENTS = ("d_hidden", "d_weight")
+# E, the scaled hidden rows and the result are each rounded once; relative, of the norm
+GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
+
+def draw_rows(
+    count: int = 140,
+    width: int = 72,
+    classes: int = 333,
+    *,
+    negatives: int = 5,
+    hard: int = 2,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    leaders: bool = False,
+    zero_share: bool = False,
+    padding: int = 0,
+    seed: int = 0,
+) -> tuple[Rows, Tensor]:
+    """Rows and a weight.
+
+    Args:
+        scale: of the hidden states; 12 makes gaps between logits that overflow an anchored exponential.
+        leaders: every third target is what the model predicts, so that gaps of both kinds occur.
+        zero_share: every eleventh row has no weight in CE, though it may hold a hard token.
+        padding: that many rows at the end do not exist.
+    """
+    make = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(count, width, generator=make) * scale).to(dtype)
+    weight = (torch.randn(classes, width, generator=make) * 0.5).to(dtype)
+    target = torch.randint(0, classes, (count,), generator=make)
+    if leaders:
+        target[::3] = (hidden[::3].double() @ weight.double().t()).argmax(1)
+    row = torch.arange(count)
+    reach = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
+    het = torch.randint(0, classes, (count, hard), generator=make)
+    het[torch.rand(count, hard, generator=make) < 0.5] = -1
+    if hard > 1:
+        het[::9, 1] = het[::9, 0]  # duplicates count once per occurrence
+    het = torch.where(het == target.unsqueeze(1), -1, het)
+    share = torch.rand(count, generator=make) / count
+    if zero_share:
+        share[::11] = 0
+    if padding:
+        target[-padding:], share[-padding:], reach[-padding:], het[-padding:] = -1, 0, 0, -1
+    return Rows(hidden, target, share, reach, het, torch.tensor(0.07), ((0, count),), row), weight
+
+
+def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
+    """The same in float64, by the torch backend, without a filter."""
+    exact = dataclasses.replace(
+        rows, hidden=rows.hidden.double(), share=rows.share.double(), het_share=rows.het_share.double()
+    )
+    plain = dataclasses.replace(options, gradient_filter=0.0)
+    return torch_backend.rows_loss(exact, weight.double(), plain, hidden_grad=True, weight_grad=True)
+
+
+def run(rows: Rows, weight: Tensor, options: LossOptions, setting: Setting | None = None) -> RowsResult:
+    """The kernels."""
+    return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, setting=setting)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative, in the norm."""
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def assert_agrees(found: RowsResult, wanted: RowsResult, dtype: torch.dtype) -> None:
+    """Row results to fp32 accuracy whatever the dtype, gradients to three roundings of it."""
+    for name in ROW_RESULTS:
+        assert distance(getattr(found, name), getattr(wanted, name)) < 1e-6, name
+    assert torch.equal(found.prediction, wanted.prediction)
+    for name in GRADIENTS:
+        got = getattr(found, name)
+        assert got.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+        assert distance(got, getattr(wanted, name)) < GRADIENT_ERROR[dtype], name

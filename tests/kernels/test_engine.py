@@ -1,0 +1,169 @@
+"""The chunk loop over the kernels against float64, for every engine, dtype, option and trap."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernel_cases import DESCRIPTORS, GRADIENT_ERROR, GRADIENTS, assert_agrees, distance, draw_rows, run, truth
+
+from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.engine import Setting
+from ntpseg.losses import triton_backend
+from ntpseg.losses.options import LossOptions
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FUSED = Setting(fused=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "setting"),
+    [
+        (F32, 72, None),
+        (F32, 72, FUSED),
+        (F32, 51, None),
+        (BF16, 72, None),
+        (BF16, 72, Setting(tiles=DESCRIPTORS)),
+        (BF16, 200, Setting(tiles=DESCRIPTORS)),
+        (BF16, 51, None),  # rows that are not 16-byte aligned
+        (F16, 72, None),
+        (F16, 51, None),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 12.0], ids=["calm", "overflow"])
+def test_agrees_with_float64(dtype: torch.dtype, width: int, setting: Setting | None, scale: float) -> None:
+    rows, weight = draw_rows(width=width, dtype=dtype, scale=scale, leaders=True)
+    options = LossOptions()
+    assert_agrees(run(rows, weight, options, setting), truth(rows, weight, options), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_rows_without_weight_and_padding(dtype: torch.dtype) -> None:
+    rows, weight = draw_rows(dtype=dtype, zero_share=True, padding=20, scale=3.0)
+    found = run(rows, weight, LossOptions(), FUSED)
+    assert_agrees(found, truth(rows, weight, LossOptions()), dtype)
+    assert (found.prediction[-20:] == -1).all()
+    assert not found.d_hidden[-20:].any()
+
+
+@pytest.mark.parametrize(
+    ("negatives", "hard", "options"),
+    [
+        (0, 0, {}),
+        (1, 0, {}),
+        (32, 7, {}),
+        (5, 1, {"temperature": 0.4, "tcl_weight": 3.0, "het_weight": 0.5}),
+        (5, 2, {"tcl_weight": 0.0}),
+        (5, 2, {"z_loss": 0.05}),
+    ],
+)
+def test_options(negatives: int, hard: int, options: dict) -> None:
+    rows, weight = draw_rows(negatives=negatives, hard=hard)
+    settings = LossOptions(negatives=negatives, **options)
+    assert_agrees(run(rows, weight, settings, FUSED), truth(rows, weight, settings), F32)
+
+
+@pytest.mark.parametrize(("count", "width", "classes"), [(1, 8, 2), (3, 16, 2), (65, 136, 129), (2, 24, 700)])
+def test_odd_shapes(count: int, width: int, classes: int) -> None:
+    rows, weight = draw_rows(count, width, classes, hard=1)
+    assert_agrees(run(rows, weight, LossOptions(), FUSED), truth(rows, weight, LossOptions()), F32)
+    assert_agrees(run(rows, weight, LossOptions()), truth(rows, weight, LossOptions()), F32)
+
+
+def test_a_single_class_leaves_nothing_to_learn() -> None:
+    rows, weight = draw_rows(9, 16, 1, hard=0)
+    found = run(rows, weight, LossOptions(), FUSED)
+    assert not found.prediction.any() and not found.margin.any()
+    assert found.nll.max() < 1e-6 and found.d_hidden.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
+    rows, weight = draw_rows(dtype=dtype, leaders=True)
+    whole = run(rows, weight, LossOptions(), FUSED)
+    cut = run(rows, weight, LossOptions(), Setting(fused=True, chunk_bytes=384 * dtype.itemsize * 50))
+    for name in ("prediction", "nll", "margin", "tcl", "het", "lse", "d_hidden"):
+        assert torch.equal(getattr(whole, name), getattr(cut, name)), name
+    # the sum over chunks is formed in fp32: it must not lose to a single product
+    assert distance(cut.d_weight, truth(rows, weight, LossOptions()).d_weight) < GRADIENT_ERROR[dtype]
+
+
+def test_repeats_bit_for_bit() -> None:
+    rows, weight = draw_rows(dtype=BF16, scale=12.0, leaders=True)
+    first, second = run(rows, weight, LossOptions()), run(rows, weight, LossOptions())
+    for field in dataclasses.fields(first):
+        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
+
+
+def test_never_writes_to_its_inputs() -> None:
+    rows, weight = draw_rows(dtype=BF16, scale=12.0)
+    before = [x.clone() for x in (rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach)]
+    run(rows, weight, LossOptions())
+    for x, y in zip((rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach), before, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("hidden_grad", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_makes_only_the_gradients_that_are_wanted(hidden_grad: bool, fused: bool) -> None:
+    rows, weight = draw_rows()
+    wanted = truth(rows, weight, LossOptions())
+    found = triton_backend.rows_loss(
+        rows, weight, LossOptions(), hidden_grad=hidden_grad, weight_grad=not hidden_grad, setting=Setting(fused=fused)
+    )
+    made, missing = GRADIENTS if hidden_grad else GRADIENTS[::-1]
+    assert getattr(found, missing) is None
+    assert distance(getattr(found, made), getattr(wanted, made)) < GRADIENT_ERROR[F32]
+    neither = triton_backend.rows_loss(
+        rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, setting=Setting(fused=fused)
+    )
+    assert neither.d_hidden is None and neither.d_weight is None
+    assert torch.equal(neither.nll, found.nll) and torch.equal(neither.prediction, found.prediction)
+
+
+def test_a_slice_of_a_larger_weight() -> None:
+    rows, weight = draw_rows(classes=200)
+    larger = torch.full((500, weight.shape[1] + 8), math.nan)
+    larger[120:320, : weight.shape[1]] = weight
+    part = larger[120:320, : weight.shape[1]]
+    assert not part.is_contiguous()
+    assert_agrees(run(rows, part, LossOptions(), FUSED), truth(rows, weight, LossOptions()), F32)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_ties_go_to_the_lowest_id(fused: bool) -> None:
+    rows, weight = draw_rows(count=40, classes=300)
+    weight = weight[:1].expand(300, -1).contiguous()
+    found = run(rows, weight, LossOptions(), Setting(fused=fused))
+    assert not found.prediction.any()
+    assert found.margin.max() < 1e-5
+    assert not found.margin[rows.target == 0].any()
+    torch.testing.assert_close(found.nll, torch.full((40,), math.log(300.0)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_nan_stays_visible(fused: bool) -> None:
+    rows, weight = draw_rows(count=70)
+    hidden = rows.hidden.clone()
+    hidden[3, 5] = math.nan
+    found = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), Setting(fused=fused))
+    assert found.nll[3].isnan()
+    assert found.d_hidden[3].isnan().any()
+    assert not found.nll[30:].isnan().any()
+
+
+def test_float64_goes_to_the_torch_backend() -> None:
+    rows, weight = draw_rows(count=20)
+    exact = dataclasses.replace(
+        rows, hidden=rows.hidden.double(), share=rows.share.double(), het_share=rows.het_share.double()
+    )
+    found = run(exact, weight.double(), LossOptions())
+    assert found.nll.dtype == torch.float64
+    assert torch.equal(found.d_weight, truth(rows, weight, LossOptions()).d_weight)
