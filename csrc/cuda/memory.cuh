@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "select.cuh"
 #include "topn.h"
 
 namespace ntpseg {

@@ -1,11 +1,11 @@
+// The kernels and their launchers.
 #include <cuda_runtime.h>
-#include <math_constants.h>
 
-#include "topn.h"
-
-#include "select.cuh"
+#include <cstdint>
 
 #include "memory.cuh"
+#include "select.cuh"
+#include "topn.h"
 
 namespace ntpseg {
 namespace {
@@ -138,13 +138,23 @@ bool loads_vectors(const RecordArguments& a) {
 }
 
 template <int kThreads, int kItems>
-void enqueue(const TopnArguments& a, cudaStream_t stream) {
-  topn_kernel<kThreads, kItems><<<static_cast<unsigned>(a.rows), kThreads, 0, stream>>>(a, loads_vectors(a));
+constexpr void (*kernel_for(const TopnArguments&))(TopnArguments, bool) {
+  return topn_kernel<kThreads, kItems>;
 }
 
 template <int kThreads, int kItems>
-void enqueue(const RecordArguments& a, cudaStream_t stream) {
-  record_kernel<kThreads, kItems><<<static_cast<unsigned>(a.rows), kThreads, 0, stream>>>(a, loads_vectors(a));
+constexpr void (*kernel_for(const RecordArguments&))(RecordArguments, bool) {
+  return record_kernel<kThreads, kItems>;
+}
+
+// A block to a row, each thread holding kItems of its columns.
+template <int kThreads, int kItems, class Arguments>
+int enqueue(const Arguments& a, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(a.rows));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel_for<kThreads, kItems>(a), a, loads_vectors(a));
 }
 
 // Few rows are a matter of latency: as many threads as can share a row. Many are a matter of throughput: small blocks,
@@ -156,18 +166,11 @@ int launch(const Arguments& a, void* raw_stream) {
   if (a.rows == 0 || a.n == 0) return cudaSuccess;
   if (a.length > kMaxLength || a.n > kMaxN || a.rows > INT32_MAX) return cudaErrorInvalidValue;
   const auto stream = static_cast<cudaStream_t>(raw_stream);
-  if (a.length <= 512) {
-    enqueue<128, 4>(a, stream);
-  } else if (a.length <= 1024) {
-    enqueue<256, 4>(a, stream);
-  } else if (a.length <= 4096 && a.rows <= kFewRows) {
-    enqueue<1024, 4>(a, stream);
-  } else if (a.length <= 4096) {
-    enqueue<256, 16>(a, stream);
-  } else {
-    enqueue<1024, 16>(a, stream);
-  }
-  return cudaGetLastError();
+  if (a.length <= 512) return enqueue<128, 4>(a, stream);
+  if (a.length <= 1024) return enqueue<256, 4>(a, stream);
+  if (a.length <= 4096 && a.rows <= kFewRows) return enqueue<1024, 4>(a, stream);
+  if (a.length <= 4096) return enqueue<256, 16>(a, stream);
+  return enqueue<1024, 16>(a, stream);
 }
 
 }  // namespace
