@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntpseg.kernels.engine import Setting
 from ntpseg.kernels.table import GemmConfig, Tiles
-from ntpseg.losses import torch_backend, triton_backend
+from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
@@ -68,12 +68,40 @@ def draw_rows(
 
 
 def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
-    """The same in float64, by the torch backend, without a filter."""
-    exact = dataclasses.replace(
-        rows, hidden=rows.hidden.double(), share=rows.share.double(), het_share=rows.het_share.double()
+    """The seam's definition in float64 with plain autograd, without a filter."""
+    hidden = rows.hidden.double().requires_grad_()
+    matrix = weight.double().requires_grad_()
+    z = hidden @ matrix.t()
+    real = rows.target >= 0
+    z_y = z.gather(1, rows.target.clamp_min(0).unsqueeze(1))
+    lse = z.logsumexp(1)
+    top, prediction = z.detach().max(1)
+
+    back = torch.arange(1, options.negatives + 1)
+    earlier = (torch.arange(len(z)).unsqueeze(1) - back).clamp_min(0)
+    negative = torch.where(real, prediction, -1)[earlier]
+    exists = (back <= rows.reach.unsqueeze(1)) & (negative != rows.target.unsqueeze(1)) & (negative >= 0)
+    gap = (z.gather(1, negative.clamp_min(0)) - z_y) / options.temperature
+    gap = torch.cat([gap.masked_fill(~exists, -torch.inf), torch.zeros_like(z_y)], 1)
+    tcl = torch.where(real, gap.logsumexp(1), 0.0)
+    far = (z.gather(1, rows.het.clamp_min(0)) - z_y) / options.temperature
+    far = far.masked_fill((rows.het < 0) | ~real.unsqueeze(1), -torch.inf)
+    het = torch.logaddexp(far, torch.zeros_like(far)).sum(1)
+    nll = torch.where(real, lse - z_y.squeeze(1), 0.0)
+
+    share = rows.share.double()
+    terms = nll + options.tcl_weight * tcl + options.z_loss * torch.where(real, lse, 0.0).square()
+    ((share * terms).sum() + options.het_weight * rows.het_share.double() * het.sum()).backward()
+    return RowsResult(
+        prediction=torch.where(real, prediction, -1),
+        nll=nll.detach(),
+        margin=torch.where(real, top - z_y.detach().squeeze(1), 0.0),
+        tcl=tcl.detach(),
+        het=het.detach(),
+        lse=torch.where(real, lse, 0.0).detach(),
+        d_hidden=hidden.grad,
+        d_weight=matrix.grad,
     )
-    plain = dataclasses.replace(options, gradient_filter=0.0)
-    return torch_backend.rows_loss(exact, weight.double(), plain, hidden_grad=True, weight_grad=True)
 
 
 def run(rows: Rows, weight: Tensor, options: LossOptions, setting: Setting | None = None) -> RowsResult:
