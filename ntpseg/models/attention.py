@@ -5,10 +5,17 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = ("sdpa", "causal_blocks", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def default_attention() -> str | None:
+    """What is used where nothing is asked for: the quickest on a CPU, Hugging Face's own choice elsewhere."""
+    return None if torch.cuda.is_available() else "causal_blocks"
 
 
 @contextmanager

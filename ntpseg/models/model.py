@@ -15,9 +15,12 @@ from transformers.utils import ModelOutput
 
 from ntpseg.losses import NumItems
 from ntpseg.memory import HardTokens
+from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
+
+causal_blocks.register()
 
 
 @dataclass

@@ -25,6 +25,9 @@ class DataConfig:
         channels: 1 (grey) or 3 (RGB).
         augment: fields of `ntpseg.data.Augmentation`; used when `variants` is not 0.
         variants: augmented variants per training pair, tokenized once; each epoch draws one of them or the original.
+        mask_noise: at most this share of the mask tokens that the model reads in training is replaced by random mask
+            codes, drawn per sequence from 0 to it. The labels stay. It makes the model look at the image instead of
+            copying the last token, and to go on from its own errors; not of the paper. 0 switches it off.
         skip_bad: leave bad pairs out instead of refusing the data.
         cache: folder of the token cache; the run's own by default.
     """
@@ -35,6 +38,7 @@ class DataConfig:
     channels: int = 1
     augment: dict[str, Any] = field(default_factory=dict)
     variants: int = 0
+    mask_noise: float = 0.0
     skip_bad: bool = False
     cache: str | None = None
 
@@ -92,6 +96,8 @@ class RunConfig:
         output: the run's directory; must be given.
         seed: of everything random.
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
+        max_minutes: end training after so many minutes, the learning rate falling with the clock; null: only steps
+            and epochs count.
         deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
     """
 
@@ -104,6 +110,7 @@ class RunConfig:
     output: str | None = None
     seed: int = 0
     layout: str = "ntpseg"
+    max_minutes: float | None = None
     deepspeed: str | None = None
 
 
@@ -172,6 +179,10 @@ def _check(config: RunConfig) -> None:
     }.items():
         if value < 0:
             raise ValueError(f"{name} is {value}, it must not be negative")
+    if not 0 <= config.data.mask_noise <= 1:
+        raise ValueError(f"data.mask_noise is {config.data.mask_noise}, it must be from 0 to 1")
+    if config.max_minutes is not None and config.max_minutes <= 0:
+        raise ValueError(f"max_minutes is {config.max_minutes}, it must be above 0")
     if config.data.channels not in (1, 3):
         raise ValueError(f"data.channels is {config.data.channels}, it must be 1 or 3")
     known = {f.name for f in dataclasses.fields(TrainingArguments)}

@@ -40,10 +40,14 @@ class TokenDataset(Dataset):
         sequence: the sequence format.
         seed: of the choice of variants.
         augmented: draw among the variants; False always gives the original (validation).
+        mask_noise: largest share of a sequence's mask tokens that is replaced by random codes in the input.
     """
 
-    def __init__(self, cache: Codes, sequence: SequenceFormat, *, seed: int = 0, augmented: bool = True) -> None:
+    def __init__(
+        self, cache: Codes, sequence: SequenceFormat, *, seed: int = 0, augmented: bool = True, mask_noise: float = 0.0
+    ) -> None:
         self.cache, self.sequence, self.seed, self.augmented = cache, sequence, seed, augmented
+        self.mask_noise = mask_noise if augmented else 0.0
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -67,7 +71,17 @@ class TokenDataset(Dataset):
             self.cache.image_codes[index, variant],
             self.cache.mask_codes[index, variant],
         )
+        if self.mask_noise:
+            ids = self._noisy(ids, labels, index)
         return {"sample_ids": index, "input_ids": ids, "labels": labels}
+
+    def _noisy(self, ids: np.ndarray, labels: np.ndarray, index: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, self.epoch, index, 1))
+        low, high = self.sequence.vocabulary.mask_range
+        # Only codes: row ends and EOM, which decoding forces, are always read as they are.
+        codes = (labels >= low) & (labels < high)
+        hit = codes & (rng.random(len(ids)) < rng.uniform(0.0, self.mask_noise))
+        return np.where(hit, rng.integers(low, high, len(ids)), ids)
 
 
 class Collator:

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntpseg.models.attention import explained_attention
+from ntpseg.models.attention import default_attention, explained_attention
 from ntpseg.models.bundle import Bundle
 from ntpseg.training.arguments import training_arguments
+from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import JsonLog, Progress, RunTensorBoard
 from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.dataset import Collator, TokenDataset
-from ntpseg.training.hardware import end_processes, rank
+from ntpseg.training.hardware import end_processes, keep_freed_memory, rank
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     if rank() == 0:
         _claim(config, run, resume=resume, overwrite=overwrite)
     try:
+        keep_freed_memory()
         args = training_arguments(config, run)
         shown = progress and args.process_index == 0
         with args.main_process_first(local=False, desc="preparing the data"):
@@ -85,12 +87,13 @@ def make_trainer(
     trainer = NTPSegTrainer(
         make_model(config, prepared),
         args,
-        train_dataset=TokenDataset(training, prepared.sequence, seed=config.seed),
+        train_dataset=TokenDataset(training, prepared.sequence, seed=config.seed, mask_noise=config.data.mask_noise),
         eval_dataset=None
         if validation is None
         else TokenDataset(validation, prepared.sequence, seed=config.seed, augmented=False),
         data_collator=Collator(prepared.sequence, grid_ids=config.model.grid_positions),
         memory=memory,
+        budget=None if config.max_minutes is None else TimeBudget(config.max_minutes, args.get_warmup_steps(500)),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
     for plain in (PrinterCallback, ProgressCallback):
@@ -126,9 +129,12 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
             if not (path / "config.json").is_file():
                 raise ValueError(f"model.weights is {str(path)!r}, it must be the directory of a saved model")
             return NTPSegModel.from_pretrained(
-                path, config=described, attn_implementation=chosen.attention, local_files_only=True
+                path,
+                config=described,
+                attn_implementation=chosen.attention or default_attention(),
+                local_files_only=True,
             )
-        described._attn_implementation = chosen.attention
+        described._attn_implementation = chosen.attention or default_attention()
         model = NTPSegModel(described)
     if chosen.codebook_embeddings:
         model.init_visual_embeddings(prepared.vision.image_codebook(), prepared.vision.mask_codebook())

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ntpseg.losses import NumItems
 from ntpseg.memory import HardTokenMemory
+from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import load_memory, save_memory
 from ntpseg.training.dataset import EpochSampler, TokenDataset
 
@@ -31,24 +32,37 @@ class NTPSegTrainer(Trainer):
 
     Args:
         memory: where hard error tokens are kept; None switches HET off.
+        budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
         **kwargs: see `transformers.Trainer`.
     """
 
     train_dataset: TokenDataset
 
-    def __init__(self, *args: Any, memory: HardTokenMemory | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, memory: HardTokenMemory | None = None, budget: TimeBudget | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.memory = memory
+        self.memory, self.budget = memory, budget
         self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
         self._logged_step = 0
         self._matrix_parameters: int | None = None
         self.add_callback(_Epochs(self))
+        if budget is not None:
+            self.add_callback(budget)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included."""
         if resume_from_checkpoint and self.memory is not None:
             load_memory(self.memory, Path(resume_from_checkpoint), self.args.process_index)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule, or the time budget's."""
+        if self.budget is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.budget.scheduler(optimizer or self.optimizer, num_training_steps)
+        return self.lr_scheduler
 
     # ---- data
 

@@ -46,8 +46,9 @@ def built(small_ct: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def middle(record: Record) -> tuple[float, float]:
     assert record.mask is not None
-    rows, columns = np.nonzero(read_mask(record.mask))
-    return rows.mean() / 32, columns.mean() / 32
+    mask = read_mask(record.mask)
+    rows, columns = np.nonzero(mask)
+    return rows.mean() / mask.shape[0], columns.mean() / mask.shape[1]
 
 
 def test_patients_left_is_on_the_images_right_and_the_back_is_down(built: Path) -> None:
@@ -72,7 +73,7 @@ def test_blocks_of_neighbours_stay_together(built: Path) -> None:
     assert shared_subjects(records) == {}
     for record in records:
         index = int(record.case.split("_z")[1][:3])
-        assert record.split == ("train", "train", "val", "train", "train", "test")[index // 4]
+        assert record.split == ("train", "train", "test", "train", "train", "val")[index // 4]
         assert record.subject == f"ct-b{index // 4:02d}"
 
 
@@ -85,7 +86,7 @@ def test_only_large_enough_targets(built: Path) -> None:
 def test_one_slice_is_one_file_on_disk(built: Path) -> None:
     stats = {row.split: row for row in split_stats(load_records(built))}
     assert (stats["train"].images, stats["val"].images, stats["test"].images) == (16, 4, 4)
-    assert read_image(load_records(built)[0].image).shape == (32, 32, 3)
+    assert read_image(load_records(built)[0].image).shape == (24, 32, 3)
 
 
 def test_readme_states_split_and_source(built: Path) -> None:
@@ -162,9 +163,16 @@ def test_real_ct_is_the_right_way_round(real: Path) -> None:
 
 
 @pytest.mark.data
-def test_real_ct_has_every_structure_in_every_split(real: Path) -> None:
+def test_real_ct_has_every_structure_to_train_on_and_to_test(real: Path) -> None:
     assert check_records(real) == []
     records = load_records(real)
-    for split in ("train", "val", "test"):
+    for split in ("train", "test"):
         found = {record.case.rsplit("_", 1)[1] for record in records if record.split == split}
         assert found == {structure.name for structure in STRUCTURES}
+
+
+def test_the_box_holds_every_label_and_the_margin() -> None:
+    labels = np.zeros((3, 20, 30), np.uint8)
+    labels[1, 6:9, 10:21] = 4
+    assert demo_ct.body_box(labels, 2) == (slice(4, 11), slice(8, 23))
+    assert demo_ct.body_box(labels, 9) == (slice(0, 18), slice(1, 30))

@@ -1,0 +1,59 @@
+"""A budget of minutes: the learning rate falls with the clock, and training ends when the time is up."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+FLOOR = 0.02
+
+
+class TimeBudget(TrainerCallback):
+    """Cosine learning rate over the larger of the two shares spent, of the steps or of the minutes.
+
+    On a machine of unknown speed a schedule over steps would end too early or never. The price: two runs on machines
+    of different speed are not the same run, and a resumed one starts its clock again at the share its steps had.
+
+    Args:
+        minutes: of training; evaluation within it counts.
+        warmup_steps: linear warm-up.
+    """
+
+    def __init__(self, minutes: float, warmup_steps: int = 50) -> None:
+        if minutes <= 0:
+            raise ValueError(f"max_minutes is {minutes}, it must be above 0")
+        self.seconds, self.warmup_steps = 60.0 * minutes, warmup_steps
+        self.started: float | None = None
+        self.max_steps = 1
+
+    def share(self, step: int) -> float:
+        """How much of the run is over after `step` steps, in [0, 1]."""
+        clock = 0.0 if self.started is None else (time.monotonic() - self.started) / self.seconds
+        return min(1.0, max(step / self.max_steps, clock))
+
+    def factor(self, step: int) -> float:
+        """The learning rate after `step` steps over its peak."""
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self.share(step)))
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (FLOOR + (1.0 - FLOOR) * cosine)
+
+    def scheduler(self, optimizer: Optimizer, max_steps: int) -> LambdaLR:
+        """The scheduler of a run of at most `max_steps` steps."""
+        self.max_steps = max(1, max_steps)
+        return LambdaLR(optimizer, self.factor)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.max_steps = max(1, state.max_steps)
+        self.started = time.monotonic() - self.seconds * state.global_step / self.max_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End training when the time is up."""
+        if self.share(state.global_step) >= 1.0:
+            control.should_training_stop = True
