@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ntpseg.losses.arguments import checked_counts, checked_shapes, merged_options
@@ -13,6 +14,7 @@ from ntpseg.losses.backends import choose_backend
 from ntpseg.losses.fused import loss_op
 from ntpseg.losses.options import LossOptions, NTPOutput, NumItems
 from ntpseg.losses.reference import reference_loss
+from ntpseg.losses.vocab_parallel import locate
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -35,6 +37,7 @@ def ntp_loss(
     num_items: NumItems | float | Tensor | None = None,
     backend: str = "auto",
     token_weights: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     options: LossOptions | None = None,
 ) -> NTPOutput:
     """Next-k-token cross-entropy with token-level contrastive and hard-error-token terms, without stored logits.
@@ -63,6 +66,9 @@ def ntp_loss(
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
         token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
             in their denominators.
+        group: ranks that share the vocabulary: `weight` is this rank's shard ``[V_rank, D]`` (or ``[k, V_rank, D]``),
+            in the order of the ranks; every other argument is the same on all of them, ids count over the whole
+            vocabulary, and each gets the whole gradient of `hidden`. Torch backend only.
         options: all of the above that is no tensor, and more (`LossOptions`), in one object. Keywords that are
             also in it must then be left at their defaults.
 
@@ -86,12 +92,17 @@ def ntp_loss(
     )
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights)
+    first, vocabulary = (0, weight.shape[-2] if weight.dim() > 1 else 0) if group is None else locate(weight, group)
+    hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights, vocabulary)
     num_rows, num_het = checked_counts(num_items, hidden)
-    if settings.vocab_range is not None:
-        weight = weight.narrow(-2, settings.vocab_range[0], settings.vocab_range[1] - settings.vocab_range[0])
+    low, high = settings.vocab_range or (0, vocabulary)
+    start, stop = max(low, first), min(high, first + weight.shape[-2])
+    if (start, stop) != (first, first + weight.shape[-2]):
+        weight = weight.narrow(-2, min(start - first, weight.shape[-2]), max(stop - start, 0))
     weight = weight.to(hidden.dtype)
-    name = choose_backend(settings.backend, hidden.device)
+    name = choose_backend(settings.backend, hidden.device) if group is None else "torch"
+    if group is not None and settings.backend not in ("auto", "torch"):
+        raise ValueError(f"backend must be torch or auto where group is given, got {settings.backend!r}")
     extra = {
         "het_position": None if het is None else het.position,
         "het_token": None if het is None else het.token,
@@ -113,6 +124,9 @@ def ntp_loss(
             settings.with_backend(name).to_text(),
             grad and hidden.requires_grad,
             grad and weight.requires_grad,
+            "" if group is None else group.group_name,
+            max(start - low, 0),
+            high - low,
         )
         parts = list(packed.unbind())
     prediction, nll, margin = tokens
@@ -161,10 +175,18 @@ class NTPLoss(nn.Module):
         het: HardTokens | None = None,
         num_items: NumItems | float | Tensor | None = None,
         token_weights: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> NTPOutput:
         """See `ntp_loss`."""
         return ntp_loss(
-            hidden, weight, labels, het=het, num_items=num_items, token_weights=token_weights, options=self.options
+            hidden,
+            weight,
+            labels,
+            het=het,
+            num_items=num_items,
+            token_weights=token_weights,
+            group=group,
+            options=self.options,
         )
 
     def extra_repr(self) -> str:

@@ -43,6 +43,7 @@ def checked_shapes(
     options: LossOptions,
     het: HardTokens | None,
     token_weights: Tensor | None,
+    vocabulary: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns hidden as ``[B, T, k, D]``, the weight and int64 labels.
 
@@ -64,8 +65,8 @@ def checked_shapes(
         raise ValueError(f"labels must be an int64 [{batch}, {time}] tensor, got {_shown(labels)}")
     if options.head_weights is not None and len(options.head_weights) != heads:
         raise ValueError(f"head_weights must hold {heads} numbers, one per head, got {list(options.head_weights)}")
-    if options.vocab_range is not None and options.vocab_range[1] > weight.shape[-2]:
-        raise ValueError(f"vocab_range must end within the {weight.shape[-2]} classes, got {options.vocab_range}")
+    if options.vocab_range is not None and options.vocab_range[1] > vocabulary:
+        raise ValueError(f"vocab_range must end within the {vocabulary} classes, got {options.vocab_range}")
     if token_weights is not None and (
         tuple(token_weights.shape) != (batch, time) or not token_weights.is_floating_point()
     ):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ntpseg.losses.backends import gradient_dtype, load_backend
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import plan_rows
+from ntpseg.losses.vocab_parallel import Shard
 from ntpseg.ops.loss import register_loss
 
 
@@ -23,6 +24,9 @@ def fused_loss(
     settings: str,
     hidden_grad: bool,
     weight_grad: bool,
+    group: str,
+    first: int,
+    classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the custom operator ``ntpseg::ntp_loss`` runs, on every device.
 
@@ -36,6 +40,9 @@ def fused_loss(
         num_het: 0-dim or None.
         settings: `LossOptions.to_text`, with the backend resolved.
         hidden_grad, weight_grad: which gradients to make.
+        group: name of the ranks that share the vocabulary, "" for none.
+        first: class of the slice at which `weight` begins; 0 without a group.
+        classes: number of classes in the slice, over all ranks.
 
     Returns:
         loss (0-dim), parts ``[5]`` (ntp, nktp, tcl, het, z), prediction, nll and margin ``[B, T, k]`` by the position
@@ -48,7 +55,7 @@ def fused_loss(
     plan = plan_rows(
         hidden,
         labels,
-        weight.shape[-2],
+        classes,
         options,
         per_head_weight=weight.dim() == 3,
         het_position=het_position,
@@ -58,7 +65,10 @@ def fused_loss(
         num_het=num_het,
     )
     rows = plan.rows
-    found = load_backend(options.backend)(rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad)
+    shard = {"shard": Shard.named(group, first, weight.shape[-2], classes)} if group else {}
+    found = load_backend(options.backend)(
+        rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, **shard
+    )
 
     tcl = (rows.share * found.tcl).sum()
     het = found.het.sum() * rows.het_share

@@ -30,7 +30,7 @@ class Grid:
         store = torch.float32 if operand == torch.float16 else operand
         least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
         budget = budget or (_GPU_BLOCK_BYTES if gpu else _CPU_BLOCK_BYTES)
-        size = max(budget // (classes * store.itemsize), least)
+        size = max(budget // (max(classes, 1) * store.itemsize), least)
         size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
         tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
         return Grid(size, max(tile, _TILE_STEP), store, device)

@@ -18,22 +18,33 @@ from ntpseg.losses import products
 from ntpseg.losses.backends import RowsResult, gradient_dtype
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
+from ntpseg.losses.vocab_parallel import Shard
 
 # exp of this times the largest vocabulary, times the ratio of a hard token's weight to its row's, still fits float32
 _HIGHEST_GAP = {torch.float64: 600.0, torch.float32: 60.0}
 
 
-def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult:
-    """See `ntpseg.losses.backends` for the contract."""
+def rows_loss(
+    rows: Rows,
+    weight: Tensor,
+    options: LossOptions,
+    *,
+    hidden_grad: bool,
+    weight_grad: bool,
+    shard: Shard | None = None,
+) -> RowsResult:
+    """See `ntpseg.losses.backends` for the contract; `shard` says which classes `weight` holds, all by default."""
+    shard = shard or Shard(0, weight.shape[-2], weight.shape[-2])
     count, device, work = len(rows.target), rows.hidden.device, rows.share.dtype
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
     kept = gradient_dtype(weight.dtype)
     prediction = torch.full((count,), -1, dtype=torch.int64, device=device)
     nll, margin, tcl, het, lse = torch.zeros(5, count, dtype=work, device=device)
-    d_hidden = torch.empty(rows.hidden.shape, dtype=kept, device=device) if hidden_grad else None
+    summed = kept if shard.group is None else work
+    d_hidden = torch.empty(rows.hidden.shape, dtype=summed, device=device) if hidden_grad else None
     d_weight = torch.zeros(matrices.shape, dtype=work, device=device) if weight_grad else None
 
-    grid = products.Grid.choose(count, matrices.shape[1], weight.dtype, device, options.chunk_bytes)
+    grid = products.Grid.choose(count, shard.share, weight.dtype, device, options.chunk_bytes)
     store = grid.block(matrices.shape[1]) if hidden_grad or weight_grad else None
     for matrix, (start, stop) in enumerate(rows.segments):
         for low in range(start, stop, grid.rows):
@@ -42,12 +53,12 @@ def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: 
             real = rows.target[part] >= 0
             target = rows.target[part].clamp_min(0)
             block = None if store is None else store[: len(target)]
-            z_y = products.row_dots(hidden, head, target.unsqueeze(1), work).squeeze(1)
+            z_y = dots(hidden, head, target.unsqueeze(1), work, shard).squeeze(1)
 
-            found = exponentials(hidden, head, target, z_y, z_y, block, grid)
+            found = exponentials(hidden, head, target, z_y, z_y, block, grid, shard)
             if bool((found.top > _HIGHEST_GAP[work]).any()):
                 anchor = torch.where(found.top > _HIGHEST_GAP[work], z_y + found.top, z_y)
-                found = exponentials(hidden, head, target, z_y, anchor, block, grid)
+                found = exponentials(hidden, head, target, z_y, anchor, block, grid, shard)
             shift = found.anchor - z_y
             log_total = found.total.log()
             prediction[part] = torch.where(real, found.best, -1)
@@ -55,12 +66,12 @@ def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: 
             nll[part] = torch.where(real, log_total + shift, 0.0)
             lse[part] = torch.where(real, log_total + found.anchor, 0.0)
 
-            touch = touches(hidden, head, z_y, target, prediction, rows, part, options)
+            touch = touches(hidden, head, z_y, target, prediction, rows, part, options, shard)
             tcl[part] = torch.where(real, touch.tcl, 0.0)
             het[part] = touch.het
             if block is None:
                 continue
-            unit = touch_up(block, found, touch, target, z_y, lse[part], rows, part, options)
+            unit = touch_up(block, found, touch, target, z_y, lse[part], rows, part, options, shard)
             kept_classes = None
             if options.gradient_filter > 0:
                 kept_classes = products.classes_above(block, found.total, options.gradient_filter, grid)
@@ -69,6 +80,8 @@ def rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: 
             if d_weight is not None:
                 products.add_weight_gradient(block, hidden, unit, d_weight[matrix], kept_classes, grid)
 
+    if d_hidden is not None:
+        d_hidden = shard.sum(d_hidden).to(kept)
     if d_weight is not None:
         d_weight = d_weight.reshape(weight.shape).to(kept)
     return RowsResult(prediction, nll, margin, tcl, het, lse, d_hidden, d_weight)
@@ -92,6 +105,7 @@ def exponentials(
     anchor: Tensor,
     block: Tensor | None,
     grid: products.Grid,
+    shard: Shard,
 ) -> Exponentials:
     """Writes ``exp(z - anchor)`` of one block to `block` (unless None) and reduces it on the way.
 
@@ -102,19 +116,21 @@ def exponentials(
         anchor: ``[C]``, subtracted from the logits.
         block: ``[C, V]`` or None.
         grid: tile sizes.
+        shard: the classes that `matrix` holds.
     """
     rows, classes, work = len(hidden), len(matrix), z_y.dtype
     top = torch.full((rows,), -torch.inf, dtype=work, device=hidden.device)
     best = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     total = torch.zeros(rows, dtype=work, device=hidden.device)
     room = torch.empty(rows * min(grid.classes, classes), dtype=work, device=hidden.device)
-    home = target // grid.classes
+    column, owned = shard.local(target)
+    home = torch.where(owned, column // grid.classes, -1)
     for tile, low in enumerate(range(0, classes, grid.classes)):
         high = min(low + grid.classes, classes)
         gap = products.logits(hidden, matrix[low:high], out=room[: rows * (high - low)].view(rows, high - low))
         gap.sub_(anchor.unsqueeze(1))
         here = (home == tile).nonzero().squeeze(1)
-        gap[here, target[here] - low] = (z_y - anchor)[here]
+        gap[here, column[here] - low] = (z_y - anchor)[here]
 
         tile_top = gap.amax(1)
         higher = (tile_top > top).nonzero().squeeze(1)  # strictly: ties stay with the lower class
@@ -123,7 +139,16 @@ def exponentials(
         total += gap.exp_().sum(1)
         if block is not None:
             block[:, low:high].copy_(gap)
-    return Exponentials(anchor, top, best, total)
+    top, best = shard.top(top, best)
+    return Exponentials(anchor, top, best, shard.sum(total))
+
+
+def dots(hidden: Tensor, matrix: Tensor, token: Tensor, work: torch.dtype, shard: Shard) -> Tensor:
+    """``[C, q]``: logits of `token` ``[C, q]``, wherever they live."""
+    column, owned = shard.local(token)
+    if not shard.count:
+        return shard.sum(torch.zeros(token.shape, dtype=work, device=token.device))
+    return shard.sum(products.row_dots(hidden, matrix, column, work).masked_fill(~owned, 0.0))
 
 
 @dataclass(frozen=True)
@@ -146,6 +171,7 @@ def touches(
     rows: Rows,
     part: slice,
     options: LossOptions,
+    shard: Shard,
 ) -> Touches:
     """Negatives and hard tokens of one block; their logits come from dot products, not from the rounded block."""
     back = torch.arange(1, options.negatives + 1, device=hidden.device)
@@ -154,7 +180,7 @@ def touches(
     exists = (back <= rows.reach[part].unsqueeze(1)) & (negative != target.unsqueeze(1)) & (negative >= 0)
     hard = rows.het[part]
     token = torch.cat([torch.where(exists, negative, 0), hard.clamp_min(0)], 1)
-    gap = (products.row_dots(hidden, matrix, token, z_y.dtype) - z_y.unsqueeze(1)) / options.temperature
+    gap = (dots(hidden, matrix, token, z_y.dtype, shard) - z_y.unsqueeze(1)) / options.temperature
     gap = gap.masked_fill(~torch.cat([exists, hard >= 0], 1), -torch.inf)
     near, far = gap.split([options.negatives, hard.shape[1]], 1)
     tcl = torch.cat([near, near.new_zeros(len(near), 1)], 1).logsumexp(1)  # the zero is the 1 in log(1 + sum)
@@ -177,6 +203,7 @@ def touch_up(
     rows: Rows,
     part: slice,
     options: LossOptions,
+    shard: Shard,
 ) -> Tensor:
     """Turns exponentials into logit gradients in units of the returned ``[C]``: ``dz = unit * block``."""
     share = rows.share[part]
@@ -190,10 +217,15 @@ def touch_up(
     bare = ((unit == 0) & (on_target != 0)).nonzero().squeeze(1)  # a hard token on a row without any CE weight
     block[bare] = 0
     unit[bare] = 1
+    if not shard.count:
+        return unit
     own = torch.exp(z_y - found.anchor)
     own[bare] = 0
     divisor = unit.masked_fill(unit == 0, 1.0)
-    products.add_at_(block, touch.token, pull / divisor.unsqueeze(1))
+    column, owned = shard.local(touch.token)
+    products.add_at_(block, column, (pull / divisor.unsqueeze(1)).masked_fill(~owned, 0.0))
     # the target's entry is formed whole before it is rounded: 1 - S cancels where the model is sure and right
-    block[torch.arange(len(target), device=target.device), target] = (own + on_target / divisor).to(block.dtype)
+    column, owned = shard.local(target)
+    row = owned.nonzero().squeeze(1)
+    block[row, column[row]] = (own + on_target / divisor)[row].to(block.dtype)
     return unit

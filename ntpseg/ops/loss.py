@@ -36,6 +36,9 @@ def _fake(
     settings: str,
     hidden_grad: bool,
     weight_grad: bool,
+    group: str,
+    first: int,
+    classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -53,7 +56,7 @@ def _fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight = inputs[:2]
-    ctx.hidden_grad, ctx.weight_grad = inputs[-2:]
+    ctx.hidden_grad, ctx.weight_grad = inputs[9:11]
     ctx.dtypes = (hidden.dtype, weight.dtype)
     ctx.save_for_backward(output[5], output[6])
     ctx.mark_non_differentiable(*output[1:])
@@ -61,7 +64,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 9
+    nothing = (None,) * 12
     if grad is None:
         return None, None, *nothing
     d_hidden, d_weight = ctx.saved_tensors

@@ -1,0 +1,64 @@
+"""The sharded vocabulary on two ranks equals the whole one on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from loss_cases import PARTS, draw, error
+
+from ntpseg import ntp_loss
+
+CASES = {
+    "plain": {},
+    "per head": {"per_head": True, "negatives": 9},
+    "range within one rank": {"vocab_range": (1, 5)},
+    "range over both": {"vocab_range": (3, 16), "slots": 9},
+    "blocks": {"chunk_bytes": 500, "temperature": 0.5, "head_weights": (0.0, 1.0, 0.5)},
+    "far targets": {"scale": 40.0, "z_loss": 0.01},
+    "nothing supervised": {"unsupervised": 1.0},
+    "filtered": {"gradient_filter": 1e-300},
+    "bfloat16": {"dtype": torch.bfloat16, "width": 32, "negatives": 0},
+}
+
+
+def _rank(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
+    group = dist.new_group([0, 1])
+    for number, keywords in enumerate(CASES.values()):
+        case = draw(**keywords)
+        weight = case.weight[..., (slice(0, 6), slice(6, None))[rank], :].clone().requires_grad_()
+        hidden = case.hidden.clone().requires_grad_()
+        out = ntp_loss(hidden, weight, case.labels, group=group, options=case.options, **case.tensors)
+        out.loss.backward()
+        torch.save(
+            (
+                {part: getattr(out, part).detach() for part in (*PARTS, "prediction", "nll", "margin")},
+                hidden.grad,
+                weight.grad,
+            ),
+            Path(folder) / f"{number}-{rank}.pt",
+        )
+    with pytest.raises(ValueError, match=r"^backend must"):
+        ntp_loss(hidden, weight, case.labels, group=group, backend="reference")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for number, (name, keywords) in enumerate(CASES.items()):
+        case = draw(**keywords)
+        whole, d_hidden, d_weight = case.run("torch")
+        tolerance = 1e-2 if case.hidden.dtype == torch.bfloat16 else 1e-12
+        ranks = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in (0, 1)]
+        for values, d_rank, _ in ranks:
+            for part, value in values.items():
+                assert torch.allclose(value, getattr(whole, part), rtol=tolerance, atol=tolerance), (name, part)
+            assert error(d_rank, d_hidden) < tolerance, name
+        assert torch.equal(ranks[0][1], ranks[1][1]), name
+        assert error(torch.cat([ranks[0][2], ranks[1][2]], -2), d_weight) < tolerance, name
