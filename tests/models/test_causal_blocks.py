@@ -1,0 +1,60 @@
+"""Block attention equals PyTorch's, alone and under a Hugging Face decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3Model
+
+from ntpseg.models import causal_blocks
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_sdpa_with_gradients(length: int, dtype: torch.dtype) -> None:
+    wide = [torch.randn(2, 3, length, 16, dtype=torch.float64) for _ in range(4)]
+    results = []
+    for kind in (torch.float64, dtype):
+        q, k, v = (t.to(kind).requires_grad_() for t in wide[:3])
+        if kind == torch.float64:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = causal_blocks.causal_blocks(q, k, v)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), wide[3].to(kind))])
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    for true, got in zip(*results):
+        assert (got.double() - true).norm() <= limit * (true.norm() + 1e-9)
+
+
+def decoders() -> list[Qwen3Model]:
+    found = []
+    for name in ("sdpa", causal_blocks.NAME):
+        causal_blocks.register()
+        config = Qwen3Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            attn_implementation=name,
+        )
+        torch.manual_seed(0)
+        found.append(Qwen3Model(config).eval())
+    return found
+
+
+def test_decoder_agrees_plain_padded_and_cached() -> None:
+    plain, blocks = decoders()
+    ids = torch.randint(50, (3, 21))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    for kwargs in ({}, {"attention_mask": mask}):
+        a, b = (m(ids, use_cache=False, **kwargs).last_hidden_state for m in (plain, blocks))
+        keep = mask.bool() if kwargs else torch.ones_like(ids).bool()
+        assert torch.allclose(a[keep], b[keep], atol=1e-5)
+    first = blocks(ids[:, :15], use_cache=True)
+    rest = blocks(ids[:, 15:], past_key_values=first.past_key_values, use_cache=True).last_hidden_state
+    assert torch.allclose(rest, plain(ids, use_cache=False).last_hidden_state[:, 15:], atol=1e-5)

@@ -1,0 +1,43 @@
+"""`ntpseg env` tells what is there, and why not where something is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ntpseg import environment
+from ntpseg.cli import app
+
+
+def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-anywhere"))
+    found = environment.versions()
+    assert found["torch"] == torch.__version__
+    assert found["no-such-package-anywhere"] == "not installed"
+
+
+def test_reasons_are_given_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = environment.backends()
+    assert found["loss torch"] == "usable"
+    assert found["loss triton"].startswith("not usable: ")
+    assert "flash_attn is not installed" in found["attention flash_attention_2"] or "no CUDA" in found[
+        "attention flash_attention_2"
+    ]
+
+
+def test_the_interpreter_makes_triton_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert environment.backends()["loss triton"] == "usable"
+
+
+def test_command_prints_tables_and_json() -> None:
+    plain = CliRunner().invoke(app, ["env"])
+    assert plain.exit_code == 0 and "ranking op, cpu" in plain.stdout
+    parsed = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
+    assert set(parsed) == {"versions", "devices", "backends"}
