@@ -1,4 +1,4 @@
-"""Training of `CompactVQ`: principal axes and codebook from patches, then each decoder by gradient descent."""
+"""Training of `CompactVQ`: axes and codebook from patches, then each decoder by gradient descent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vector_quantize_pytorch.vector_quantize_pytorch import kmeans
 
 from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
-from ntpseg.tokenizers.patch_vq import PatchVQ, make_quantizer
+from ntpseg.tokenizers.patch_vq import PatchVQ, fill_quantizer, make_quantizer
 from ntpseg.tokenizers.progress import progress_bar
 
 _KMEANS_ITERATIONS = 15
@@ -114,13 +115,34 @@ def _fit_codebook(
     def project(x: Tensor) -> Tensor:
         return (x - mean) @ axes.T
 
-    quantizer = make_quantizer(dim, codes - len(given), _KMEANS_ITERATIONS).to(patches.device).train()
-    quantizer(project(sample)[None])
+    def seeds(samples: Tensor, count: int) -> Tensor:
+        return _spread(samples[0], count, generator)[None]
+
+    means, uses = kmeans(project(sample)[None], codes - len(given), _KMEANS_ITERATIONS, sample_fn=seeds)
+    quantizer = make_quantizer(dim, codes - len(given)).to(patches.device).train()
+    fill_quantizer(quantizer, means[0], uses[0] * (_CODEBOOK_BATCH / len(sample)))
     for _ in range(options.codebook_steps):
         quantizer(project(draw(_CODEBOOK_BATCH))[None])
         advance(1)
     rows = [project(patch)[None] for patch in given]
-    branch.set_codebook(torch.cat([*rows, quantizer.codebook]))
+    fill_quantizer(branch.quantizer, torch.cat([*rows, quantizer.codebook]))
+
+
+def _spread(samples: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means++ seeds (Arthur and Vassilvitskii 2007), float [count, dim]: drawn by squared distance to those before.
+
+    Uniform seeds waste codes on copies of the commonest patch, black air.
+    """
+    device = samples.device
+    chosen = torch.randint(len(samples), (1,), generator=generator).to(device)
+    distance = torch.full((len(samples),), torch.inf, device=device)
+    while len(chosen) < count:
+        distance = torch.minimum(distance, (samples - samples[chosen[-1]]).square().sum(1))
+        # Fewer distinct samples than codes: any will do for the rest.
+        weight = distance if bool(distance.sum() > 0) else torch.ones_like(distance)
+        following = torch.multinomial(weight.cpu(), 1, generator=generator).to(device)
+        chosen = torch.cat([chosen, following])
+    return samples[chosen]
 
 
 def _fit_decoder(

@@ -16,20 +16,29 @@ from vector_quantize_pytorch import VectorQuantize
 _SEARCH_ROWS = 4096
 
 
-def make_quantizer(dim: int, codes: int, kmeans_iterations: int = 0) -> VectorQuantize:
-    """A Euclidean codebook with EMA updates and dead-code restart; k-means initialises it where asked to."""
+def make_quantizer(dim: int, codes: int) -> VectorQuantize:
+    """A Euclidean codebook with EMA updates and dead-code restart."""
     return VectorQuantize(
         dim=dim,
         codebook_size=codes,
-        kmeans_init=kmeans_iterations > 0,
-        kmeans_iters=kmeans_iterations,
         decay=0.9,
-        threshold_ema_dead_code=1,
+        # Uses per batch below which a code is replaced. A higher bar would replace the codes of rare, telling patches.
+        threshold_ema_dead_code=0.1,
         rotation_trick=False,
         # One process trains the tokenizer, also in a distributed run; by default the library would wait for the others.
         sync_codebook=False,
         sync_kmeans=False,
     )
+
+
+@torch.no_grad()
+def fill_quantizer(quantizer: VectorQuantize, codebook: Tensor, uses: Tensor | None = None) -> None:
+    """Set the codebook, float [codes, dim], and how often a batch uses each code, [codes] (where EMA goes on from)."""
+    uses = torch.ones(len(codebook), device=codebook.device) if uses is None else uses
+    inner = quantizer._codebook
+    inner.embed.copy_(codebook[None])
+    inner.embed_avg.copy_((codebook * uses[:, None])[None])
+    inner.cluster_size.copy_(uses[None])
 
 
 class PatchVQ(nn.Module):
@@ -74,14 +83,6 @@ class PatchVQ(nn.Module):
         assert self.analysis.bias is not None and self.base.bias is not None
         self.analysis.bias.copy_(-(axes @ mean))
         self.base.bias.copy_(gain * (mean - centre))
-
-    @torch.no_grad()
-    def set_codebook(self, codebook: Tensor) -> None:
-        """Replace the codebook by float [codes, dim]."""
-        inner = self.quantizer._codebook
-        inner.embed.copy_(codebook[None])
-        inner.embed_avg.copy_(codebook[None])
-        inner.cluster_size.fill_(1.0)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, int64 [B, h, w], of float [B, channels, h * factor, w * factor]."""

@@ -167,3 +167,18 @@ def test_damaged_directories_are_named(compact, tmp_path):
 def test_wrong_input_is_named(compact, call, message):
     with pytest.raises(ValueError, match=message):
         call(compact)
+
+
+def mostly_black(count):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((count, 1, 32, 32), -1.0)
+    images[::4] = torch.rand(len(images[::4]), 1, 32, 32, generator=generator)
+    return images, (images > 0.5).float()
+
+
+def test_a_common_patch_does_not_use_up_the_codebook():
+    """Three pictures in four are black: uniform k-means seeds would make most codes copies of one."""
+    images, masks = mostly_black(40)
+    options = CompactVQOptions(**{**TINY.__dict__, "image_codes": 32, "codebook_steps": 0})
+    model = train_compact_vq(images, masks, options, progress=False)
+    assert model.image_codebook().unique(dim=0).shape[0] == 32
