@@ -19,6 +19,7 @@ from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
+from ntpseg.models.lean import make_lean
 
 causal_blocks.register()
 
@@ -72,6 +73,7 @@ class NTPSegModel(PreTrainedModel):
         config, text = self.config, self.config.text_config
         # The plain constructor: `from_config` would partition this sub-model alone under ZeRO-3.
         self.backbone = cast(Any, MODEL_MAPPING[type(text)])(text)
+        make_lean(self.backbone)
         self.heads = NextKHeads(config.hidden_size, config.vocab_size, config.num_heads_k)
         self.grid = None
         if config.grid_positions:
