@@ -10,6 +10,7 @@ WORKSPACE_BYTES = 1 << 30
 LEAST_ROWS = 2048
 _ALIGNMENT = 64  # columns: rows of E start on 128 bytes (16-bit) or more
 _BLOCK_ROWS = 128
+_SINGLE_CHUNK_EXCESS = 1.25
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def plan_chunks(
     """Divides `rows` into equal chunks within the workspace.
 
     Without `chunk_bytes` the whole workspace, the fp32 sum of the weight's gradient included where several chunks need
-    one, stays within `WORKSPACE_BYTES`. Where that would leave fewer than `LEAST_ROWS` rows, which starve the tensor
-    cores and add to the sum too often, the sum is not counted (docs/kernels.md says where).
+    one, stays within `WORKSPACE_BYTES`. Where no plan of at least `LEAST_ROWS` rows (fewer starve the tensor cores and
+    add to the sum too often) does, the sum is not counted; and where one single chunk, which needs no sum, takes hardly
+    more than that, it is a single chunk (docs/kernels.md says where).
 
     Args:
         rows: R >= 1.
@@ -66,20 +68,30 @@ def plan_chunks(
     """
     stride = _stride(classes)
     if chunk_bytes is not None:
-        most = max(1, chunk_bytes // (stride * dtype.itemsize))
-    else:
-        each = bytes_per_row(classes, width, dtype, fused=fused, block_classes=block_classes)
-        most = max(LEAST_ROWS, WORKSPACE_BYTES // each)
-        if rows > most and weight_grad and dtype != torch.float32:
-            beside_sum = (WORKSPACE_BYTES - 4 * classes * width) // each
-            most = beside_sum if beside_sum >= LEAST_ROWS else most
+        return _divided(rows, max(1, chunk_bytes // (stride * dtype.itemsize)), stride)
+    each = bytes_per_row(classes, width, dtype, fused=fused, block_classes=block_classes)
+    if rows * each <= WORKSPACE_BYTES:
+        return Chunks(rows, 1, stride)
+    most = max(LEAST_ROWS, WORKSPACE_BYTES // each)
+    if weight_grad and dtype != torch.float32:
+        total = 4 * classes * width
+        beside = (WORKSPACE_BYTES - total) // each
+        if beside >= LEAST_ROWS:
+            most = beside
+        elif rows * each <= _SINGLE_CHUNK_EXCESS * (most * each + total):
+            most = rows
+    return _divided(rows, most, stride)
+
+
+def _divided(rows: int, most: int, stride: int) -> Chunks:
+    """Equal chunks of at most `most` rows, of whole row blocks where there are several blocks in one."""
     if rows <= most:
         return Chunks(rows, 1, stride)
+    unit = _BLOCK_ROWS if most >= _BLOCK_ROWS else 1
+    most -= most % unit
     count = -(-rows // most)
     even = -(-rows // count)
-    # whole row blocks, unless that would add a chunk
-    whole = -(-even // _BLOCK_ROWS) * _BLOCK_ROWS
-    even = whole if whole <= most else even
+    even = -(-even // unit) * unit
     return Chunks(even, -(-rows // even), stride)
 
 

@@ -22,11 +22,14 @@ def test_plan(rows: int, classes: int, width: int) -> None:
         # the last chunk is no sliver
         assert rows - plan.rows * (plan.count - 1) > plan.rows - 128 * plan.count
     each = bytes_per_row(classes, width, BF16, fused=True, block_classes=256)
-    total = 4 * classes * width if plan.count > 1 else 0
-    if plan.rows * each + total > WORKSPACE_BYTES:
-        # only where the least number of rows does not fit beside the sum, and then the rest still does
+    total = 4 * classes * width
+    if plan.rows * each + (total if plan.count > 1 else 0) > WORKSPACE_BYTES:
+        # only where the least number of rows does not fit beside the sum, and then without waste
         assert LEAST_ROWS * each + total > WORKSPACE_BYTES
-        assert plan.rows <= max(LEAST_ROWS, WORKSPACE_BYTES // each)
+        if plan.count > 1:
+            assert plan.rows <= max(LEAST_ROWS, WORKSPACE_BYTES // each)
+        else:
+            assert rows * each <= 1.25 * (max(LEAST_ROWS, WORKSPACE_BYTES // each) * each + total)
 
 
 def test_issue_shapes() -> None:
@@ -36,6 +39,8 @@ def test_issue_shapes() -> None:
     plan = plan_chunks(32768, 32768, 4096, BF16, fused=True, block_classes=256, weight_grad=True)
     assert (plan.rows, plan.count) == (5504, 6)
     plan = plan_chunks(6272, 184622, 4096, BF16, fused=True, block_classes=256, weight_grad=True)
+    assert (plan.rows, plan.count) == (6272, 1)  # 2.3 GiB; in chunks the fp32 sum alone is 2.8 GiB
+    plan = plan_chunks(6272, 184622, 1024, BF16, fused=True, block_classes=256, weight_grad=True)
     assert (plan.rows, plan.count) == (2176, 3)
 
 

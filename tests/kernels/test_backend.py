@@ -1,0 +1,124 @@
+"""``ntp_loss(backend="triton")``: the whole contract over the kernels, against the reference."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parents[1] / "losses"))
+
+from loss_cases import PARTS, Case, draw
+
+from ntpseg import NumItems, ntp_loss
+from ntpseg.kernels.dialect import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
+
+F32 = torch.float32
+
+
+def _assert_equals_reference(case: Case, tolerance: float = 3e-6) -> None:
+    wanted, d_hidden, d_weight = case.run("reference", torch.float64)
+    found, got_hidden, got_weight = case.run("triton", F32)
+    for part in PARTS:
+        torch.testing.assert_close(
+            getattr(found, part).double(), getattr(wanted, part), rtol=tolerance, atol=tolerance, msg=part
+        )
+    assert torch.equal(found.prediction, wanted.prediction)
+    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.margin.double(), wanted.margin, rtol=tolerance, atol=tolerance)
+    for got, truth in ((got_hidden, d_hidden), (got_weight, d_weight)):
+        assert float((got.double() - truth).norm()) <= tolerance * float(truth.norm()) + 1e-9
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"per_head": True},
+        {"k": 1, "negatives": 0, "slots": 0},
+        {"k": 8, "time": 12, "negatives": 32},
+        {"head_weights": (0.0, 1.0, 0.5)},
+        {"vocab_range": (5, 14)},
+        {"vocab_range": (5, 14), "per_head": True, "temperature": 0.5},
+        {"shift": False},
+        {"num_items": NumItems(rows=[40.0, 30.0, 20.0], het=7.0)},
+        {"weighted": True, "tcl_weight": 0.0},
+        {"max_rows": 18},
+        {"max_rows": 18, "per_head": True},
+        {"z_loss": 0.1, "het_weight": 3.0},
+        {"chunk_bytes": 64 * 4 * 7},
+        {"unsupervised": 1.0},
+        {"scale": 20.0},
+    ],
+    ids=str,
+)
+def test_contract(keywords: dict) -> None:
+    _assert_equals_reference(draw(dtype=F32, **keywords))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_error_is_within_twice_that_of_pytorch(dtype: torch.dtype, scale: float) -> None:
+    case = draw(time=40, width=32, classes=200, dtype=dtype, scale=scale)
+    wanted, *truth = case.run("reference", torch.float64)
+    plain, *eager = case.run("reference")
+    found, *got = case.run("triton")
+    assert abs(found.loss - wanted.loss) <= 2 * abs(plain.loss - wanted.loss) + 1e-6 * wanted.loss
+    for ours, theirs, exact in zip(got, eager, truth, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm()
+
+
+def test_autocast_and_views() -> None:
+    case = draw(dtype=F32, k=2, width=16)
+    wide = torch.randn(2, 9, 2, 32)
+    wide[..., :16] = case.hidden
+    hidden = wide[..., :16].requires_grad_()
+    assert not hidden.is_contiguous()
+    weight = case.weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.loss(hidden, weight, "triton")
+    out.loss.backward()
+    assert weight.grad.dtype == F32
+    exact, _, d_weight = case.run("reference", torch.float64)
+    assert abs(out.loss - exact.loss) < 2e-2 * exact.loss
+    assert (weight.grad.double() - d_weight).norm() < 3e-2 * d_weight.norm()
+
+
+def test_second_backward_and_frozen_operands() -> None:
+    case = draw(dtype=F32)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    loss = case.loss(hidden, weight, "triton").loss
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    (3 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 4 * once[0])
+    torch.testing.assert_close(weight.grad, 4 * once[1])
+    alone = case.hidden.clone().requires_grad_()
+    case.loss(alone, case.weight, "triton").loss.backward()
+    assert torch.equal(alone.grad, once[0])
+
+
+def test_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntpseg.losses import triton_backend
+
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    case = draw(dtype=F32)
+    with pytest.raises(ValueError, match="hidden on a CUDA device"):
+        ntp_loss(case.hidden, case.weight, case.labels, backend="triton")
+
+
+def test_compiles_without_a_break() -> None:
+    case = draw(dtype=F32, time=5, k=2)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    step = torch.compile(lambda h, w: case.loss(h, w, "triton").loss, fullgraph=True, backend="aot_eager")
+    step(hidden, weight).backward()
+    got = hidden.grad.clone()
+    hidden.grad = None
+    case.loss(hidden, weight, "triton").loss.backward()
+    torch.testing.assert_close(got, hidden.grad)

@@ -1,0 +1,128 @@
+"""Gradient filtering: what it drops, what it never drops, and its error bound."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernel_cases import DESCRIPTORS, distance, draw_rows, run, truth
+
+from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.engine import Setting
+from ntpseg.kernels.filtered import filtered_d_hidden, filtered_d_weight
+from ntpseg.kernels.live_tiles import LiveTiles, live_tiles
+from ntpseg.kernels.partials import Partials, RowStates
+from ntpseg.kernels.table import TABLE, Tiles
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.rows import Rows
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
+
+THRESHOLD = 2.0**-12
+
+
+def _idle_vocabulary(dtype: torch.dtype, classes: int = 1100) -> tuple[Rows, torch.Tensor]:
+    """As after training on masks: the model is sure of a few codes, the bulk of the vocabulary is idle."""
+    rows, weight = draw_rows(count=130, width=64, classes=classes, dtype=dtype)
+    used = torch.arange(5, 60, 7)
+    target = used[torch.arange(130) % len(used)]
+    weight = weight * 0.01
+    weight[used, :8] = torch.eye(8).to(dtype) * 3
+    hidden = rows.hidden * 0.1
+    hidden[:, :8] += torch.nn.functional.one_hot(torch.arange(130) % len(used), 8).to(dtype) * 5
+    het = torch.where(rows.het == target.unsqueeze(1), -1, rows.het)
+    het[::5, 0] = classes - 1  # touches a tile that is otherwise dead
+    return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, het=het), weight.to(dtype)
+
+
+def test_live_tiles_are_the_probable_and_the_touched() -> None:
+    classes = 700
+    z = torch.full((130, classes), -20.0)
+    z[:, 3] = 0.0
+    z[64:, 600] = -5.0  # e**-5 > 2**-12: alive in the second and third row block
+    target = torch.full((130,), 3)
+    target[129] = -1  # padding keeps nothing alive
+    z[129, 300] = 50.0
+    blocks = z.split(128, 1)
+    partials = Partials(torch.empty(6, 130), torch.stack([b.amax(1) for b in blocks]), torch.empty(6, 130).int())
+    states = RowStates.empty(130, torch.device("cpu"))
+    logit = z[:, 3].clone()
+    states.nll.copy_(z.logsumexp(1) - logit)
+    token = torch.full((130, 2), -1, dtype=torch.int32)
+    token[70, 1] = 512
+    found = live_tiles(partials, states, logit, target, token, THRESHOLD, 64, 128)
+    assert found.live.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
+    assert found.row_count.tolist() == [1, 2, 2] and found.by_row[1, :2].tolist() == [0, 4]
+    assert found.class_count.tolist() == [3, 0, 0, 0, 2, 0] and found.by_class[4, :2].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("tiles", [TABLE["interpreter"], DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_over_live_tiles(tiles: Tiles, dtype: torch.dtype) -> None:
+    rows, classes, width = 150, 330, 72
+    e = torch.randn(rows, 384).to(dtype)[:, :classes]
+    weight, scaled, scale = torch.randn(classes, width).to(dtype), torch.randn(rows, width).to(dtype), torch.randn(rows)
+    live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 0]]).int()
+    structure = LiveTiles(
+        64,
+        128,
+        live,
+        torch.tensor([[0, 2, 9], [9, 9, 9], [0, 9, 9]]).int(),
+        torch.tensor([2, 0, 1]).int(),
+        torch.tensor([[0, 2, 9], [9, 9, 9], [0, 9, 9]]).int(),
+        torch.tensor([2, 0, 1]).int(),
+    )
+    mask = live.repeat_interleave(64, 0)[:rows].repeat_interleave(128, 1)[:, :classes]
+    kept = e.double() * mask
+    found = torch.empty(rows, width)
+    filtered_d_hidden(e, weight, scale, found, structure, tiles.d_hidden)
+    assert distance(found, (kept @ weight.double()) * scale.double().unsqueeze(1)) < 1e-6
+    total = torch.empty(classes, width)
+    filtered_d_weight(e, scaled, total, structure, tiles.d_weight, accumulate=False)
+    wanted = kept.t() @ scaled.double()
+    assert distance(total, wanted) < 1e-6
+    assert not total[128:256].any()
+    filtered_d_weight(e, scaled, total, structure, tiles.d_weight, accumulate=True)
+    assert distance(total, 2 * wanted) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [None, 1152 * 2 * 64])
+def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | None) -> None:
+    rows, weight = _idle_vocabulary(dtype)
+    wanted = truth(rows, weight, LossOptions())
+    setting = Setting(fused=True, gradient_filter=THRESHOLD, chunk_bytes=chunk_bytes)
+    found = run(rows, weight, LossOptions(), setting)
+    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=1e-6)
+
+    # per row: what is dropped is below the threshold class by class, and weighs share * p
+    p = (rows.hidden.double() @ weight.double().t()).softmax(1)
+    dropped = torch.where(p < THRESHOLD, p, 0.0)
+    bound = rows.share.double().unsqueeze(1) * (dropped @ weight.double().abs())
+    rounding = 4e-6 if dtype == torch.float32 else 1.5e-2
+    slack = rounding * wanted.d_hidden.abs().amax()
+    assert ((found.d_hidden.double() - wanted.d_hidden).abs() <= bound + slack).all()
+    assert distance(found.d_hidden, wanted.d_hidden) < 1e-2
+    assert distance(found.d_weight, wanted.d_weight) < 1e-2
+
+
+def test_it_is_off_by_default_and_does_skip_when_on() -> None:
+    rows, weight = _idle_vocabulary(torch.float32)
+    exact = run(rows, weight, LossOptions())
+    assert distance(exact.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-4
+    filtered = run(rows, weight, LossOptions(), Setting(fused=True, gradient_filter=THRESHOLD))
+    # classes whose gradient was small but not zero, and now is not computed at all
+    skipped = (filtered.d_weight == 0).all(1) & (exact.d_weight != 0).any(1)
+    assert skipped.float().mean() > 0.05
+
+
+def test_the_option_reaches_the_kernels() -> None:
+    rows, weight = _idle_vocabulary(torch.bfloat16)
+    exact = run(rows, weight, LossOptions())
+    filtered = run(rows, weight, LossOptions(gradient_filter=0.5))
+    assert not torch.equal(exact.d_weight, filtered.d_weight)
+    assert torch.equal(exact.nll, filtered.nll)
