@@ -18,8 +18,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Fewer columns than this per thread cost more to hand out than to do.
-constexpr int64_t kColumnsPerTask = 16384;
+// PyTorch's own grain: fewer columns than this per thread cost more to hand out than to do.
+constexpr int64_t kColumnsPerTask = 32768;
 
 int64_t rows_per_task(int64_t length) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, length)); }
 
