@@ -31,7 +31,7 @@ def evaluate(
     """Decode a split, score it, and write summary.json, cases.csv and the masks."""
     from rich.console import Console
 
-    from ntpseg.commands.progress import stages
+    from ntpseg.commands.progress import stages, without_loading_bars
     from ntpseg.data import load_records
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
@@ -49,6 +49,7 @@ def evaluate(
         raise ValueError(f"split is {split!r}; {data} has no case with a mask in it")
     if limit is not None and limit < len(records):
         records = [records[i * len(records) // limit] for i in range(limit)]
+    without_loading_bars()
     segmenter = Segmenter.from_pretrained(model, options, device=device)
     console = Console()
     with stages(console) as progress:

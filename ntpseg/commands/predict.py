@@ -32,13 +32,14 @@ def predict(
     """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
     from rich.console import Console
 
-    from ntpseg.commands.progress import stages
+    from ntpseg.commands.progress import stages, without_loading_bars
     from ntpseg.evaluation.files import write_csv
     from ntpseg.generation import DecodingOptions, Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
 
     options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
     console = Console()
+    without_loading_bars()
     if not image.exists():
         raise ValueError(f"image is {image}, which does not exist")
     if image.is_dir():

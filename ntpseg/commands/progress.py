@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def without_loading_bars() -> None:
+    """Keep transformers from drawing a bar for every file of weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar per stage of some work, driven by calls of ``progress(stage, done, total)``."""

@@ -17,7 +17,8 @@ from ntpseg.evaluation.rundir import splits, training_log
 from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
 
 GROUP_ROWS = 40
-PAIRED_IMAGES = 5
+PAIRED_IMAGES = 4
+PAIRED_SENTENCES = 12
 
 
 def write_report(run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3) -> Path:
@@ -137,15 +138,23 @@ def _example(case: Case, confidence: np.ndarray) -> dict[str, Any]:
 
 
 def _pairs(cases: list[Case]) -> list[list[dict[str, Any]]]:
-    """Images that occur with several sentences: the most sentences first."""
+    """Images that occur with several sentences: the most sentences first, of different subjects if possible."""
     by_image: dict[str, list[Case]] = {}
     for case in cases:
         by_image.setdefault(case.row["image_sha1"], []).append(case)
     several = [group for group in by_image.values() if len({c.row["text"] for c in group}) > 1]
     several.sort(key=lambda group: (-len(group), group[0].row["case"]))
+    seen: dict[str, int] = {}
+    turns = []
+    for group in several:
+        subject = group[0].row["subject"]
+        turns.append(seen.get(subject, 0))
+        seen[subject] = turns[-1] + 1
+    # Every subject's first image comes before any subject's second.
+    chosen = [several[i] for i in sorted(range(len(several)), key=lambda i: (turns[i], i))[:PAIRED_IMAGES]]
     return [
-        [{**_panels(c), "text": c.row["text"], "dice": f"{c.dice:.3f}"} for c in group]
-        for group in several[:PAIRED_IMAGES]
+        [{**_panels(c), "text": c.row["text"], "dice": f"{c.dice:.3f}"} for c in group[:PAIRED_SENTENCES]]
+        for group in chosen
     ]
 
 

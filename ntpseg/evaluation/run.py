@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import concatenate, dice_scores, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
@@ -113,7 +114,8 @@ class _Run:
         result = Evaluation(self.cases, per_case, summary, masks, made.confidence)
         if self.options.text_check:
             self._text_check(codes, result)
-        summary["groups"] = summarise_groups(per_case, self.subjects, self.texts, bootstrap)
+        summary["grouped_by"], groups = group_cases(self.cases)
+        summary["groups"] = summarise_groups(per_case, self.subjects, groups, bootstrap)
         return result
 
     def _decode(self, stage: str, codes: np.ndarray, texts: Sequence[str]) -> Any:

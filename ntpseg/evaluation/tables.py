@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-GROUPS = 12
+GROUPS = 20
 
 
 def interval(estimate: dict[str, Any], digits: int = 3) -> str:
@@ -41,7 +41,7 @@ def text_check_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_table(summary: dict[str, Any], title: str) -> Table:
-    """One table: metrics with both averages named, the text check, the largest groups of equal text, speed."""
+    """One table: metrics with both averages named, the text check, the largest groups, speed."""
     from rich.table import Table
     from rich.text import Text
 
@@ -65,7 +65,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
             label = Text(f"{group['cases']} x {text or '(empty text)'}")
             table.add_row(label, f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(shown))
         if len(groups) > GROUPS:
-            table.add_row(f"... and {len(groups) - GROUPS} more texts in summary.json", "", "", end_section=True)
+            table.add_row(f"... and {len(groups) - GROUPS} more in summary.json", "", "", end_section=True)
     decoding = summary["decoding"]
     speed = f"{decoding['tokens_per_second']:,.0f} tokens/s"
     table.add_row(f"decoding ({decoding['method']}, {decoding['dtype']})", speed, f"{decoding['seconds']:.1f} s")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-PREDICTION = (255, 96, 64)
-TRUTH = (64, 200, 120)
+# Bright and cold: images are grey, or (CT windows as colours) red to yellow.
+PREDICTION = (0, 200, 255)
+TRUTH = (90, 240, 90)
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -16,7 +17,7 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION, opacity: float = 0.35
+    image: np.ndarray, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION, opacity: float = 0.4
 ) -> np.ndarray:
     """Tint a mask over an image and draw its outline.
 

@@ -12,8 +12,9 @@ import pytest
 from tiny_segmenter import shared
 from typer.testing import CliRunner
 
-from ntpseg.data import read_mask
+from ntpseg.data import Record, read_mask
 from ntpseg.evaluation import EvaluationOptions, evaluate, segmentation_metrics
+from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.result import file_names
 from ntpseg.generation import Segmenter
 
@@ -53,7 +54,20 @@ def test_the_ceiling_is_the_truth_through_the_tokenizer(evaluation) -> None:
     assert (evaluation.per_case["ceiling"][empty] == 1).all()
 
 
+def test_structures_are_the_groups_where_the_cases_name_them() -> None:
+    def cases(*names: str) -> list[Record]:
+        return [Record(Path("i"), None, f"text {i % 4}", "test", name, "s") for i, name in enumerate(names)]
+
+    kind, groups = group_cases(cases(*(f"ct_z00{i}_{part}" for i in range(3) for part in ("left-lung", "aorta"))))
+    assert kind == "structure" and groups == ["left-lung", "aorta"] * 3
+    # Numbers, names that never repeat, one name for all and names without an ending say nothing.
+    for names in (["covid_001", "covid_002"], ["a_x", "b_y", "c_z"], ["a_x", "b_x", "c_x"], ["a_x", "b", "c_x", "d_x"]):
+        kind, groups = group_cases(cases(*names))
+        assert kind == "sentence" and groups == [f"text {i % 4}" for i in range(len(names))]
+
+
 def test_groups_are_the_sentences(evaluation) -> None:
+    assert evaluation.summary["grouped_by"] == "sentence"
     groups = evaluation.summary["groups"]
     assert sum(g["cases"] for g in groups.values()) == len(evaluation.records)
     for text, group in groups.items():

@@ -80,7 +80,7 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
 def test_same_image_with_different_sentences_is_shown(run: Path) -> None:
     text = write_report(run).read_text(encoding="utf-8")
     assert "Same image, different sentences" in text
-    section = text.split("Same image, different sentences")[1].split("By sentence")[0]
+    section = text.split("Same image, different sentences")[1].split("<h2>By ")[0]
     assert "The left square." in section and "The right square." in section
 
 
