@@ -85,20 +85,26 @@ def load_backend(name: str) -> RowsLoss:
         raise ValueError(f"backend {name!r} cannot be used here: {error}") from error
 
 
+@torch.compiler.assume_constant_result
+def _obstacle(name: str) -> str:
+    """Why a backend cannot be loaded, "" if it can. A constant to torch.compile, which cannot trace an import."""
+    try:
+        load_backend(name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def choose_backend(name: str, device: torch.device) -> str:
     """Resolves "auto": triton on CUDA where it imports, else torch.
 
     Raises:
         ValueError: "triton" was asked for and cannot be imported.
     """
+    if name == "triton":
+        obstacle = _obstacle(name)
+        if obstacle:
+            raise ValueError(obstacle)
     if name != "auto":
-        if name == "triton":
-            load_backend(name)
         return name
-    if device.type != "cuda":
-        return "torch"
-    try:
-        load_backend("triton")
-    except ValueError:
-        return "torch"
-    return "triton"
+    return "triton" if device.type == "cuda" and not _obstacle("triton") else "torch"

@@ -1,0 +1,86 @@
+"""A LlamaGen-like loop: class-conditional image tokens, a vocabulary that is the codebook alone, weights per token.
+
+    python examples/llamagen_like.py [--steps 12]
+
+LlamaGen (arXiv 2406.06525) feeds ``[class, code_1 .. code_{n-1}]`` and compares position i with code_i, so there is no
+shift, and masks its loss with a weight per token (``valid``): ``(loss * valid).sum() / valid.sum()``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from compare import compare
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
+
+from ntpseg import ntp_loss
+
+
+class ImageGenerator(nn.Module):
+    """Class embedding, code embedding, Llama decoder, output head over the codebook."""
+
+    def __init__(self, codes: int, classes: int, width: int, tokens: int) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=codes,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokens,
+        )
+        self.decoder = LlamaModel(config)
+        self.classes = nn.Embedding(classes, width)
+        self.head = nn.Linear(width, codes, bias=False)
+
+    def states(self, label: Tensor, codes: Tensor) -> Tensor:
+        """Hidden states ``[B, n, D]``; position i has seen the class and the codes before i."""
+        inputs = torch.cat([self.classes(label).unsqueeze(1), self.decoder.embed_tokens(codes[:, :-1])], 1)
+        return self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+def own_loss(model: ImageGenerator, states: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
+    """What LlamaGen computes."""
+    loss = F.cross_entropy(model.head(states).flatten(0, 1), codes.flatten(), reduction="none")
+    return (loss * valid.flatten()).sum() / valid.sum()
+
+
+def fused_loss(model: ImageGenerator, states: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
+    """The same without logits; leave out ``negatives=0`` for TCL on top."""
+    return ntp_loss(states, model.head.weight, codes, shift=False, token_weights=valid, negatives=0).loss
+
+
+def train(loss_function, settings: argparse.Namespace, device: torch.device) -> list[float]:
+    torch.manual_seed(0)
+    model = ImageGenerator(settings.codes, 4, settings.width, settings.tokens).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    pictures = torch.randint(0, settings.codes, (4, settings.tokens), device=device)
+    losses = []
+    for _ in range(settings.steps):
+        label = torch.randint(0, 4, (settings.batch,), device=device)
+        valid = (torch.rand(settings.batch, settings.tokens, device=device) > 0.2).float()
+        loss = loss_function(model, model.states(label, pictures[label]), pictures[label], valid)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--codes", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    settings = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return compare(lambda: train(own_loss, settings, device), lambda: train(fused_loss, settings, device), device)
+
+
+if __name__ == "__main__":
+    main()
