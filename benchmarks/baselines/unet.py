@@ -1,9 +1,10 @@
-"""A U-Net (MONAI's) trained on a CPU for a given number of minutes: with the image alone, or with the sentence as well.
+"""A U-Net (MONAI's) trained on a CPU for a given number of core-minutes: with the image alone, or with the sentence as well.
 
 The sentence enters as extra input channels: its words, word pairs and word triples are a multi-hot vector, which a
 learned linear map turns into a few numbers, constant over the image; two more channels hold each pixel's place, without
 which a convolution could not tell left from right. Data, size, augmentation and metric code are the package's own.
-Training stops by the clock, data loading and augmentation included; validation for the learning curve is not counted.
+Training stops by its processor time, so that other work on the machine does not count; augmentation is included,
+validation for the learning curve is not.
 
 usage: python benchmarks/baselines/unet.py DATA --minutes 30 [--text] [--size 224] [--augment '{"flip": 0.5}'] [--out R]
 """
@@ -106,7 +107,7 @@ class Trainer:
         return images, masks, [m[2] for m in made]
 
     def fit(self) -> None:
-        """Train until the minutes are used up; the learning rate follows the clock."""
+        """Train until the core-minutes are used up; the learning rate follows them."""
         args = self.args
         val = split(args.data, "val", args.val_cases)
         val_images, val_masks = arrays(val, args.size, args.channels)
@@ -118,7 +119,7 @@ class Trainer:
             order = self._order(0)
             waiting = pool.submit(self.batch, order[: args.batch_size], 0)
             while used < budget:
-                started = time.perf_counter()
+                started = time.process_time()
                 images, masks, texts = waiting.result()
                 step += 1
                 per_epoch = max(1, len(self.train) // args.batch_size)
@@ -136,7 +137,7 @@ class Trainer:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                used += time.perf_counter() - started
+                used += time.process_time() - started
                 if used / budget >= due or used >= budget:
                     due += 0.1
                     dice = dice_scores(self.predict(val_images, [r.text for r in val]) >= 0.5, val_masks)
@@ -151,7 +152,7 @@ class Trainer:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--minutes", type=float, required=True, help="training time")
+    parser.add_argument("--minutes", type=float, required=True, help="processor time of training, over all threads")
     parser.add_argument("--text", action="store_true", help="the sentence's code as extra channels")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side, a multiple of 16")
     parser.add_argument("--channels", type=int, default=1)
