@@ -1,0 +1,41 @@
+"""The two rates that bound everything on a device, measured there: matrix products and copies."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from benchmarks.harness.timing import Clock, Effort, interleaved
+
+
+@functools.cache
+def matmul_flops(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+    """FLOP/s of a large square product on random data (zeros would run faster than real data does)."""
+    if side is None:
+        side = 8192 if device.type == "cuda" else 1024
+    make = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=make).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = _best(lambda: torch.mm(a, b, out=out), device)
+    return 2 * side**3 / seconds
+
+
+@functools.cache
+def copy_bytes(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second of a large copy, read and written bytes both counted."""
+    if size is None:
+        size = (2 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best(lambda: target.copy_(source), device)
+
+
+def _best(call: object, device: torch.device) -> float:
+    assert callable(call)
+    start = time.perf_counter()
+    call()
+    least = 10 if time.perf_counter() - start < 1 else 3
+    times = interleaved({"call": call}, Clock(device), Effort(seconds=0.3, least=least, most=50))["call"]
+    return sorted(times)[len(times) // 2] if device.type == "cuda" else min(times)

@@ -1,0 +1,112 @@
+"""Where and on what a figure was taken: commit, device, driver, versions, clock state, load."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "xformers")
+_CLOCK_FIELDS = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+    "throttle": "clocks_throttle_reasons.active",
+}
+
+
+def commit(root: Path = ROOT) -> str:
+    """The short hash, with "+" where tracked files differ from it; "unknown" outside a checkout."""
+    found = _output(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
+    if not found:
+        return os.environ.get("NTPSEG_COMMIT", "unknown")
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "-uno", "--", "ntpseg", "kernels", "csrc"])
+    return found + ("+" if changed else "")
+
+
+@functools.cache
+def describe(device: torch.device) -> dict[str, Any]:
+    """What does not change during a run."""
+    import ntpseg
+
+    root = Path(ntpseg.__file__).resolve().parents[1]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "ntpseg": ntpseg.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = {"commit": commit(root), "device": device_name(device), "kind": device.type, "versions": versions}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found["driver"] = _nvidia_smi(["driver_version"], device)[0] or "unknown"
+        found["capability"] = f"sm_{card.major}{card.minor}"
+        found["memory_bytes"] = card.total_memory
+        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    else:
+        found["driver"] = platform.release()
+        found["threads"] = torch.get_num_threads()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the card, or of the processor with the instruction sets that matter here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")), "CPU")
+    return name + "".join(f", {flag}" for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text)
+
+
+def clock_state(device: torch.device) -> dict[str, Any]:
+    """Clocks, power and temperature of the card right now; on a CPU the mean core clock and the load average."""
+    state: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
+    if device.type == "cuda":
+        values = _nvidia_smi(list(_CLOCK_FIELDS.values()), device)
+        return state | {name: value for name, value in zip(_CLOCK_FIELDS, values, strict=True) if value is not None}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return state
+    clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return state | ({"cpu_mhz": round(sum(clocks) / len(clocks))} if clocks else {})
+
+
+def _nvidia_smi(fields: Sequence[str], device: torch.device) -> list[Any]:
+    # CUDA_VISIBLE_DEVICES renumbers cards for CUDA, not for nvidia-smi: the card is named by its own id.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    identity = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    text = _output(
+        ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    )
+    values = [value.strip() for value in text.split(",")] if text else []
+    if len(values) != len(fields):
+        return [None] * len(fields)
+    return [_number(value) for value in values]
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text) if "." in text and text.count(".") == 1 else int(text)
+    except ValueError:
+        return text
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""

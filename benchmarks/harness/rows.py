@@ -1,0 +1,42 @@
+"""Rows of results in JSON files, each file whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+Row = dict[str, Any]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """One row a line between the brackets of a JSON list, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(rounded(row)) for row in rows)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of all result files of this suite in a folder; files of other makers there are passed over."""
+    rows: list[Row] = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):
+            rows += [row for row in content if isinstance(row, dict) and "benchmark" in row and "contestant" in row]
+    return rows
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five digits, in whatever is nested."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value

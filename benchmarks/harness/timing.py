@@ -1,0 +1,121 @@
+"""Interleaved timing: every round runs every contestant once, so that other load falls on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FLUSH_BYTES = 256 << 20  # several times the largest L2 cache there is
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one contest is timed.
+
+    Attributes:
+        seconds: time budget of all rounds together.
+        least, most: bounds on the number of rounds.
+        warmup: rounds before the first that counts.
+    """
+
+    seconds: float
+    least: int
+    most: int
+    warmup: int = 2
+
+
+class Clock:
+    """Times calls on one device; on CUDA by events, read after a whole round, with a cold L2 cache at each start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
+
+    @property
+    def method(self) -> str:
+        """What the rows say about how the time was taken."""
+        return "cuda events, L2 flushed" if self.cuda else "perf_counter"
+
+    def round(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
+        """Seconds of each call, one after another."""
+        if not self.cuda:
+            spent = []
+            for call in calls:
+                start = time.perf_counter()
+                call()
+                spent.append(time.perf_counter() - start)
+            return spent
+        events = []
+        for call in calls:
+            assert self.flush is not None
+            self.flush.zero_()
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            call()
+            pair[1].record()
+            events.append(pair)
+        torch.cuda.synchronize(self.device)
+        return [first.elapsed_time(last) / 1e3 for first, last in events]
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], clock: Clock, effort: Effort) -> dict[str, list[float]]:
+    """Seconds of every call in every round.
+
+    The order turns by one place a round, so that nobody always follows the same neighbour.
+
+    Args:
+        calls: at least one, each one step of work.
+        clock: of their device.
+        effort: rounds go on until the budget is spent, within its bounds.
+    """
+    names = list(calls)
+    for _ in range(effort.warmup):
+        clock.round([calls[name] for name in names])
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + effort.seconds
+    turn = 0
+    while turn < effort.least or (turn < effort.most and time.perf_counter() < deadline):
+        first = turn % len(names)
+        order = names[first:] + names[:first]
+        for name, spent in zip(order, clock.round([calls[name] for name in order]), strict=True):
+            seconds[name].append(spent)
+        turn += 1
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and least value."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "p25", "p75", "least"), values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "p25": low, "p75": high, "least": min(values)}
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """The same of the ratio within each round."""
+    return spread([a / b for a, b in zip(values, reference, strict=True)])
+
+
+def as_graph(call: Callable[[], Any], repeats: int) -> Callable[[], Any]:
+    """A CUDA graph of `repeats` calls: what many small launches cost without the gaps between them.
+
+    Raises:
+        RuntimeError: the call does something that cannot be captured, such as reading a value back.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay

@@ -1,0 +1,85 @@
+"""The loss and its gradients in float64, sample by sample: the truth that every contestant of `loss` must meet.
+
+Plain autograd over one sample's logits at a time, with the counts of the whole batch. Restated from the design rather
+than taken from the package, and able to take the negatives from a contestant's own predictions: two logits that differ
+by less than a rounding may be ordered either way, and TCL then has another, equally right, negative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.operands import Operands
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Float64 results.
+
+    Attributes:
+        loss: 0-dim; d_rows: ``[R, D]``; d_weight: ``[V, D]``.
+        prediction: ``[R]`` int64, the predictions that the negatives were taken from.
+        gap: how far a prediction's logit is below its row's greatest, over the greatest |logit|; the worst row.
+    """
+
+    loss: Tensor
+    d_rows: Tensor
+    d_weight: Tensor
+    prediction: Tensor
+    gap: float
+
+
+def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) -> Truth:
+    """CE, or ``CE + TCL + HET`` with weights and temperature 1, and its gradients.
+
+    Args:
+        operands: any shape of which one sample's logits fit into memory several times in float64.
+        terms: whether TCL and HET are part of it.
+        prediction: ``[R]`` whose negatives to use; None: the float64 arg-max's own.
+    """
+    weight = operands.weight.double().requires_grad_()
+    rows, target = operands.rows, operands.target
+    count = len(target)
+    d_rows = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    chosen = torch.empty_like(target)
+    loss = torch.zeros((), dtype=torch.float64, device=rows.device)
+    gap = 0.0
+    hard_row, hard_token = operands.hard
+    earlier, exists = operands.before
+    start = 0
+    for length in _lengths(operands):
+        cut = slice(start, start + length)
+        hidden = rows[cut].double().requires_grad_()
+        y = target[cut]
+        z = hidden @ weight.t()
+        z_y = z.gather(1, y.unsqueeze(1)).squeeze(1)
+        own = z.detach()
+        top, best = own.max(1)
+        chosen[cut] = best if prediction is None else prediction[cut]
+        short = top - own.gather(1, chosen[cut].unsqueeze(1)).squeeze(1)
+        gap = max(gap, float((short / own.abs().amax()).max()))
+        part = (z.logsumexp(1) - z_y).sum() / count
+        if terms:
+            negative = chosen[earlier[cut]]
+            there = exists[cut] & (negative != y.unsqueeze(1))
+            far = (z.gather(1, negative) - z_y.unsqueeze(1)).masked_fill(~there, -torch.inf)
+            part = part + torch.cat([far, torch.zeros_like(far[:, :1])], 1).logsumexp(1).sum() / count
+            here = (hard_row >= cut.start) & (hard_row < cut.stop)
+            row = hard_row[here] - cut.start
+            excess = z[row, hard_token[here]] - z_y[row]
+            part = part + torch.nn.functional.softplus(excess).sum() / len(hard_row)
+        part.backward()
+        assert hidden.grad is not None
+        d_rows[cut] = hidden.grad
+        loss += part.detach()
+        start += length
+    assert weight.grad is not None
+    return Truth(loss, d_rows, weight.grad, chosen, gap)
+
+
+def _lengths(operands: Operands) -> list[int]:
+    batch, time, heads, _ = operands.hidden.shape
+    return [time - 1 - head for head in range(heads) for _ in range(batch)]

@@ -1,0 +1,211 @@
+"""A whole training step: forward, loss, backward, AdamW; tokens per second, model FLOPs utilisation, peak memory.
+
+The reference is the products alone: for every linear layer ``X W^T``, ``G W`` and ``G^T X`` over all tokens, and the
+same for the head over the supervised ones. Ours trains CE + TCL + HET; transformers' own model trains CE with whole logits.
+FLOPs of a step are six per matrix parameter and token, six per head parameter and supervised row, and half of twelve
+per layer, pair of tokens and feature for causal attention.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong
+from benchmarks.models import Size, hugging_face, matrices
+from ntpseg.models import NTPSegModel
+
+LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Models and batches."""
+    if device.type != "cuda":
+        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
+        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")] if quick else sizes
+    elif quick:
+        sizes = [Size("base", 28, 32768, 2048, batch=8)]
+    else:
+        sizes = [Size(p, 28, 32768, 2048, batch=16, heads=k) for p in ("small", "base") for k in (1, 4)]
+    for size in sizes:
+        yield Case("train", size.parameters(), lambda settings, s=size: contest(s, settings))
+
+
+def contest(size: Size, settings: Settings) -> Contest:
+    """All contestants on one size."""
+    device, dtype = settings.device, getattr(torch, size.dtype)
+    ids, labels = size.batch_of(device)
+    model = size.model(device)
+    config = model.config
+    rows = int((labels[:, 1:] != -100).sum())
+    truth: dict[str, Tensor] = {}
+
+    def check(step: _Step) -> dict[str, float]:
+        if not truth:
+            truth.update(_truth(model, ids, labels))
+        loss, gradient = step.plain()
+        errors = {
+            "loss": float((loss.double() - truth["loss"]).abs() / truth["loss"]),
+            "d_head": float((gradient.double() - truth["d_head"]).norm() / truth["d_head"].norm()),
+        }
+        for part, error in errors.items():
+            if not error <= LIMITS[size.dtype][part]:
+                raise Wrong(errors, f"{part} of the cross-entropy is off by {error:.2g}")
+        step()
+        return errors
+
+    single = None if size.heads == 1 else "its model has one head"
+    liger = single
+    if liger is None and device.type != "cuda":
+        liger = "needs a CUDA device"
+    if liger is None:
+        try:
+            importlib.import_module("liger_kernel.transformers")
+        except Exception as error:  # a broken installation may raise anything on import
+            liger = f"{type(error).__name__}: {error}"
+    found = {
+        "products": Contestant(
+            lambda: products(model, ids.numel(), rows * size.heads, dtype), does="linear layers only"
+        ),
+        "ntpseg": Contestant(
+            lambda: _Ours(model, ids, labels, dtype),
+            check if size.heads == 1 else _finite,
+            None,
+            "CE + TCL + HET",
+        ),
+        "transformers": Contestant(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
+        "transformers + liger": Contestant(lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE"),
+    }
+    parameters = sum(weight.numel() for weight in matrices(model))
+    text = config.text_config
+    attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim * ids.shape[1]
+    head = config.vocab_size * config.hidden_size
+    return Contest(
+        found,
+        "products",
+        flops=6.0 * ids.numel() * (parameters + attention) + 6.0 * rows * size.heads * head,
+        tokens=ids.numel(),
+        graphs=False,
+        dtype=dtype,
+        forget=truth.clear,
+    )
+
+
+class _Step:
+    """One training step of a model of its own; `plain` is the cross-entropy alone, without an update."""
+
+    model: Any
+    head: Tensor
+
+    def __init__(self, model: Any, head: Tensor, dtype: torch.dtype) -> None:
+        self.model, self.head, self.dtype = model, head, dtype
+        cuda = head.is_cuda
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if cuda else None)
+
+    def loss(self) -> Tensor:
+        raise NotImplementedError
+
+    def cross_entropy(self) -> Tensor:
+        return self.loss()
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        loss = self._autocast(self.cross_entropy)
+        loss.backward()
+        assert self.head.grad is not None
+        gradient = self.head.grad.clone()
+        self.optimizer.zero_grad()
+        return loss.detach(), gradient
+
+    def __call__(self) -> Tensor:
+        loss = self._autocast(self.loss)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _autocast(self, call: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(self.head.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return call()
+
+
+class _Ours(_Step):
+    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        own = NTPSegModel(model.config).to(ids.device)
+        own.load_state_dict(model.state_dict())
+        super().__init__(own, own.heads.weight, dtype)
+        supervised = (labels[0] != -100).nonzero().flatten()
+        position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
+        token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one
+        self.batch = {"input_ids": ids, "labels": labels, "loss_start": int(supervised[0])}
+        self.het = {"het_position": position, "het_token": token}
+
+    def loss(self) -> Tensor:
+        return self.model(**self.batch, **self.het).loss
+
+    def cross_entropy(self) -> Tensor:
+        config = self.model.config
+        kept, config.tcl_weight = config.tcl_weight, 0.0
+        try:
+            return self.model(**self.batch).loss
+        finally:
+            config.tcl_weight = kept
+
+
+class _Theirs(_Step):
+    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, liger: bool) -> None:
+        peer = hugging_face(model).train()
+        if liger:
+            patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
+            patch._apply_liger_kernel_to_instance(model=peer)
+        super().__init__(peer, peer.lm_head.weight, dtype)
+        self.batch = {"input_ids": ids, "labels": labels}
+
+    def loss(self) -> Tensor:
+        return self.model(**self.batch).loss
+
+
+def products(model: NTPSegModel, tokens: int, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The three products of every linear layer and of the head, inputs and outputs allocated beforehand."""
+    device = model.heads.weight.device
+    work = [(tokens, weight.to(dtype)) for weight in matrices(model)] + [(rows, model.heads.weight.detach().to(dtype))]
+    shapes = {(count, size) for count, weight in work for size in weight.shape}
+    given = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+    made = {shape: torch.empty(shape, device=device, dtype=dtype) for shape in shapes}
+    results = [torch.empty_like(weight) for _, weight in work]
+
+    def step() -> None:
+        for (count, weight), result in zip(work, results, strict=True):
+            wide, narrow = (count, weight.shape[0]), (count, weight.shape[1])
+            torch.mm(given[narrow], weight.t(), out=made[wide])
+            torch.mm(given[wide].t(), given[narrow], out=result)
+            torch.mm(given[wide], weight, out=made[narrow])
+
+    return step
+
+
+def _truth(model: NTPSegModel, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The cross-entropy and its gradient of the head, in float32 by plain operators, one sample at a time."""
+    count = int((labels[:, 1:] != -100).sum())
+    head = model.heads.weight.detach().clone().requires_grad_()
+    total = torch.zeros((), device=ids.device, dtype=torch.float64)
+    for sample in range(len(ids)):
+        with torch.no_grad():
+            hidden = model(ids[sample : sample + 1]).last_hidden_state[0, :-1]
+        target = labels[sample, 1:]
+        keep = target != -100
+        part = torch.nn.functional.cross_entropy(hidden[keep] @ head.t(), target[keep], reduction="sum") / count
+        part.backward()
+        total += part.detach()
+    assert head.grad is not None
+    return {"loss": total, "d_head": head.grad.double()}
+
+
+def _finite(step: _Step) -> dict[str, float]:
+    loss = float(step())
+    if loss != loss or loss == float("inf"):
+        raise Wrong({"loss": loss}, "the loss is no finite number")
+    return {}
