@@ -171,8 +171,8 @@ def _write(
     source: Path | None,
 ) -> None:
     hounsfield, volume, labels, pixel_mm2 = load_volume(source)
-    rows, columns = body_box(volume, round(MARGIN_MM / pixel_mm2**0.5))
-    hounsfield, volume = hounsfield[:, rows, columns], volume[:, rows, columns]
+    box = (slice(None), *body_box(volume, round(MARGIN_MM / pixel_mm2**0.5)))
+    hounsfield, volume = hounsfield[box], volume[box]
     height, width = volume.shape[1:]
     shape = (round(size * width / max(height, width)), round(size * height / max(height, width)))
     tables: dict[str, list[tuple[str, str, str]]] = {"train": [], "val": [], "test": []}

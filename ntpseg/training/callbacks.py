@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
-_SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "learning_rate")
+_SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
 
 
 class Progress(ProgressCallback):

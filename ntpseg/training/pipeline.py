@@ -74,6 +74,7 @@ def make_trainer(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from ntpseg.memory import HardTokenMemory
+    from ntpseg.training.free_running import FreeRunningDice
     from ntpseg.training.trainer import NTPSegTrainer
 
     set_seed(config.seed)
@@ -94,6 +95,7 @@ def make_trainer(
         data_collator=Collator(prepared.sequence, grid_ids=config.model.grid_positions),
         memory=memory,
         budget=None if config.max_minutes is None else TimeBudget(config.max_minutes, args.get_warmup_steps(500)),
+        decoded=None if validation is None else FreeRunningDice(validation, prepared.sequence, prepared.vision),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
     for plain in (PrinterCallback, ProgressCallback):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.losses import NumItems
 from ntpseg.memory import HardTokenMemory
@@ -33,16 +35,24 @@ class NTPSegTrainer(Trainer):
     Args:
         memory: where hard error tokens are kept; None switches HET off.
         budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
+        decoded: scores of freely decoded masks, given the model; called at each evaluation (not under ZeRO-3, which
+            holds no whole weights). None leaves them out.
         **kwargs: see `transformers.Trainer`.
     """
 
     train_dataset: TokenDataset
 
     def __init__(
-        self, *args: Any, memory: HardTokenMemory | None = None, budget: TimeBudget | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        memory: HardTokenMemory | None = None,
+        budget: TimeBudget | None = None,
+        decoded: Callable[[Any], dict[str, float]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.memory, self.budget = memory, budget
+        self.memory, self.budget, self.decoded = memory, budget, decoded
+        self._decoded_scores: dict[str, float] = {}
         self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
         self._logged_step = 0
         self._matrix_parameters: int | None = None
@@ -61,7 +71,7 @@ class NTPSegTrainer(Trainer):
         if self.budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = self.budget.scheduler(optimizer or self.optimizer, num_training_steps)
+            self.lr_scheduler = self.budget.scheduler(cast(Any, optimizer or self.optimizer), num_training_steps)
         return self.lr_scheduler
 
     # ---- data
@@ -130,12 +140,19 @@ class NTPSegTrainer(Trainer):
 
     # ---- logging and saving
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, with the scores of decoded masks beside it."""
+        if self.decoded is not None and not is_deepspeed_zero3_enabled():
+            self._decoded_scores = self.decoded(self.model)
+        return super().evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss: means over the steps since the last log, over all ranks."""
         if "loss" in logs:
             logs.update(self._take_parts(training=True, prefix=""))
         elif "eval_loss" in logs:
             logs.update(self._take_parts(training=False, prefix="eval_"))
+            logs.update({f"eval_{name}": value for name, value in self._decoded_scores.items()})
         super().log(logs, start_time)
 
     def _take_parts(self, *, training: bool, prefix: str) -> dict[str, float]:

@@ -82,7 +82,9 @@ def test_run_directory(run) -> None:
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
     assert {"ntp", "nktp", "tcl", "het", "token_accuracy", "learning_rate"} <= set(training[0])
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    assert all(0.0 <= line["eval_token_dice"] <= 1.0 for line in evaluated)
 
 
 def test_bundle_round_trip(run, data, tmp_path) -> None:
