@@ -105,11 +105,15 @@ def combine_kernel(
         total += tl.sum(sums * tl.exp2(at - used[None, :]), 0)
 
     total = tl.where(inside, total, 1.0)
-    # the anchor is z_y * log2(e) rounded; what rounding took is given back here, so nll does not feel it
-    rest = tl.fma(logit, LOG2E, -anchor)
-    bits = tl.log2(total) + ((used - anchor) - rest)
     target = tl.load(target_ptr + row, mask=inside, other=-1)
     real = target >= 0
+    # the anchor is z_y * log2(e) rounded; what rounding took is given back here, so nll does not feel it
+    rest = tl.fma(logit, LOG2E, -anchor)
+    # Where the model is right, nll hangs on how close the sum is to the target's own entry. The product summed z_y in
+    # another order than the anchor's dot product did: its entry is known, it is the maximum, and is replaced.
+    own = tl.exp2(top * LOG2E - anchor)
+    total += tl.where(real & (best == target) & ~over, tl.exp2(rest) - own, 0.0)
+    bits = tl.log2(total) + ((used - anchor) - rest)
     nll = tl.where(real, tl.maximum(bits * LN2, 0.0), 0.0)
     nll = tl.where(bits != bits, bits, nll)  # a NaN stays one
     lse = tl.where(real, logit + nll, 0.0)

@@ -34,7 +34,8 @@ def _idle_vocabulary(dtype: torch.dtype, classes: int = 1100) -> tuple[Rows, tor
     weight[used, :8] = torch.eye(8).to(dtype) * 3
     hidden = rows.hidden * 0.1
     hidden[:, :8] += torch.nn.functional.one_hot(torch.arange(130) % len(used), 8).to(dtype) * 5
-    het = torch.where(rows.het == target.unsqueeze(1), -1, rows.het)
+    het = torch.where(rows.het < 0, -1, rows.het % 100)
+    het = torch.where(het == target.unsqueeze(1), -1, het)
     het[::5, 0] = classes - 1  # touches a tile that is otherwise dead
     return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, het=het), weight.to(dtype)
 
@@ -97,27 +98,34 @@ def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | Non
     wanted = truth(rows, weight, LossOptions())
     setting = Setting(fused=True, gradient_filter=THRESHOLD, chunk_bytes=chunk_bytes)
     found = run(rows, weight, LossOptions(), setting)
-    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=1e-6)
+    # logits are about 15 here: one unit in the last place of fp32 is 1e-6
+    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=2e-6)
 
     # per row: what is dropped is below the threshold class by class, and weighs share * p
     p = (rows.hidden.double() @ weight.double().t()).softmax(1)
     dropped = torch.where(p < THRESHOLD, p, 0.0)
-    bound = rows.share.double().unsqueeze(1) * (dropped @ weight.double().abs())
-    rounding = 4e-6 if dtype == torch.float32 else 1.5e-2
-    slack = rounding * wanted.d_hidden.abs().amax()
-    assert ((found.d_hidden.double() - wanted.d_hidden).abs() <= bound + slack).all()
-    assert distance(found.d_hidden, wanted.d_hidden) < 1e-2
-    assert distance(found.d_weight, wanted.d_weight) < 1e-2
+    lost = rows.share.double().unsqueeze(1) * dropped
+    exact = run(rows, weight, LossOptions(), Setting(fused=True, chunk_bytes=chunk_bytes))
+    for name, bound in (
+        ("d_hidden", lost @ weight.double().abs()),
+        ("d_weight", lost.t() @ rows.hidden.double().abs()),
+    ):
+        ours, whole = getattr(found, name).double(), getattr(exact, name).double()
+        rounding = (4e-6 if dtype == torch.float32 else 1.5e-2) * whole.abs()
+        slack = 1e-6 * whole.abs().amax()
+        assert ((ours - whole).abs() <= bound + rounding + slack).all(), name
+        assert not torch.equal(ours, whole)
 
 
 def test_it_is_off_by_default_and_does_skip_when_on() -> None:
     rows, weight = _idle_vocabulary(torch.float32)
     exact = run(rows, weight, LossOptions())
-    assert distance(exact.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-4
+    # every row is nearly sure, so p_y - 1 is what fp32 leaves of 1 - 0.9997
+    assert distance(exact.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-3
     filtered = run(rows, weight, LossOptions(), Setting(fused=True, gradient_filter=THRESHOLD))
     # classes whose gradient was small but not zero, and now is not computed at all
     skipped = (filtered.d_weight == 0).all(1) & (exact.d_weight != 0).any(1)
-    assert skipped.float().mean() > 0.05
+    assert skipped.float().mean() > 0.5
 
 
 def test_the_option_reaches_the_kernels() -> None:
