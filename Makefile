@@ -11,7 +11,7 @@ OUT ?= demo
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install test lint format demo clean
+.PHONY: help install test lint format demo clean bench gpu-check
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -47,3 +47,15 @@ format: install ## rewrite in the house style
 
 clean: ## remove what was built
 	rm -rf build *.egg-info ntpseg/*.so .pytest_cache .mypy_cache .ruff_cache
+
+# Both run where nothing can be installed: the environment's own Python serves where there is no .venv.
+BENCH_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# A folder of the peers' wheels (Liger, cut-cross-entropy, QuACK and what it needs) for gpu-check.
+WHEELS ?=
+
+bench: ## measure everything here (QUICK=1: a small grid) and write tables and plots
+	$(BENCH_PYTHON) -m benchmarks all $(if $(QUICK),--quick)
+	$(BENCH_PYTHON) -m benchmarks report
+
+gpu-check: ## GPU tests, quick benchmarks and a profile in under ten minutes; WHEELS=DIR brings the peers
+	$(BENCH_PYTHON) -m benchmarks.gpu_check $(if $(WHEELS),--wheels $(WHEELS))

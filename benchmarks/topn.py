@@ -43,7 +43,7 @@ def contest(rows: int, length: int, slots: int, share: float, settings: Settings
 
     def check(step: Callable[[], Ranked]) -> dict[str, float]:
         value, index = step()
-        sorted_ = torch.where(is_error, deviation, -torch.inf).double().sort(1, descending=True, stable=True)
+        sorted_ = torch.where(is_error, deviation, -torch.inf).double().sort(dim=1, descending=True, stable=True)
         kept = min(slots, length)
         wrong = (value[:, :kept] != sorted_.values[:, :kept]).sum()
         # by what stands at the index: equal deviations may be ordered either way by a hand-written composition

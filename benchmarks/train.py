@@ -1,7 +1,7 @@
 """A whole training step: forward, loss, backward, AdamW; tokens per second, model FLOPs utilisation, peak memory.
 
 The reference is the products alone: for every linear layer ``X W^T``, ``G W`` and ``G^T X`` over all tokens, and the
-same for the head over the supervised ones. Ours trains CE + TCL + HET; transformers' own model trains CE with whole logits.
+same for the head over the supervised ones. Ours trains CE + TCL + HET; transformers' own model CE with whole logits.
 FLOPs of a step are six per matrix parameter and token, six per head parameter and supervised row, and half of twelve
 per layer, pair of tokens and feature for causal attention.
 """

@@ -112,7 +112,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
         if settings.only is not None and name not in settings.only and name != contest.reference:
             continue
         row = rows[name] = {"contestant": name, "does": contestant.does, **base}
-        step = _admit(contestant, row)
+        step = admit(contestant, row)
         if step is not None:
             steps[name] = step
     if contest.reference not in steps:
@@ -126,7 +126,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     return list(rows.values())
 
 
-def _admit(contestant: Contestant, row: Row) -> Callable[[], Any] | None:
+def admit(contestant: Contestant, row: Row) -> Callable[[], Any] | None:
     """The step of a contestant that is there and right; otherwise None, and the row says why."""
     if contestant.unavailable is not None or contestant.make is None:
         row |= {"status": "unavailable", "reason": contestant.unavailable}
@@ -159,7 +159,7 @@ def _measure(contest: Contest, steps: dict[str, Callable[[], Any]], rows: dict[s
     calls = {**steps, CONTROL: steps[contest.reference]}
     repeats = dict.fromkeys(calls, 1)
     if contest.graphs and device.type == "cuda":
-        _capture(calls, repeats, clock)
+        capture(calls, repeats, clock)
     seconds = interleaved(calls, clock, settings.effort)
     seconds = {name: [value / repeats[name] for value in values] for name, values in seconds.items()}
     reference = seconds[contest.reference]
@@ -181,7 +181,7 @@ def _measure(contest: Contest, steps: dict[str, Callable[[], Any]], rows: dict[s
             row["memory"] = peaks[name]
 
 
-def _capture(calls: dict[str, Callable[[], Any]], repeats: dict[str, int], clock: Clock) -> None:
+def capture(calls: dict[str, Callable[[], Any]], repeats: dict[str, int], clock: Clock) -> None:
     """Replaces short steps by graphs where they can be captured."""
     for name, call in list(calls.items()):
         clock.round([call])

@@ -1,0 +1,209 @@
+"""``--base REV``: this working tree against another revision, both running in turns in one go.
+
+The revision is checked out into a temporary folder, and one process per revision builds each case and checks it; then
+the two take turns, one round each, and the ratio is taken round by round. The benchmarks themselves are this tree's on
+both sides. A contestant fails where the median ratio is above the threshold and the interval around it excludes 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.rows import Row, write
+from benchmarks.harness.timing import Effort
+
+
+class Side:
+    """A worker process of one revision.
+
+    Args:
+        package: folder that holds its ``ntpseg``.
+        arguments: the command line's own.
+    """
+
+    def __init__(self, package: Path, arguments: Sequence[str]) -> None:
+        path = os.pathsep.join(filter(None, [str(package), str(ROOT), os.environ.get("PYTHONPATH")]))
+        # -P: the working directory must not come before the package of this side
+        command = [sys.executable, "-P", "-m", "benchmarks.worker", *arguments]
+        environment = {**os.environ, "PYTHONPATH": path}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def ask(self, command: str, *arguments: Any) -> dict[str, Any]:
+        """One command and its answer.
+
+        Raises:
+            RuntimeError: the worker failed.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
+        except BrokenPipeError as error:
+            raise RuntimeError("a worker ended before its time; its own message is above") from error
+        text = self.process.stdout.readline()
+        if not text:
+            raise RuntimeError("a worker ended before its time; its own message is above")
+        answer = json.loads(text)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def compare(given: argparse.Namespace) -> int:
+    """Prints and writes the comparison; returns 1 where something became slower than the threshold allows.
+
+    Raises:
+        ValueError: the revision does not exist.
+    """
+    from benchmarks.command import names_of, settings_of
+
+    effort = settings_of(given).effort
+    arguments = _own_arguments(given)
+    rows: list[Row] = []
+    with base_package(given.base) as package:
+        sides = [Side(ROOT, arguments), Side(package, arguments)]
+        try:
+            for name in names_of(given.what):
+                for row in _benchmark(name, given, sides, effort):
+                    rows.append(row)
+                    print(_line(row), flush=True)
+                    write(given.results / f"compare-{sides_name(row)}.json", rows)
+        finally:
+            for side in sides:
+                side.close()
+    slower = [row for row in rows if row["slower"]]
+    print(f"{len(rows)} comparisons, {len(slower)} slower than {given.base} by more than {given.threshold:.0%}")
+    if not rows:
+        print("nothing of ours could run on both sides")
+    return 1 if slower or not rows else 0
+
+
+def sides_name(row: Row) -> str:
+    """For the file: the kind of device."""
+    return row["kind"]
+
+
+@contextlib.contextmanager
+def base_package(revision: str) -> Iterator[Path]:
+    """A folder that holds nothing but the revision's ``ntpseg``, native operators included where this tree has them."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--verify", f"{revision}^{{commit}}"], capture_output=True, text=True)
+    if found.returncode:
+        raise ValueError(f"base is {revision!r}, which is no revision of {ROOT}")
+    folder = Path(tempfile.mkdtemp(prefix="ntpseg-base-"))
+    tree, package = folder / "tree", folder / "package"
+    try:
+        add = [*git, "worktree", "add", "--detach", "--quiet", str(tree), found.stdout.strip()]
+        subprocess.run(add, check=True)
+        _native(tree, git, found.stdout.strip())
+        package.mkdir()
+        (package / "ntpseg").symlink_to(tree / "ntpseg")
+        yield package
+    finally:
+        subprocess.run([*git, "worktree", "remove", "--force", str(tree)], capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _native(tree: Path, git: list[str], revision: str) -> None:
+    """Copies the native operators where their sources are the same, and builds them where not."""
+    built = list((ROOT / "ntpseg").glob("_C*.so"))
+    if not built:
+        return
+    same = subprocess.run([*git, "diff", "--quiet", revision, "--", "csrc", "setup.py"]).returncode == 0
+    if same:
+        for path in built:
+            shutil.copy2(path, tree / "ntpseg" / path.name)
+        return
+    print("building the native operators of the base revision ...", flush=True)
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True)
+
+
+def _benchmark(name: str, given: argparse.Namespace, sides: list[Side], effort: Effort) -> Iterator[Row]:
+    grids = [side.ask("cases", name) for side in sides]
+    fixed = {key: value for key, value in grids[0].items() if key != "cases"}
+    for index, parameters in enumerate(grids[0]["cases"]):
+        built = [side.ask("build", index) for side in sides]
+        names = [x for x in built[0]["ready"] if x in built[1]["ready"] and (not given.only or x in given.only)]
+        for which, answer in zip(("this tree", given.base), built, strict=True):
+            for missing, reason in answer["missing"].items():
+                print(f"{name} {missing}: not on the side of {which}: {reason}")
+        if not names:
+            continue
+        now, base = _turns(sides, names, effort)
+        for contestant in names:
+            ratio = [a / b for a, b in zip(now[contestant], base[contestant], strict=True)]
+            low, middle, high = median_interval(ratio)
+            yield {
+                "compared": name,
+                "case": parameters,
+                "name": contestant,
+                **fixed,
+                "base": given.base,
+                "base_commit": grids[1]["commit"],
+                "seconds": {"now": statistics.median(now[contestant]), "base": statistics.median(base[contestant])},
+                "ratio": {"median": middle, "low": low, "high": high, "rounds": len(ratio)},
+                "slower": middle > 1 + given.threshold and low > 1,
+            }
+
+
+def _turns(
+    sides: list[Side], names: list[str], effort: Effort
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    seconds: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in sides]
+    for _ in range(effort.warmup):
+        for side in sides:
+            side.ask("round", names)
+    deadline = time.perf_counter() + effort.seconds * len(names)
+    turn = 0
+    while turn < max(effort.least, 7) or (turn < effort.most and time.perf_counter() < deadline):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            for name, spent in zip(names, sides[which].ask("round", names)["seconds"], strict=True):
+                seconds[which][name].append(spent)
+        turn += 1
+    return seconds[0], seconds[1]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median between the two order statistics that hold it with about 95 % certainty."""
+    ordered = sorted(values)
+    place = max(0, math.floor(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))
+    return ordered[place], statistics.median(ordered), ordered[-1 - place]
+
+
+def _own_arguments(given: argparse.Namespace) -> list[str]:
+    found = ["--quick"] if given.quick else []
+    for name in ("device", "threads", "seconds"):
+        if getattr(given, name) is not None:
+            found += [f"--{name}", str(getattr(given, name))]
+    return found + (["--where", *given.where] if given.where else [])
+
+
+def _line(row: Row) -> str:
+    ratio, seconds = row["ratio"], row["seconds"]
+    verdict = "SLOWER" if row["slower"] else "faster" if ratio["high"] < 1 else "same within noise"
+    return (
+        f"{row['compared']} {json.dumps(row['case'])} {row['name']}: {seconds['now'] * 1e3:.3f} ms against "
+        f"{seconds['base'] * 1e3:.3f} ms, x {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] {verdict}"
+    )

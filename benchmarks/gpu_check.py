@@ -1,0 +1,160 @@
+"""What ``make gpu-check`` runs: environment, native build, GPU tests, quick suite, profile, report; under ten minutes.
+
+    python -m benchmarks.gpu_check [--wheels DIR]
+
+Nothing is fetched. The peers' wheels (Liger, cut-cross-entropy, QuACK with what it needs) come from DIR and are
+unpacked beside the environment, not into it, so that its own PyTorch and Triton stay; a peer that is not there is
+reported as unavailable. Each step has a limit, and its output is printed and kept in build/gpu-check/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks.harness.environment import ROOT, describe
+from benchmarks.harness.rows import RESULTS
+
+BUDGET = 590  # seconds, all steps together
+_KEEP_OUT = ("torch-", "triton-", "pytorch_triton")  # a wheel of these would replace the machine's own
+_ENVIRONMENT = "import json; from ntpseg.environment import describe; print(json.dumps(describe(), indent=1))"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 where every step passed, 1 where one did not or there is no CUDA device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, help="folder of the peers' wheels")
+    given = parser.parse_args(arguments)
+    if given.wheels is not None and not given.wheels.is_dir():
+        print(f"gpu-check: wheels is {given.wheels}, it must be a folder of wheel files", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this PyTorch was built without CUDA" if built is None else "PyTorch finds no CUDA device"
+        print(f"gpu-check: {why} (torch {torch.__version__}); nothing was checked", file=sys.stderr)
+        return 1
+    logs = ROOT / "build" / "gpu-check"
+    logs.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    environment = _environment(given.wheels, logs / "peers")
+    done: list[dict[str, Any]] = []
+    for name, limit, command in steps(environment):
+        left = BUDGET - (time.monotonic() - started)
+        done.append(step(name, command, min(limit, left), environment, logs))
+        _write(done, started)
+    print()
+    for it in done:
+        print(f"{it['step']:<12} {it['seconds']:6.1f} s  {it['result']}")
+    print(f"{time.monotonic() - started:.0f} s in all")
+    return 0 if all(it["result"] == "passed" for it in done) else 1
+
+
+def steps(environment: dict[str, str]) -> list[tuple[str, float, list[str]]]:
+    """Name, limit in seconds and command of each."""
+    python = sys.executable
+    found = [("environment", 60.0, [python, "-c", _ENVIRONMENT])]
+    if not list((ROOT / "ntpseg").glob("_C_cuda*.so")):
+        found.append(("build", 200.0, [python, "setup.py", "-q", "build_ext", "--inplace"]))
+    found += [
+        ("tests", 180.0, [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]),
+        ("benchmarks", 330.0, [python, "-m", "benchmarks", "all", "--quick", "--device", "cuda"]),
+        ("profile", 120.0, [python, "-m", "benchmarks.profile_loss", "--quick"]),
+        ("report", 60.0, [python, "-m", "benchmarks", "report"]),
+    ]
+    return found
+
+
+def step(name: str, command: Sequence[str], limit: float, environment: dict[str, str], logs: Path) -> dict[str, Any]:
+    """Runs one, shows and keeps its output; "passed", "failed (code)" or "out of time"."""
+    print(f"\n== {name}", flush=True)
+    start = time.monotonic()
+    if limit < 5:
+        return {"step": name, "seconds": 0.0, "result": "out of time"}
+    with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        reader = threading.Thread(target=_show, args=(process, log), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(timeout=limit)
+            result = "passed" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the group: a benchmark may have children of its own
+            process.wait()
+            result = "out of time"
+        reader.join(timeout=10)
+    return {"step": name, "seconds": time.monotonic() - start, "result": result}
+
+
+def _show(process: subprocess.Popen[str], log: TextIO) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        log.write(line)
+
+
+def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:
+    paths = [str(ROOT)]
+    if wheels is not None:
+        paths += unpack(wheels, folder)
+    if os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        # one architecture: building for all of them would take minutes of the ten
+        "NTPSEG_CUDA_ARCHS": os.environ.get("NTPSEG_CUDA_ARCHS", f"{major}{minor}"),
+    }
+
+
+def unpack(wheels: Path, folder: Path) -> list[str]:
+    """Puts the peers' wheels into a folder and returns what must be on the path for them.
+
+    Wheels may carry .pth files, which Python reads in site folders only; their paths are returned too.
+    """
+    chosen = sorted(str(path) for path in wheels.glob("*.whl") if not path.name.lower().startswith(_KEEP_OUT))
+    if not chosen:
+        print(f"gpu-check: no wheels of peers in {wheels}", file=sys.stderr)
+        return []
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade"]
+    subprocess.run([*command, "--target", str(folder), *chosen], check=True)
+    extra = []
+    for path in sorted(folder.glob("*.pth")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip() and not line.startswith(("#", "import ", "import\t")):
+                extra.append(str(folder / line.strip()))
+    return [str(folder), *extra]
+
+
+def _write(done: list[dict[str, Any]], started: float) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    content = {"gpu_check": done, "seconds": round(time.monotonic() - started, 1), **describe(device)}
+    partial = RESULTS / ".gpu-check.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(RESULTS / "gpu-check.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

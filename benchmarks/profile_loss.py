@@ -1,0 +1,152 @@
+"""Which kernels the loss spends its time in: torch.profiler, and Nsight Compute (ncu) where it runs.
+
+    python -m benchmarks.profile_loss [--quick] [--device cpu] [--results DIR]
+
+ncu measures one step, started by this same script with ``--once``; it reads throughputs of the whole chip in percent of
+their peak, and leaves the clocks as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.environment import clock_state, describe
+from benchmarks.harness.rows import RESULTS, rounded
+from benchmarks.loss import ours
+from benchmarks.operands import Operands, Shape
+
+_STEPS = 5
+_METRICS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
+}
+_NCU_SECONDS = 120
+
+
+def shapes(device: torch.device, quick: bool) -> list[Shape]:
+    """What is profiled."""
+    if device.type != "cuda":
+        return [Shape(64, 32, 300, dtype="float32")] if quick else [Shape(1568, 512, 32768, dtype="float32")]
+    return [Shape(6272, 1024, 32768), Shape(6272, 4096, 184622)]
+
+
+def kernels(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
+    """Time per kernel (per operator on a CPU) of one step, the longest first, as torch.profiler sees it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    step()
+    activity = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=[*activity, ProfilerActivity.CPU] if cuda else activity) as found:
+        for _ in range(_STEPS):
+            step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    rows = []
+    for item in found.key_averages():
+        on_device = item.device_type != torch.autograd.DeviceType.CPU
+        if on_device != cuda:
+            continue
+        seconds = (item.self_device_time_total if cuda else item.self_cpu_time_total) / 1e6 / _STEPS
+        rows.append({"kernel": item.key[:160], "calls": item.count / _STEPS, "seconds": seconds})
+    total = sum(row["seconds"] for row in rows) or 1.0
+    rows.sort(key=lambda row: -row["seconds"])
+    return [{**row, "share": row["seconds"] / total} for row in rows if row["seconds"] > 0][:30]
+
+
+def nsight(arguments: Sequence[str]) -> dict[str, Any]:
+    """What ncu says of the kernels of one step, or why it says nothing."""
+    program = shutil.which("ncu")
+    if program is None:
+        return {"unavailable": "ncu is not on the PATH"}
+    command = [program, "--csv", "--clock-control", "none", "--profile-from-start", "off"]
+    command += ["--metrics", ",".join(_METRICS), sys.executable, "-m", "benchmarks.profile_loss", "--once", *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_NCU_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"ncu took longer than {_NCU_SECONDS} s"}
+    rows = parse_ncu(found.stdout)
+    if not rows:
+        return {"unavailable": (found.stdout + found.stderr).strip()[-300:]}
+    return {"kernels": rows}
+
+
+def parse_ncu(text: str) -> list[dict[str, Any]]:
+    """One dict per launch, in order, from ncu's CSV (which follows whatever the program itself printed)."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    launches: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+        name = _METRICS.get(row.get("Metric Name") or "")
+        if name is None:
+            continue
+        launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"][:160]})
+        value = float(row["Metric Value"].replace(",", ""))
+        unit = row["Metric Unit"]
+        scale = {"us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6}.get(unit, 1.0) if name == "nanoseconds" else 1.0
+        launch[name] = value * scale
+    return list(launches.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Profiles and writes ``profile-<kind>.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--once", type=int, nargs="?", const=0, help="run one step of this shape; what ncu starts")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    backend = "triton" if device.type == "cuda" else "torch"
+    if given.once is not None:
+        step = ours(Operands.make(shapes(device, given.quick)[given.once], device), backend)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        return
+    profiles = []
+    for number, shape in enumerate(shapes(device, given.quick)):
+        step = ours(Operands.make(shape, device), backend)
+        rows = kernels(step, device)
+        del step
+        entry = {"case": shape.parameters(), "backend": backend, **describe(device), "kernels": rows}
+        entry |= {"clock": clock_state(device)}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            entry["ncu"] = nsight([str(number), "--device", given.device])
+        profiles.append(entry)
+        print(f"\n{json.dumps(shape.parameters())}")
+        for row in rows[:12]:
+            print(f"  {row['share']:6.1%} {row['seconds'] * 1e6:10.1f} us  {row['calls']:6.1f} x  {row['kernel'][:90]}")
+        if "ncu" in entry:
+            print("  ncu:", entry["ncu"].get("unavailable") or f"{len(entry['ncu']['kernels'])} launches")
+    path = given.results / f"profile-{device.type}{'-quick' if given.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+        json.dump({"profiles": rounded(profiles)}, file, indent=1)
+        file.write("\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

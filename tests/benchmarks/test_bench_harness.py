@@ -1,0 +1,113 @@
+"""The harness: turns, spread, the gate, rows, files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong, memory, rows, run_case
+from benchmarks.harness.timing import Clock, Effort, interleaved, ratios, spread
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, Effort(seconds=0.0, least=5, most=5, warmup=1))
+
+
+def test_everyone_runs_once_a_round_in_a_turning_order() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = interleaved(calls, Clock(CPU), Effort(seconds=0.0, least=3, most=9, warmup=1))
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_rounds_go_on_while_there_is_time() -> None:
+    seconds = interleaved({"a": lambda: time.sleep(0.001)}, Clock(CPU), Effort(seconds=0.05, least=1, most=1000))
+    assert 1 < len(seconds["a"]) <= 60
+    assert min(seconds["a"]) >= 0.001
+
+
+def test_spread_and_ratios_are_medians_and_quartiles() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0, "least": 1.0}
+    # of the ratio within a round, not the ratio of the medians (which would be 1)
+    assert ratios([1.0, 10.0, 4.0], [2.0, 4.0, 10.0])["median"] == 0.5
+
+
+def _contest(**contestants: Contestant) -> Case:
+    reference = Contestant(lambda: lambda: time.sleep(0.001))
+    build = lambda settings: Contest({"reference": reference, **contestants}, "reference", flops=1e6)  # noqa: E731
+    return Case("made-up", {"n": 1}, build)
+
+
+def _raises(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
+
+
+def test_only_what_is_right_is_timed() -> None:
+    timed: list[str] = []
+    case = _contest(
+        good=Contestant(lambda: lambda: time.sleep(0.003), lambda step: {"value": 0.0}),
+        wrong=Contestant(lambda: lambda: timed.append("wrong"), _raises(Wrong({"value": 3.0}, "off by 3"))),
+        away=Contestant(None, unavailable="not installed"),
+        large=Contestant(_raises(torch.OutOfMemoryError("too large"))),
+        broken=Contestant(_raises(KeyError("x"))),
+    )
+    found = {row["contestant"]: row for row in run_case(case, SETTINGS)}
+    statuses = {name: row["status"] for name, row in found.items()}
+    assert statuses == {
+        "reference": "ok",
+        "good": "ok",
+        "wrong": "wrong",
+        "away": "unavailable",
+        "large": "out of memory",
+        "broken": "failed",
+    }
+    assert [name for name, row in found.items() if "seconds" in row] == ["reference", "good"]
+    assert not timed
+    assert found["wrong"]["error"] == {"value": 3.0} and found["wrong"]["reason"] == "off by 3"
+    assert found["away"]["reason"] == "not installed"
+    assert found["good"]["ratio"]["median"] > 1.5
+    assert found["reference"]["ratio"]["median"] == 1.0
+
+
+def test_a_row_says_where_and_on_what_it_was_taken() -> None:
+    row = run_case(_contest(), SETTINGS)[0]
+    for key in ("commit", "device", "driver", "kind", "versions", "clock", "seconds", "noise", "timing", "memory"):
+        assert key in row, key
+    assert row["versions"]["torch"] == torch.__version__
+    assert row["seconds"]["rounds"] == 5
+    json.dumps(row)
+
+
+def test_only_some_contestants() -> None:
+    case = _contest(a=Contestant(lambda: lambda: None), b=Contestant(lambda: lambda: None))
+    found = run_case(case, Settings(CPU, SETTINGS.effort, frozenset({"b"})))
+    assert [row["contestant"] for row in found] == ["reference", "b"]
+
+
+def test_peak_memory_sees_what_a_step_frees_again() -> None:
+    found = memory.peak(lambda: torch.ones(40 << 18).sum(), CPU)  # 40 MiB
+    if found is None:
+        pytest.skip("this system does not let the peak be reset")
+    assert 35 < found["delta"] / 2**20 < 60
+    assert found["absolute"] > found["delta"]
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    row = {"benchmark": "x", "contestant": "y", "value": 1 / 3, "many": [1 / 7, {"z": 2}]}
+    rows.write(path, [row])
+    (tmp_path / "other.json").write_text('{"benchmark": "someone else\'s"}')
+    assert rows.read(tmp_path) == [{"benchmark": "x", "contestant": "y", "value": 0.33333, "many": [0.14286, {"z": 2}]}]
+    with pytest.raises(TypeError):
+        rows.write(path, [row, {"no json": object()}])
+    assert len(rows.read(tmp_path)) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.json", "some.json"]

@@ -1,0 +1,106 @@
+"""Every benchmark runs in its quick form on a CPU, and the report is made of what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import profile_loss
+from benchmarks.command import BENCHMARKS, main
+from benchmarks.harness.rows import read
+from benchmarks.report.section import BEGIN, END, write_report
+
+QUICK = ["--quick", "--device", "cpu", "--seconds", "0"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of the whole quick suite."""
+    folder = tmp_path_factory.mktemp("results")
+    assert main(["all", *QUICK, "--results", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_quick_form(results: Path, name: str) -> None:
+    rows = [row for row in read(results) if row["benchmark"] == name]
+    timed = {row["contestant"] for row in rows if "seconds" in row}
+    assert any(contestant.startswith("ntpseg") for contestant in timed)
+    assert rows[0]["reference"] in timed
+    assert len(timed) >= 3
+    assert {row["status"] for row in rows} <= {"ok", "unavailable"}
+    assert all(row["reason"] for row in rows if row["status"] == "unavailable")
+    checked = [row for row in rows if "seconds" in row and row["contestant"] != row["reference"]]
+    assert all(row["error"] for row in checked)
+
+
+def test_loss_knows_its_peers(results: Path) -> None:
+    rows = {row["contestant"]: row for row in read(results) if row["benchmark"] == "loss"}
+    for name in ("torch linear_cross_entropy", "liger", "cut-cross-entropy", "quack"):
+        assert rows[name]["does"].startswith("CE") and "TCL" not in rows[name]["does"]
+        assert rows[f"{name} + terms"]["does"] == "CE + TCL + HET"
+    for backend in ("torch", "triton"):
+        assert rows[f"ntpseg {backend}"]["does"] == "CE + TCL + HET"
+    assert {json.dumps(row["case"]) for row in read(results) if row["benchmark"] == "loss"} == {
+        json.dumps({"R": 64, "D": 32, "V": 300, "k": 2, "m": 3, "logits": logits, "dtype": "float32"})
+        for logits in ("random", "peaked")
+    }
+
+
+def test_report_replaces_its_own_section_only(results: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "results.md"
+    docs.write_text(f"# Results\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    write_report(results, docs)
+    text = docs.read_text()
+    assert text.startswith("# Results\n\nbefore\n\n" + BEGIN) and text.endswith(END + "\n\nafter\n")
+    assert "\nold\n" not in text
+    for title in ("Loss, forward and backward", "Decoding masks", "A whole training step"):
+        assert f"#### {title}" in text
+    assert "No figure here was taken on a GPU" in text and "`ntpseg bench loss`" in text
+    assert "- liger: unavailable: needs a CUDA device" in text
+    pictures = sorted((tmp_path / "figures").glob("*.svg"))
+    assert any("roofline" in p.name for p in pictures) and any("memory" in p.name for p in pictures)
+    assert all(f"(figures/{p.name})" in text for p in pictures)
+    before = [p.read_bytes() for p in pictures]
+    write_report(results, docs)
+    assert docs.read_text() == text
+    assert [p.read_bytes() for p in pictures] == before
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"results is .*no rows"):
+        write_report(tmp_path, tmp_path / "results.md")
+
+
+def test_where_picks_cases(tmp_path: Path) -> None:
+    arguments = ["loss", *QUICK, "--results", str(tmp_path), "--only", "ntpseg torch", "--where", "logits=peaked"]
+    assert main(arguments) == 0
+    rows = read(tmp_path)
+    assert [(row["contestant"], row["case"]["logits"]) for row in rows] == [
+        ("three products", "peaked"),
+        ("ntpseg torch", "peaked"),
+    ]
+
+
+def test_profile_runs(tmp_path: Path) -> None:
+    profile_loss.main(["--quick", "--device", "cpu", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
+    assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1.0, abs=0.1)
+    assert found["kernels"][0]["seconds"] >= found["kernels"][-1]["seconds"] > 0
+
+
+def test_ncu_output_is_read() -> None:
+    text = """==PROF== Connected
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","9","gemm","gpu__time_duration.sum","us","1,234.5"
+"0","9","gemm","sm__throughput.avg.pct_of_peak_sustained_elapsed","%","91.5"
+"1","9","touch","gpu__time_duration.sum","ns","700"
+"1","9","touch","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","80"
+"""
+    assert profile_loss.parse_ncu(text) == [
+        {"kernel": "gemm", "nanoseconds": 1234500.0, "compute_percent": 91.5},
+        {"kernel": "touch", "nanoseconds": 700.0, "memory_percent": 80.0},
+    ]
+    assert profile_loss.parse_ncu("==ERROR== no permission") == []
