@@ -26,6 +26,9 @@ from setuptools import setup
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
 CPU_SOURCES = [
     "csrc/cpu/binding.cpp",
+    "csrc/cpu/loss_amx.cpp",
+    "csrc/cpu/loss_binding.cpp",
+    "csrc/cpu/loss_rows.cpp",
     "csrc/cpu/merge.cpp",
     "csrc/cpu/rank_avx2.cpp",
     "csrc/cpu/rank_avx512.cpp",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntpseg.ops import loss_cpu
+
 _CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 80 << 20, 64
 _GPU_BLOCK_BYTES, _GPU_BLOCK_ROWS = 1 << 30, 2048  # fewer rows starve the products
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's second-level cache
@@ -78,21 +80,29 @@ def classes_above(block: Tensor, total: Tensor, threshold: float, grid: Grid) ->
     return (torch.cat(tops) >= threshold).nonzero().squeeze(1)
 
 
-def hidden_gradient(block: Tensor, matrix: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None) -> None:
+def hidden_gradient(
+    block: Tensor, hidden: Tensor, matrix: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None
+) -> None:
     """``out = diag(unit) block @ matrix``, over `classes` only unless that is None."""
     if classes is not None:
         block, matrix = block.index_select(1, classes), matrix.index_select(0, classes)
-    if block.dtype == matrix.dtype:
-        product = torch.mm(block, matrix, out_dtype=unit.dtype) if _mixed(block, unit.dtype) else block @ matrix
+    if loss_cpu.serves_blocks(hidden, matrix):
+        product = loss_cpu.hidden_gradient(block, matrix, hidden, unit.dtype)
+    elif _mixed(block, unit.dtype) and block.dtype == matrix.dtype:
+        product = torch.mm(block, matrix, out_dtype=unit.dtype)
     else:
         product = block @ matrix.to(block.dtype)
-    torch.mul(product, unit.unsqueeze(1), out=out) if out.dtype == unit.dtype else out.copy_(
-        product * unit.unsqueeze(1)
-    )
+    out.copy_(product * unit.unsqueeze(1))
 
 
 def add_weight_gradient(
-    block: Tensor, hidden: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None, grid: Grid
+    block: Tensor,
+    hidden: Tensor,
+    matrix: Tensor,
+    unit: Tensor,
+    out: Tensor,
+    classes: Tensor | None,
+    grid: Grid,
 ) -> None:
     """``out += block.T @ diag(unit) hidden``, over `classes` only unless that is None; `out` is in the work dtype."""
     scaled = (hidden * unit.unsqueeze(1)).to(block.dtype)
@@ -100,6 +110,9 @@ def add_weight_gradient(
         block = block.index_select(1, classes)
     if block.dtype == out.dtype and classes is None:
         out.addmm_(block.t(), scaled)
+        return
+    if classes is None and loss_cpu.serves_blocks(scaled, matrix):
+        loss_cpu.add_weight_gradient_(out, block, scaled, matrix)
         return
     turned = scaled.t().contiguous()
     for low in range(0, block.shape[1], grid.classes):

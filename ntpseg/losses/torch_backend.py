@@ -19,6 +19,7 @@ from ntpseg.losses.backends import RowsResult, gradient_dtype
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
 from ntpseg.losses.vocab_parallel import Shard
+from ntpseg.ops import loss_cpu
 
 # exp of this times the largest vocabulary, times the ratio of a hard token's weight to its row's, still fits float32
 _HIGHEST_GAP = {torch.float64: 600.0, torch.float32: 60.0}
@@ -76,12 +77,13 @@ def rows_loss(
             if options.gradient_filter > 0:
                 kept_classes = products.classes_above(block, found.total, options.gradient_filter, grid)
             if d_hidden is not None:
-                products.hidden_gradient(block, head, unit, d_hidden[part], kept_classes)
+                products.hidden_gradient(block, hidden, head, unit, d_hidden[part], kept_classes)
             if d_weight is not None:
-                products.add_weight_gradient(block, hidden, unit, d_weight[matrix], kept_classes, grid)
+                products.add_weight_gradient(block, hidden, head, unit, d_weight[matrix], kept_classes, grid)
 
     if d_hidden is not None:
         d_hidden = shard.sum(d_hidden).to(kept)
+    del store  # before the copy in another dtype
     if d_weight is not None:
         d_weight = d_weight.reshape(weight.shape).to(kept)
     return RowsResult(prediction, nll, margin, tcl, het, lse, d_hidden, d_weight)
@@ -122,16 +124,26 @@ def exponentials(
     top = torch.full((rows,), -torch.inf, dtype=work, device=hidden.device)
     best = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     total = torch.zeros(rows, dtype=work, device=hidden.device)
-    room = torch.empty(rows * min(grid.classes, classes), dtype=work, device=hidden.device)
     column, owned = shard.local(target)
+    if classes and loss_cpu.serves_blocks(hidden, matrix):
+        column = torch.where(owned, column, -1)
+        top, best, total = loss_cpu.block_exponentials(hidden, matrix, anchor, column, z_y, block)
+        return Exponentials(anchor, *shard.top(top, best), shard.sum(total))
+
+    native = loss_cpu.serves_tiles(hidden)
+    room = torch.empty(rows * min(grid.classes, classes), dtype=work, device=hidden.device)
     home = torch.where(owned, column // grid.classes, -1)
     for tile, low in enumerate(range(0, classes, grid.classes)):
         high = min(low + grid.classes, classes)
-        gap = products.logits(hidden, matrix[low:high], out=room[: rows * (high - low)].view(rows, high - low))
-        gap.sub_(anchor.unsqueeze(1))
+        in_place = native and block is not None
+        out = block[:, low:high] if in_place else room[: rows * (high - low)].view(rows, high - low)
+        z = products.logits(hidden, matrix[low:high], out=out)
         here = (home == tile).nonzero().squeeze(1)
-        gap[here, column[here] - low] = (z_y - anchor)[here]
-
+        z[here, column[here] - low] = z_y[here]
+        if native:
+            loss_cpu.exponentials_(z, anchor, top, best, total, low)
+            continue
+        gap = z.sub_(anchor.unsqueeze(1))
         tile_top = gap.amax(1)
         higher = (tile_top > top).nonzero().squeeze(1)  # strictly: ties stay with the lower class
         best[higher] = gap[higher].argmax(1) + low

@@ -1,0 +1,58 @@
+// The loss on x86 processors: exponentials with their reductions, and the products of bfloat16 on AMX tiles.
+#pragma once
+
+#include <cstdint>
+
+namespace ntpseg {
+
+// What this processor and kernel allow: 0 nothing, 1 AVX-512, 2 also AMX with bfloat16.
+int loss_level();
+
+// One row of a tile of logits in place: z becomes exp(z - anchor), and the row's maximum (of z - anchor), its column
+// (counted from `column`) and the sum are brought up to date.
+void exponentials_row(
+    float* z, int64_t length, float anchor, int32_t column, float& top, int64_t& best, float& total);
+
+// bfloat16 matrices are row-major with a leading dimension; R rows, V classes, D features, D a multiple of 32.
+using bfloat16 = uint16_t;
+
+struct BlockShape {
+  int64_t rows, classes, width;
+  int64_t hidden_stride, matrix_stride, block_stride;
+};
+
+// The number of independent slices along V of `amx_exponentials`; fixed, so that sums do not depend on threads.
+constexpr int64_t kSlices = 16;
+
+constexpr int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+
+// hidden [R, D] -> A tiles; `packed` holds padded(R) * D.
+void amx_pack_rows(const bfloat16* hidden, const BlockShape& shape, bfloat16* packed);
+
+// Slice s of exp(z - anchor): writes its columns of `block` unless that is null, and its reductions [R]. The logit of
+// column[r] is taken to be exact[r].
+void amx_exponentials(
+    int64_t slice,
+    const bfloat16* packed_hidden,
+    const bfloat16* matrix,
+    const BlockShape& shape,
+    const float* anchor,
+    const int64_t* column,
+    const float* exact,
+    bfloat16* block,
+    float* top,
+    int64_t* best,
+    float* total);
+
+// d_hidden[begin:end] = block @ matrix, fp32, [padded(R), D]; begin and end are multiples of 32 (or end is padded(R)).
+void amx_hidden_gradient(
+    int64_t begin, int64_t end, const bfloat16* block, const bfloat16* matrix, const BlockShape& shape, float* d_hidden);
+
+// scaled [R, D] -> B tiles; `packed` holds padded(R) * D.
+void amx_pack_pairs(const bfloat16* scaled, const BlockShape& shape, bfloat16* packed);
+
+// d_matrix[32 * begin : 32 * end] += block.T @ scaled, fp32 [V, D], in panels of 32 classes.
+void amx_weight_gradient(
+    int64_t begin, int64_t end, const bfloat16* block, const bfloat16* packed_scaled, const BlockShape& shape, float* d_matrix);
+
+}  // namespace ntpseg

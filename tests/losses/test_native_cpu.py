@@ -1,0 +1,101 @@
+"""The native CPU passes against plain products in float64, at odd sizes; and the loss with and without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import draw, error
+
+from ntpseg.ops import loss_cpu
+
+tiles = pytest.mark.skipif(loss_cpu.level() < 1, reason="needs AVX-512 and the extension")
+blocks = pytest.mark.skipif(loss_cpu.level() < 2, reason="needs AMX with bfloat16 and the extension")
+SHAPES = [(1, 32, 1), (5, 32, 31), (33, 64, 97), (64, 96, 512), (150, 32, 1031), (700, 64, 600), (31, 544, 1056)]
+
+
+@tiles
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 300])
+def test_a_pass_over_a_tile(length: int) -> None:
+    whole = torch.randn(9, 400) * 10
+    tile = whole[:, 7 : 7 + length]
+    anchor, gap = torch.randn(9), tile.clone()
+    gap -= anchor.unsqueeze(1)
+    top, best, total = torch.full((9,), 2.0), torch.full((9,), 3), torch.ones(9)
+    loss_cpu.exponentials_(tile, anchor, top, best, total, 100)
+    assert torch.allclose(tile.double(), gap.double().exp(), rtol=1e-6, atol=0)
+    expected, where = gap.max(1)
+    assert torch.equal(top, expected.clamp_min(2.0))
+    assert torch.equal(best, torch.where(expected > 2.0, where + 100, 3))
+    assert torch.allclose(total.double(), 1 + gap.double().exp().sum(1), rtol=1e-5)
+
+
+@tiles
+def test_extremes_and_ties() -> None:
+    tile = torch.tensor([[-torch.inf, -500.0, 80.0, 80.0], [torch.nan, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    top, best, total = torch.full((3,), -torch.inf), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    loss_cpu.exponentials_(tile, torch.zeros(3), top, best, total, 0)
+    assert tile[0, 0] == 0 and tile[0, 1] == 0 and tile[0, 2] == pytest.approx(5.540622e34)
+    assert best.tolist() == [2, 2, 0]
+    assert total[1].isnan() and total[2] == 4
+
+
+@blocks
+@pytest.mark.parametrize(("rows", "width", "classes"), SHAPES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_exponentials_of_a_block(rows: int, width: int, classes: int, strided: bool) -> None:
+    hidden = torch.randn(rows, width + 64 * strided).bfloat16()[:, :width]
+    matrix = (torch.randn(classes, width + 32 * strided) / width**0.5).bfloat16()[:, :width]
+    column = torch.randint(-1, classes, (rows,))
+    z = hidden.double() @ matrix.double().t()
+    exact = torch.where(column < 0, 0.0, z.gather(1, column.clamp_min(0).unsqueeze(1)).squeeze(1)).float() + 0.5
+    anchor = torch.randn(rows)
+    block = torch.full((rows, classes + 3), 7.0, dtype=torch.bfloat16)
+    top, best, total = loss_cpu.block_exponentials(hidden, matrix, anchor, column, exact, block[:, :classes])
+    here = (column >= 0).nonzero().squeeze(1)
+    z[here, column[here]] = exact[here].double()
+    gap = z - anchor.double().unsqueeze(1)
+    assert (block[:, classes:] == 7).all()
+    assert torch.allclose(block[:, :classes].double(), gap.exp(), rtol=2**-8 + 1e-5, atol=1e-30)
+    assert torch.allclose(top.double(), gap.amax(1), atol=1e-5)
+    assert torch.allclose(gap.gather(1, best.unsqueeze(1)).squeeze(1), gap.amax(1), atol=1e-5)
+    assert torch.allclose(total.double(), gap.exp().sum(1), rtol=1e-5)
+    reduced = loss_cpu.block_exponentials(hidden, matrix, anchor, column, exact, None)
+    assert all(torch.equal(one, other) for one, other in zip(reduced, (top, best, total)))
+
+
+@blocks
+@pytest.mark.parametrize(("rows", "width", "classes"), SHAPES)
+def test_products_of_the_gradients(rows: int, width: int, classes: int) -> None:
+    block = torch.randn(rows, classes).bfloat16()
+    hidden, matrix = torch.randn(rows, width).bfloat16(), torch.randn(classes, width).bfloat16()
+    found = loss_cpu.hidden_gradient(block, matrix, hidden, torch.float32)
+    assert error(found, block.double() @ matrix.double()) < 1e-6
+    start = torch.randn(classes, width)
+    total = start.clone()
+    loss_cpu.add_weight_gradient_(total, block, hidden, matrix)
+    assert error(total, start.double() + block.double().t() @ hidden.double()) < 1e-6
+
+
+@blocks
+def test_bfloat16_loss_is_exact_for_its_operands() -> None:
+    """Logits never leave float32 accumulators: the loss is that of exact arithmetic on the same operands."""
+    case = draw(3, 40, 3, 64, 700, dtype=torch.bfloat16, scale=1.5, slots=6)
+    truth, *truth_grads = case.run("reference", torch.float64)
+    found, *grads = case.run("torch")
+    assert torch.equal(found.prediction, truth.prediction)
+    assert float(found.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
+    for one, other in zip(grads, truth_grads):
+        assert error(one, other) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_head": True, "chunk_bytes": 9000}, {"temperature": 0.5, "z_loss": 0.01}])
+def test_agrees_with_plain_pytorch(dtype: torch.dtype, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw(2, 30, 2, 32, 333, dtype=dtype, scale=0.5, negatives=0, **options)
+    native, *native_grads = case.run("torch")
+    monkeypatch.setenv("NTPSEG_DISABLE_NATIVE", "1")
+    plain, *plain_grads = case.run("torch")
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float(native.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=tolerance)
+    for one, other in zip(native_grads, plain_grads):
+        assert error(one, other) < tolerance
