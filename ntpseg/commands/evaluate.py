@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ntpseg.data import Record
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +21,9 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[Path, typer.Option(help="A run of `ntpseg train`, or its model/.", show_default=False)],
     data: Annotated[Path | None, typer.Option(help="Data set; by default the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; by default test, or val if there is none.")
+    ] = None,
     layout: Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Result folder; RUN/eval/SPLIT by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
@@ -44,7 +50,9 @@ def evaluate(
     root = run_directory(model)
     if data is None:
         data, layout = data_of(root)
-    records = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.split == split and r.mask is not None]
+    labelled = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.mask is not None]
+    split = split or default_split(labelled)
+    records = [r for r in labelled if r.split == split]
     if not records:
         raise ValueError(f"split is {split!r}; {data} has no case with a mask in it")
     if limit is not None and limit < len(records):
@@ -59,3 +67,8 @@ def evaluate(
     result.write(target)
     console.print(summary_table(result.summary, f"{split} split of {data}"))
     console.print(f"written to {target}", highlight=False, soft_wrap=True)
+
+
+def default_split(records: Sequence[Record]) -> str:
+    """The split to evaluate where none is named: test, or val in a data set without it."""
+    return "test" if any(record.split == "test" for record in records) else "val"

@@ -132,3 +132,11 @@ def test_command_writes_and_prints_both_dices(tmp_path: Path) -> None:
     assert f"{summary['pooled']['dice']['value']:.3f}" in result.output
     missing = CliRunner().invoke(app, [*arguments, "--split", "dev"])
     assert isinstance(missing.exception, ValueError) and "split is 'dev'" in str(missing.exception)
+
+
+def test_split_where_none_is_named() -> None:
+    from ntpseg.commands.evaluate import default_split
+
+    records = shared()[0]
+    assert default_split(records) == "test"
+    assert default_split([r for r in records if r.split != "test"]) == "val"
