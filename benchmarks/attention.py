@@ -117,10 +117,11 @@ def products(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> Cal
 
 
 def _truth(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Float64, one sample at a time: long sequences' scores are large."""
+    """Float64, one sample and head at a time: long sequences' scores are large."""
     parts = []
-    for sample in range(len(query)):
-        leaves = [x[sample : sample + 1].detach().double().requires_grad_() for x in (query, key, value)]
+    flat = [x.detach().flatten(0, 1) for x in (query, key, value, upstream)]
+    for *inputs, change in zip(*flat, strict=True):
+        leaves = [x.double().requires_grad_() for x in inputs]
         out = peers.eager(*leaves)
-        parts.append((out.detach(), *torch.autograd.grad(out, leaves, upstream[sample : sample + 1].double())))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts.append((out.detach(), *torch.autograd.grad(out, leaves, change.double())))
+    return tuple(torch.stack(part).view(query.shape) for part in zip(*parts, strict=True))

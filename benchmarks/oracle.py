@@ -1,6 +1,6 @@
-"""The loss and its gradients in float64, sample by sample: the truth that every contestant of `loss` must meet.
+"""The loss and its gradients in float64: the truth that every contestant of `loss` must meet.
 
-Plain autograd over one sample's logits at a time, with the counts of the whole batch. Restated from the design rather
+Plain autograd over some rows' logits at a time, with the counts of the whole batch. Restated from the design rather
 than taken from the package, and able to take the negatives from a contestant's own predictions: two logits that differ
 by less than a rounding may be ordered either way, and TCL then has another, equally right, negative.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.operands import Operands
+
+_LOGIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) 
     """CE, or ``CE + TCL + HET`` with weights and temperature 1, and its gradients.
 
     Args:
-        operands: any shape of which one sample's logits fit into memory several times in float64.
+        operands: of any shape; the logits of at most 512 MiB of rows are there at once, several times over.
         terms: whether TCL and HET are part of it.
         prediction: ``[R]`` whose negatives to use; None: the float64 arg-max's own.
     """
@@ -49,9 +51,9 @@ def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) 
     gap = 0.0
     hard_row, hard_token = operands.hard
     earlier, exists = operands.before
-    start = 0
-    for length in _lengths(operands):
-        cut = slice(start, start + length)
+    step = max(1, _LOGIT_BYTES // (8 * len(weight)))
+    for start in range(0, count, step):
+        cut = slice(start, min(start + step, count))
         hidden = rows[cut].double().requires_grad_()
         y = target[cut]
         z = hidden @ weight.t()
@@ -75,11 +77,5 @@ def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) 
         assert hidden.grad is not None
         d_rows[cut] = hidden.grad
         loss += part.detach()
-        start += length
     assert weight.grad is not None
     return Truth(loss, d_rows, weight.grad, chosen, gap)
-
-
-def _lengths(operands: Operands) -> list[int]:
-    batch, time, heads, _ = operands.hidden.shape
-    return [time - 1 - head for head in range(heads) for _ in range(batch)]

@@ -20,7 +20,7 @@ _CLOCK_FIELDS = {
     "memory_mhz": "clocks.mem",
     "power_w": "power.draw",
     "temperature_c": "temperature.gpu",
-    "throttle": "clocks_throttle_reasons.active",
+    "throttle": "clocks_event_reasons.active",
 }
 
 
@@ -75,6 +75,8 @@ def clock_state(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
     if device.type == "cuda":
         values = _nvidia_smi(list(_CLOCK_FIELDS.values()), device)
+        if values[0] is None:  # one name that this driver does not know fails them all
+            values = [_nvidia_smi([name], device)[0] for name in _CLOCK_FIELDS.values()]
         return state | {name: value for name, value in zip(_CLOCK_FIELDS, values, strict=True) if value is not None}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

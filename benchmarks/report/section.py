@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def write_report(results: Path, docs: Path | None = None) -> Path:
     rows = read(results)
     if not rows:
         raise ValueError(f"results is {results}, where there are no rows; ntpseg bench makes them")
-    body = "\n".join([BEGIN, *_section(rows, path.parent), END])
+    body = "\n".join([BEGIN, *_section(rows, path.parent), *_profiles(results), END])
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     if BEGIN in old and END in old:
         start, stop = old.index(BEGIN), old.index(END) + len(END)
@@ -93,6 +94,35 @@ def _section(rows: Sequence[Row], folder: Path) -> Iterator[str]:
             yield ""
             yield "</details>"
             yield ""
+
+
+def _profiles(results: Path) -> Iterator[str]:
+    """Where the loss spends its time, from `benchmarks.profile_loss`."""
+    for path in sorted(results.glob("profile-*.json")):
+        for it in json.loads(path.read_text(encoding="utf-8"))["profiles"]:
+            case = ", ".join(f"{key} {value}" for key, value in it["case"].items())
+            yield f"### Kernels of the loss: {case}"
+            yield ""
+            yield f"{it['device']}, backend {it['backend']}, commit {it['commit']}; by torch.profiler, per step."
+            yield ""
+            yield "| kernel | launches | microseconds | share |"
+            yield "|---|---:|---:|---:|"
+            for row in it["kernels"][:12]:
+                name = row["kernel"].replace("|", "\\|")
+                yield f"| `{name}` | {row['calls']:g} | {row['seconds'] * 1e6:,.0f} | {row['share']:.1%} |"
+            yield ""
+            launches = it.get("ncu", {}).get("kernels", [])
+            if launches:
+                yield "| by Nsight Compute | microseconds | compute, % of peak | memory, % of peak |"
+                yield "|---|---:|---:|---:|"
+                for row in sorted(launches, key=lambda row: -row.get("nanoseconds", 0))[:12]:
+                    name = row["kernel"].replace("|", "\\|")
+                    percent = [f"{row.get(key, float('nan')):.0f}" for key in ("compute_percent", "memory_percent")]
+                    yield f"| `{name}` | {row.get('nanoseconds', 0) / 1e3:,.0f} | {' | '.join(percent)} |"
+                yield ""
+            elif "ncu" in it:
+                yield f"Nsight Compute: {it['ncu'].get('unavailable', 'nothing')}"
+                yield ""
 
 
 def _machine(rows: Sequence[Row]) -> Iterator[str]:
