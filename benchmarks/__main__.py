@@ -7,4 +7,8 @@ import sys
 from benchmarks.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"ntpseg bench: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -78,7 +78,9 @@ def contest(size: Size, settings: Settings) -> Contest:
             "CE + TCL + HET",
         ),
         "transformers": Contestant(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
-        "transformers + liger": Contestant(lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE"),
+        "transformers + liger": Contestant(
+            lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE; Liger's loss, norms and MLPs"
+        ),
     }
     parameters = sum(weight.numel() for weight in matrices(model))
     text = config.text_config
@@ -159,13 +161,24 @@ class _Theirs(_Step):
     def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, liger: bool) -> None:
         peer = hugging_face(model).train()
         if liger:
-            patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
-            patch._apply_liger_kernel_to_instance(model=peer)
+            _use_liger(peer)
         super().__init__(peer, peer.lm_head.weight, dtype)
         self.batch = {"input_ids": ids, "labels": labels}
 
     def loss(self) -> Tensor:
         return self.model(**self.batch).loss
+
+
+def _use_liger(model: Any) -> None:
+    """Liger's loss, norms and MLPs in this one model (its rotary embedding would be everybody's)."""
+    patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    modeling = importlib.import_module(type(model).__module__)
+    before = dict(vars(modeling))
+    try:
+        patch._apply_liger_kernel_to_instance(model=model)
+    finally:
+        # it also replaces names in the module, from which later models, ours among them, would be built
+        vars(modeling).update(before)
 
 
 def products(model: NTPSegModel, tokens: int, rows: int, dtype: torch.dtype) -> Callable[[], None]:
