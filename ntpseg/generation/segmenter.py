@@ -127,10 +127,13 @@ class Segmenter:
 
     def probabilities(self, mask_codes: np.ndarray) -> Iterator[np.ndarray]:
         """The foreground probability, float32 ``[S, S]`` at the model's size, of each of ``[N, h, w]`` mask codes."""
-        with torch.inference_mode():
-            for first in range(0, len(mask_codes), ENCODE_BATCH):
-                part = torch.from_numpy(np.ascontiguousarray(mask_codes[first : first + ENCODE_BATCH]))
-                yield from self.bundle.vision.decode_mask(part)[:, 0].float().cpu().numpy()
+        for first in range(0, len(mask_codes), ENCODE_BATCH):
+            part = torch.from_numpy(np.ascontiguousarray(mask_codes[first : first + ENCODE_BATCH]))
+            # Closed before anything is yielded: a generator that waits inside it would leave the caller without
+            # gradients, for good where two of them run in turns.
+            with torch.inference_mode():
+                decoded = self.bundle.vision.decode_mask(part)[:, 0].float().cpu().numpy()
+            yield from decoded
 
     @staticmethod
     def _pixels(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_segmenter import TEXTS, shared
 from typer.testing import CliRunner
@@ -29,6 +30,13 @@ def test_the_saved_model_predicts_what_the_trained_one_does() -> None:
         np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.mask, b.mask)
         np.testing.assert_array_equal(a.confidence, b.confidence)
+
+
+def test_a_caller_keeps_its_gradients_between_predictions() -> None:
+    records, bundle, _ = shared()
+    segmenter = Segmenter(bundle)
+    for _ in segmenter.segment_all([r.image for r in records[:2]], [r.text for r in records[:2]]):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_an_array_and_its_file_give_the_same_and_colour_is_accepted() -> None:
