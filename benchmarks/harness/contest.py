@@ -104,8 +104,12 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
         wrong (with its errors), out of memory, failed.
     """
     device = settings.device
-    contest = case.build(settings)
     base = {"benchmark": case.benchmark, "case": case.parameters, **describe(device)}
+    try:
+        contest = case.build(settings)
+    except torch.OutOfMemoryError as error:
+        _release(device)
+        return [{"contestant": "(operands)", "does": "", **base, "status": "out of memory", "reason": _line(error)}]
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], Any]] = {}
     for name, contestant in contest.contestants.items():
@@ -115,11 +119,11 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
         step = admit(contestant, row)
         if step is not None:
             steps[name] = step
-    if contest.reference not in steps:
-        return list(rows.values())
     if contest.forget is not None:
         contest.forget()
-    _measure(contest, steps, rows, settings)
+    peaks = _peaks(steps, rows, device) if settings.memory else {}
+    if contest.reference in steps:
+        _measure(contest, steps, rows, peaks, settings)
     steps.clear()
     contest.contestants.clear()
     _release(device)
@@ -153,9 +157,26 @@ def admit(contestant: Contestant, row: Row) -> Callable[[], Any] | None:
     return None
 
 
-def _measure(contest: Contest, steps: dict[str, Callable[[], Any]], rows: dict[str, Row], settings: Settings) -> None:
+def _peaks(steps: dict[str, Callable[[], Any]], rows: dict[str, Row], device: torch.device) -> dict[str, Any]:
+    """Peak memory of each step; one that finds none left beside the others' operands is out of the contest."""
+    found = {}
+    for name, step in list(steps.items()):
+        try:
+            found[name] = memory.peak(step, device)
+        except torch.OutOfMemoryError as error:
+            rows[name] |= {"status": "out of memory", "reason": _line(error)}
+            del steps[name]
+    return found
+
+
+def _measure(
+    contest: Contest,
+    steps: dict[str, Callable[[], Any]],
+    rows: dict[str, Row],
+    peaks: dict[str, Any],
+    settings: Settings,
+) -> None:
     device, clock = settings.device, Clock(settings.device)
-    peaks = {name: memory.peak(step, device) for name, step in steps.items()} if settings.memory else {}
     calls = {**steps, CONTROL: steps[contest.reference]}
     repeats = dict.fromkeys(calls, 1)
     if contest.graphs and device.type == "cuda":

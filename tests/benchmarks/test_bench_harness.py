@@ -78,6 +78,27 @@ def test_only_what_is_right_is_timed() -> None:
     assert found["reference"]["ratio"]["median"] == 1.0
 
 
+def test_a_case_too_large_for_the_device_is_a_row() -> None:
+    case = Case("made-up", {"n": 1}, _raises(torch.OutOfMemoryError("no room")))
+    (row,) = run_case(case, SETTINGS)
+    assert (row["status"], row["reason"]) == ("out of memory", "no room")
+
+
+def test_running_out_of_memory_after_the_check() -> None:
+    def make() -> Callable[[], None]:
+        calls = iter(range(9))
+
+        def step() -> None:
+            if next(calls):
+                raise torch.OutOfMemoryError("no room")
+
+        return step
+
+    found = {row["contestant"]: row for row in run_case(_contest(large=Contestant(make)), SETTINGS)}
+    assert found["large"]["status"] == "out of memory" and "seconds" not in found["large"]
+    assert "seconds" in found["reference"]
+
+
 def test_a_row_says_where_and_on_what_it_was_taken() -> None:
     row = run_case(_contest(), SETTINGS)[0]
     for key in ("commit", "device", "driver", "kind", "versions", "clock", "seconds", "noise", "timing", "memory"):
