@@ -1,8 +1,8 @@
 """Decoding masks: our native path, our path through Hugging Face's forward, and transformers' own ``generate``.
 
 The reference is the products alone: every linear layer over the prompts, then once per mask token, and the mask codes'
-logits. No attention, no norms, no cache. Weights are random, so the speculative heads' drafts are mostly refused: that
-row is a lower bound, not what a trained model reaches.
+logits. No attention, no norms, no cache. Weights are random, so how many drafts the
+speculative method keeps says nothing about a trained model.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def contest(size: Size, settings: Settings) -> Contest:
         ),
         "ntpseg native": Contestant(lambda: ours(decoder="native"), check, None, "greedy"),
         "ntpseg speculative": Contestant(
-            lambda: ours(decoder="native", method="speculative"), check, None, "greedy, drafts of untrained heads"
+            lambda: ours(decoder="native", method="speculative"), check, None, "greedy, untrained drafts"
         ),
         "ntpseg huggingface": Contestant(lambda: ours(decoder="huggingface"), check, None, "greedy"),
         "transformers generate": Contestant(generate, check, None, "greedy"),

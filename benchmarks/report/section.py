@@ -53,7 +53,7 @@ def write_report(results: Path, docs: Path | None = None) -> Path:
         start, stop = old.index(BEGIN), old.index(END) + len(END)
         new = old[:start] + body + old[stop:]
     else:
-        new = old.rstrip("\n") + "\n\n" + body + "\n"
+        new = old.rstrip("\n") + "\n\n## Benchmarks\n\n" + body + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(new, encoding="utf-8")
@@ -63,7 +63,6 @@ def write_report(results: Path, docs: Path | None = None) -> Path:
 
 
 def _section(rows: Sequence[Row], folder: Path) -> Iterator[str]:
-    yield "## Benchmarks"
     yield ""
     yield _HOW
     yield ""
@@ -129,8 +128,8 @@ def _machine(rows: Sequence[Row]) -> Iterator[str]:
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    threads = f"; {first['threads']} threads" if "threads" in first else ""
-    yield f'Driver {first["driver"]}{threads}; {versions}. Commit {commits} ("+": with uncommitted changes).'
+    where = f"CPU threads: {first['threads']}" if "threads" in first else f"Driver {first['driver']}"
+    yield f'{where}; {versions}. Commit {commits} ("+": with uncommitted changes).'
     loads = [row["clock"]["load"] for row in rows if "clock" in row]
     if loads and first["kind"] == "cpu":
         yield f"Load average while measuring: {min(loads):.1f} to {max(loads):.1f}, this suite's own threads included."
@@ -157,8 +156,6 @@ def _outstanding(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
         yield "`make gpu-check` takes them on any machine with a CUDA device and writes them here."
         if "loss" in missing:
-            yield (
-                "The Triton loss, torch.compile, Liger, cut-cross-entropy and QuACK are therefore without a GPU time;"
-                " nothing is claimed about their speed relative to each other."
-            )
+            yield "The Triton loss, torch.compile, Liger, cut-cross-entropy and QuACK are therefore without a GPU time;"
+            yield "nothing is claimed about their speed relative to each other."
         yield ""
