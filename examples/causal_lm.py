@@ -97,10 +97,10 @@ def train(model: PreTrainedModel, data: Dataset, steps: int) -> list[float]:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(FAMILIES), default="qwen2")
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6)
     settings = parser.parse_args(arguments)
     data = Patterns(64, settings.length, settings.vocabulary)
     sizes = (settings.model, settings.vocabulary, settings.width)

@@ -67,7 +67,7 @@ def batch(settings: argparse.Namespace, device: torch.device) -> tuple[Tensor, T
 def train(loss_function, settings: argparse.Namespace, device: torch.device) -> list[float]:
     torch.manual_seed(0)
     model = OmniModel(settings.width).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ids, labels = batch(settings, device)
     losses = []
     for _ in range(settings.steps):

@@ -51,8 +51,14 @@ void amx_hidden_gradient(
 // scaled [R, D] -> B tiles; `packed` holds padded(R) * D.
 void amx_pack_pairs(const bfloat16* scaled, const BlockShape& shape, bfloat16* packed);
 
-// d_matrix[32 * begin : 32 * end] += block.T @ scaled, fp32 [V, D], in panels of 32 classes.
+// d_matrix[32 * begin : 32 * end] (+)= block.T @ scaled, fp32 [V, D], in panels of 32 classes.
 void amx_weight_gradient(
-    int64_t begin, int64_t end, const bfloat16* block, const bfloat16* packed_scaled, const BlockShape& shape, float* d_matrix);
+    int64_t begin,
+    int64_t end,
+    const bfloat16* block,
+    const bfloat16* packed_scaled,
+    const BlockShape& shape,
+    float* d_matrix,
+    bool add);
 
 }  // namespace ntpseg

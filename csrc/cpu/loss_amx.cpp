@@ -23,7 +23,8 @@ namespace {
 
 constexpr int64_t kTile = 512;    // numbers in a tile
 constexpr int64_t kStep = 1024;   // numbers of one operand in a step of 32 along the inner dimension
-constexpr int64_t kChunk = 512;   // inner dimension per visit of an accumulator block: the A panel stays in the L1 cache
+constexpr int64_t kChunk = 512;   // inner dimension per visit of an accumulator block: a panel stays in the L1 cache
+constexpr int64_t kWide = 4;      // panels of 32 classes taken together: rows of the block are far apart in memory
 
 // Aligned scratch of this thread.
 class Scratch {
@@ -209,32 +210,44 @@ void amx_exponentials(
   thread_local Scratch panels, states;
   const int64_t steps = shape.width / 32, count = padded(shape.classes) / 32;
   const int64_t begin = count * slice / kSlices * 32, end = std::min(count * (slice + 1) / kSlices * 32, shape.classes);
-  bfloat16* panel = panels.of(steps * kStep);
+  bfloat16* panel = panels.of(kWide * steps * kStep);
   auto* lanes = reinterpret_cast<avx512::Lanes*>(
       states.of(shape.rows * static_cast<int64_t>(sizeof(avx512::Lanes) / sizeof(bfloat16))));
   std::fill_n(lanes, shape.rows, avx512::empty_lanes());
-  alignas(64) float z[32 * 32];
+  constexpr int64_t width = 32 * kWide;
+  alignas(64) float z[32 * width];
   const Tiles tiles;
-  for (int64_t v = begin; v < end; v += 32) {
-    const int64_t here = std::min<int64_t>(32, shape.classes - v);
-    for (int64_t s = 0; s < steps; ++s) {
-      pack_b_transposed(matrix + v * shape.matrix_stride + 32 * s, shape.matrix_stride, here, panel + s * kStep);
+  for (int64_t v = begin; v < end; v += width) {
+    const int64_t here = std::min(width, end - v);
+    for (int64_t w = 0; w < here; w += 32) {
+      for (int64_t s = 0; s < steps; ++s) {
+        const bfloat16* source = matrix + (v + w) * shape.matrix_stride + 32 * s;
+        pack_b_transposed(source, shape.matrix_stride, here - w, panel + (w / 32 * steps + s) * kStep);
+      }
     }
-    const __mmask16 low = static_cast<__mmask16>(first(here)), high = static_cast<__mmask16>(first(here) >> 16);
     for (int64_t row = 0; row < shape.rows; row += 32) {
-      multiply(packed_hidden + row * shape.width, panel, steps, z, 32, false);
+      for (int64_t w = 0; w < here; w += 32) {
+        multiply(packed_hidden + row * shape.width, panel + w * shape.width, steps, z + w, width, false);
+      }
       const int64_t rows = std::min<int64_t>(32, shape.rows - row);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t r = row + i, own = column[r] - v;
-        if (own >= 0 && own < here) z[32 * i + own] = exact[r];
+        float* gap = z + width * i;
+        if (own >= 0 && own < here) gap[own] = exact[r];
         const __m512 anchors = _mm512_set1_ps(anchor[r]);
-        const auto c = static_cast<int32_t>(v);
-        const __m512 e = avx512::take(lanes[r], _mm512_sub_ps(_mm512_load_ps(z + 32 * i), anchors), c, low);
-        const __m512 f = avx512::take(lanes[r], _mm512_sub_ps(_mm512_load_ps(z + 32 * i + 16), anchors), c + 16, high);
-        if (block != nullptr) {
+        avx512::Lanes state = lanes[r];
+        for (int64_t w = 0; w < here; w += 32) {
+          const __mmask32 mask = first(here - w);
+          const auto c = static_cast<int32_t>(v + w);
+          const __m512 x = _mm512_sub_ps(_mm512_load_ps(gap + w), anchors);
+          const __m512 y = _mm512_sub_ps(_mm512_load_ps(gap + w + 16), anchors);
+          const __m512 e = avx512::take(state, x, c, static_cast<__mmask16>(mask));
+          const __m512 f = avx512::take(state, y, c + 16, static_cast<__mmask16>(mask >> 16));
+          if (block == nullptr) continue;
           const auto both = (__m512i)_mm512_cvtne2ps_pbh(f, e);
-          _mm512_mask_storeu_epi16(block + r * shape.block_stride + v, first(here), both);
+          _mm512_mask_storeu_epi16(block + r * shape.block_stride + v + w, mask, both);
         }
+        lanes[r] = state;
       }
     }
   }
@@ -273,30 +286,45 @@ void amx_hidden_gradient(
 }
 
 void amx_weight_gradient(
-    int64_t begin, int64_t end, const bfloat16* block, const bfloat16* packed_scaled, const BlockShape& shape, float* d_matrix) {
+    int64_t begin,
+    int64_t end,
+    const bfloat16* block,
+    const bfloat16* packed_scaled,
+    const BlockShape& shape,
+    float* d_matrix,
+    bool add) {
   thread_local Scratch left;
-  bfloat16* a = left.of(kChunk / 32 * kStep);
+  bfloat16* a = left.of(kWide * kChunk / 32 * kStep);
   alignas(64) float edge[32 * 32];
   const Tiles tiles;
-  for (int64_t v = 32 * begin; v < 32 * end; v += 32) {
-    const int64_t here = std::min<int64_t>(32, shape.classes - v);
+  for (int64_t v = 32 * begin; v < 32 * end; v += 32 * kWide) {
+    const int64_t stop = std::min(std::min(v + 32 * kWide, 32 * end), shape.classes);
     for (int64_t chunk = 0; chunk < shape.rows; chunk += kChunk) {
       const int64_t steps = padded(std::min(kChunk, shape.rows - chunk)) / 32;
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t row = chunk + 32 * s;
-        const bfloat16* source = block + row * shape.block_stride + v;
-        pack_a_transposed(source, shape.block_stride, shape.rows - row, here, a + s * kStep);
+        for (int64_t w = v; w < stop; w += 32) {
+          const bfloat16* source = block + row * shape.block_stride + w;
+          bfloat16* packed = a + ((w - v) / 32 * steps + s) * kStep;
+          pack_a_transposed(source, shape.block_stride, shape.rows - row, stop - w, packed);
+        }
       }
       for (int64_t d = 0; d < shape.width; d += 32) {
         const bfloat16* b = packed_scaled + chunk * shape.width + d / 32 * steps * kStep;
-        float* out = d_matrix + v * shape.width + d;
-        if (here == 32) {
-          multiply(a, b, steps, out, shape.width, true);
-          continue;
-        }
-        multiply(a, b, steps, edge, 32, false);
-        for (int64_t i = 0; i < here; ++i) {
-          for (int64_t j = 0; j < 32; ++j) out[i * shape.width + j] += edge[32 * i + j];
+        for (int64_t w = v; w < stop; w += 32) {
+          const bfloat16* panel = a + (w - v) / 32 * steps * kStep;
+          float* out = d_matrix + w * shape.width + d;
+          if (stop - w >= 32) {
+            multiply(panel, b, steps, out, shape.width, add || chunk > 0);
+            continue;
+          }
+          multiply(panel, b, steps, edge, 32, false);
+          for (int64_t i = 0; i < stop - w; ++i) {
+            for (int64_t j = 0; j < 32; ++j) {
+              float& sum = out[i * shape.width + j];
+              sum = add || chunk > 0 ? sum + edge[32 * i + j] : edge[32 * i + j];
+            }
+          }
         }
       }
     }
@@ -312,6 +340,6 @@ void amx_exponentials(
     int64_t, const bfloat16*, const bfloat16*, const BlockShape&, const float*, const int64_t*, const float*, bfloat16*,
     float*, int64_t*, float*) {}
 void amx_hidden_gradient(int64_t, int64_t, const bfloat16*, const bfloat16*, const BlockShape&, float*) {}
-void amx_weight_gradient(int64_t, int64_t, const bfloat16*, const bfloat16*, const BlockShape&, float*) {}
+void amx_weight_gradient(int64_t, int64_t, const bfloat16*, const bfloat16*, const BlockShape&, float*, bool) {}
 }  // namespace ntpseg
 #endif

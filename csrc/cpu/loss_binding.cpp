@@ -109,15 +109,16 @@ Tensor loss_hidden_gradient(const Tensor& block, const Tensor& matrix, const Ten
   return torch::stable::narrow(out, 0, 0, shape.rows);
 }
 
-// d_matrix [V, D] float += block.T @ scaled; block [R, V], scaled [R, D] bfloat16.
-void loss_weight_gradient(const Tensor& block, const Tensor& scaled, const Tensor& matrix, const Tensor& d_matrix) {
+// d_matrix [V, D] float (+)= block.T @ scaled; block [R, V], scaled [R, D] bfloat16.
+void loss_weight_gradient(
+    const Tensor& block, const Tensor& scaled, const Tensor& matrix, const Tensor& d_matrix, bool add) {
   const BlockShape shape = shape_of(scaled, matrix, block);
   check_tensor(d_matrix, "d_matrix", 2, ScalarType::Float);
   STD_TORCH_CHECK(d_matrix.size(0) == shape.classes && d_matrix.size(1) == shape.width, "d_matrix must be [V, D]");
   Tensor packed = torch::stable::new_empty(scaled, {padded(shape.rows), shape.width});
   amx_pack_pairs(data<bfloat16>(scaled), shape, data<bfloat16>(packed));
   torch::stable::parallel_for(0, padded(shape.classes) / 32, 16, [&](int64_t begin, int64_t end) {
-    amx_weight_gradient(begin, end, data<bfloat16>(block), data<bfloat16>(packed), shape, data<float>(d_matrix));
+    amx_weight_gradient(begin, end, data<bfloat16>(block), data<bfloat16>(packed), shape, data<float>(d_matrix), add);
   });
 }
 
@@ -133,7 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ntpseg, m) {
       "loss_block(Tensor hidden, Tensor matrix, Tensor anchor, Tensor column, Tensor exact, Tensor(a!) block) "
       "-> (Tensor top, Tensor best, Tensor total)");
   m.def("loss_hidden_gradient(Tensor block, Tensor matrix, Tensor hidden, Tensor like) -> Tensor");
-  m.def("loss_weight_gradient(Tensor block, Tensor scaled, Tensor matrix, Tensor(a!) d_matrix) -> ()");
+  m.def("loss_weight_gradient(Tensor block, Tensor scaled, Tensor matrix, Tensor(a!) d_matrix, bool add) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ntpseg, CPU, m) {

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ntpseg.ops import loss_cpu
 
-_CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 80 << 20, 64
+_CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 100 << 20, 64
 _GPU_BLOCK_BYTES, _GPU_BLOCK_ROWS = 1 << 30, 2048  # fewer rows starve the products
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's second-level cache
 _TILE_STEP = 256
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Grid:
 
     def block(self, classes: int) -> Tensor:
         """Room for the exponentials of one block."""
-        return torch.empty(self.rows, classes, dtype=self.store, device=self.device)
+        # rows a power of two apart would all fall into the same few sets of a cache
+        wide = classes + _CACHE_LINE // self.store.itemsize
+        room = torch.empty(self.rows, wide, dtype=self.store, device=self.device)
+        room[:, classes:] = 0  # oneDNN multiplies what follows an odd row by zero, and not-a-number survives that
+        return room[:, :classes]
 
 
 def logits(hidden: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def hidden_gradient(
     out.copy_(product * unit.unsqueeze(1))
 
 
-def add_weight_gradient(
+def weight_gradient(
     block: Tensor,
     hidden: Tensor,
     matrix: Tensor,
@@ -103,17 +108,21 @@ def add_weight_gradient(
     out: Tensor,
     classes: Tensor | None,
     grid: Grid,
+    *,
+    add: bool,
 ) -> None:
-    """``out += block.T @ diag(unit) hidden``, over `classes` only unless that is None; `out` is in the work dtype."""
+    """``out (+)= block.T @ diag(unit) hidden``, over `classes` only unless that is None; `out` is in the work dtype."""
     scaled = (hidden * unit.unsqueeze(1)).to(block.dtype)
     if classes is not None:
         block = block.index_select(1, classes)
-    if block.dtype == out.dtype and classes is None:
-        out.addmm_(block.t(), scaled)
+    elif block.dtype == out.dtype:
+        torch.addmm(out, block.t(), scaled, beta=float(add), out=out)
         return
-    if classes is None and loss_cpu.serves_blocks(scaled, matrix):
-        loss_cpu.add_weight_gradient_(out, block, scaled, matrix)
+    elif loss_cpu.serves_blocks(scaled, matrix):
+        loss_cpu.weight_gradient_(out, block, scaled, matrix, add)
         return
+    elif not add:
+        out.zero_()
     turned = scaled.t().contiguous()
     for low in range(0, block.shape[1], grid.classes):
         part = block[:, low : low + grid.classes]

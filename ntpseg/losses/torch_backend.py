@@ -43,11 +43,13 @@ def rows_loss(
     nll, margin, tcl, het, lse = torch.zeros(5, count, dtype=work, device=device)
     summed = kept if shard.group is None else work
     d_hidden = torch.empty(rows.hidden.shape, dtype=summed, device=device) if hidden_grad else None
-    d_weight = torch.zeros(matrices.shape, dtype=work, device=device) if weight_grad else None
+    d_weight = torch.empty(matrices.shape, dtype=work, device=device) if weight_grad else None
 
     grid = products.Grid.choose(count, shard.share, weight.dtype, device, options.chunk_bytes)
     store = grid.block(matrices.shape[1]) if hidden_grad or weight_grad else None
     for matrix, (start, stop) in enumerate(rows.segments):
+        if d_weight is not None and (start == stop or options.gradient_filter > 0):
+            d_weight[matrix].zero_()
         for low in range(start, stop, grid.rows):
             part = slice(low, min(low + grid.rows, stop))
             hidden, head = rows.hidden[part], matrices[matrix]
@@ -79,7 +81,8 @@ def rows_loss(
             if d_hidden is not None:
                 products.hidden_gradient(block, hidden, head, unit, d_hidden[part], kept_classes)
             if d_weight is not None:
-                products.add_weight_gradient(block, hidden, head, unit, d_weight[matrix], kept_classes, grid)
+                fresh = low == start and kept_classes is None
+                products.weight_gradient(block, hidden, head, unit, d_weight[matrix], kept_classes, grid, add=not fresh)
 
     if d_hidden is not None:
         d_hidden = shard.sum(d_hidden).to(kept)
@@ -131,12 +134,13 @@ def exponentials(
         return Exponentials(anchor, *shard.top(top, best), shard.sum(total))
 
     native = loss_cpu.serves_tiles(hidden)
-    room = torch.empty(rows * min(grid.classes, classes), dtype=work, device=hidden.device)
-    home = torch.where(owned, column // grid.classes, -1)
-    for tile, low in enumerate(range(0, classes, grid.classes)):
-        high = min(low + grid.classes, classes)
-        in_place = native and block is not None
-        out = block[:, low:high] if in_place else room[: rows * (high - low)].view(rows, high - low)
+    # the native pass reads memory as fast as it comes: one product over all classes suits it better than many
+    step = max(classes, 1) if native and block is not None else grid.classes
+    room = torch.empty(rows * min(step, classes) if block is None or not native else 0, dtype=work, device=z_y.device)
+    home = torch.where(owned, column // step, -1)
+    for tile, low in enumerate(range(0, classes, step)):
+        high = min(low + step, classes)
+        out = room[: rows * (high - low)].view(rows, high - low) if block is None or not native else block[:, low:high]
         z = products.logits(hidden, matrix[low:high], out=out)
         here = (home == tile).nonzero().squeeze(1)
         z[here, column[here] - low] = z_y[here]

@@ -76,5 +76,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * grad`` in `dtype`; a 0-dim factor is not rounded to the gradient's dtype first."""
+    """``gradient * grad`` in `dtype`; a 0-dim factor is not rounded to the gradient's dtype first.
+
+    On the CPU a factor of one saves the copy: autograd then takes the tensor itself, or, where a retained graph still
+    holds it, copies it. Elsewhere, and while tracing, looking at the factor would cost more than it saves.
+    """
+    if type(grad) is Tensor and grad.device.type == "cpu" and gradient.dtype == dtype and float(grad) == 1.0:
+        return gradient
     return (gradient * grad).to(dtype)

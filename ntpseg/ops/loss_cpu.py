@@ -36,7 +36,7 @@ def serves_tiles(hidden: Tensor) -> bool:
 
 
 def serves_blocks(hidden: Tensor, matrix: Tensor) -> bool:
-    """Whether `block_exponentials`, `hidden_gradient` and `add_weight_gradient_` can be used."""
+    """Whether `block_exponentials`, `hidden_gradient` and `weight_gradient_` can be used."""
     return (
         hidden.device.type == "cpu"
         and hidden.dtype == torch.bfloat16
@@ -78,6 +78,6 @@ def hidden_gradient(block: Tensor, matrix: Tensor, hidden: Tensor, work: torch.d
     return torch.ops.ntpseg.loss_hidden_gradient(block, matrix, hidden, hidden.new_empty(0, dtype=work))
 
 
-def add_weight_gradient_(d_matrix: Tensor, block: Tensor, scaled: Tensor, matrix: Tensor) -> None:
-    """``d_matrix += block.T @ scaled``; `d_matrix` is ``[V, D]`` float32."""
-    torch.ops.ntpseg.loss_weight_gradient(block, scaled, matrix, d_matrix)
+def weight_gradient_(d_matrix: Tensor, block: Tensor, scaled: Tensor, matrix: Tensor, add: bool) -> None:
+    """``d_matrix (+)= block.T @ scaled``; `d_matrix` is ``[V, D]`` float32."""
+    torch.ops.ntpseg.loss_weight_gradient(block, scaled, matrix, d_matrix, add)

@@ -72,8 +72,12 @@ def test_products_of_the_gradients(rows: int, width: int, classes: int) -> None:
     assert error(found, block.double() @ matrix.double()) < 1e-6
     start = torch.randn(classes, width)
     total = start.clone()
-    loss_cpu.add_weight_gradient_(total, block, hidden, matrix)
-    assert error(total, start.double() + block.double().t() @ hidden.double()) < 1e-6
+    product = block.double().t() @ hidden.double()
+    loss_cpu.weight_gradient_(total, block, hidden, matrix, True)
+    assert error(total, start.double() + product) < 1e-6
+    total.fill_(torch.nan)
+    loss_cpu.weight_gradient_(total, block, hidden, matrix, False)
+    assert error(total, product) < 1e-6
 
 
 @blocks

@@ -135,3 +135,22 @@ def test_results_do_not_change_from_run_to_run() -> None:
     first, second = case.run(), case.run()
     assert torch.equal(first[0].loss, second[0].loss)
     assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [8, 32])
+def test_reads_nothing_uninitialised(
+    dtype: torch.dtype, width: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setenv("NTPSEG_DISABLE_NATIVE", "1")
+    case = draw(2, 9, 2, width, 19, dtype=dtype, per_head=True, chunk_bytes=200)
+    plain = case.run()
+    torch.use_deterministic_algorithms(True)  # fills every fresh tensor with not-a-number
+    try:
+        poisoned = case.run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(plain[0].loss, poisoned[0].loss)
+    assert torch.equal(plain[1], poisoned[1]) and torch.equal(plain[2], poisoned[2])
