@@ -22,7 +22,17 @@ _EXPORTS = {
     "ops": "ntpseg.ops",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "HardTokenMemory",
+    "HardTokens",
+    "NTPLoss",
+    "NTPOutput",
+    "NextKHeads",
+    "NumItems",
+    "__version__",
+    "ntp_loss",
+    "ops",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,9 +25,10 @@ def test_reasons_are_given_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     found = environment.backends()
     assert found["loss torch"] == "usable"
     assert found["loss triton"].startswith("not usable: ")
-    assert "flash_attn is not installed" in found["attention flash_attention_2"] or "no CUDA" in found[
-        "attention flash_attention_2"
-    ]
+    assert (
+        "flash_attn is not installed" in found["attention flash_attention_2"]
+        or "no CUDA" in found["attention flash_attention_2"]
+    )
 
 
 def test_the_interpreter_makes_triton_usable(monkeypatch: pytest.MonkeyPatch) -> None:

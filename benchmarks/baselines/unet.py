@@ -1,4 +1,4 @@
-"""A U-Net (MONAI's) trained on a CPU for a given number of core-minutes: with the image alone, or with the sentence as well.
+"""A U-Net (MONAI's) trained on a CPU for some core-minutes: with the image alone, or with the sentence as well.
 
 The sentence enters as extra input channels: its words, word pairs and word triples are a multi-hot vector, which a
 learned linear map turns into a few numbers, constant over the image; two more channels hold each pixel's place, without

