@@ -93,7 +93,12 @@ def test_where_picks_cases(tmp_path: Path) -> None:
 def test_profile_runs(tmp_path: Path) -> None:
     profile_loss.main(["--quick", "--device", "cpu", "--results", str(tmp_path)])
     found = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
-    assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1.0, abs=0.1)
+    # Only the thirty longest are kept: a tail of short ones may be missing from the sum, never added to it.
+    shares = [row["share"] for row in found["kernels"]]
+    assert shares == sorted(shares, reverse=True) and len(shares) <= 30
+    assert 0.6 < sum(shares) <= 1.0 + 1e-9
+    totals = [row["seconds"] / row["share"] for row in found["kernels"]]
+    assert totals == pytest.approx([totals[0]] * len(totals))
     assert found["kernels"][0]["seconds"] >= found["kernels"][-1]["seconds"] > 0
 
 
