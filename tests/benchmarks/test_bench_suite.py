@@ -98,7 +98,7 @@ def test_profile_runs(tmp_path: Path) -> None:
     assert shares == sorted(shares, reverse=True) and len(shares) <= 30
     assert 0.6 < sum(shares) <= 1.0 + 1e-9
     totals = [row["seconds"] / row["share"] for row in found["kernels"]]
-    assert totals == pytest.approx([totals[0]] * len(totals))
+    assert totals == pytest.approx([totals[0]] * len(totals), rel=0.01)  # written with few digits
     assert found["kernels"][0]["seconds"] >= found["kernels"][-1]["seconds"] > 0
 
 
