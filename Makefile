@@ -18,7 +18,7 @@ help:
 
 install: $(VENV)/.installed ## make .venv and install everything into it
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77,<81" wheel ninja
 	$(BIN)/pip install -q $(TORCH_INDEX) torch==$(TORCH)
