@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
-from ntpseg.kernels.chunks import plan_chunks
+from ntpseg.kernels.chunks import plan_chunks, row_stride
 from ntpseg.kernels.combine import Weights, combine, overflow_gap, redo_list
 from ntpseg.kernels.dialect import LOG2E
-from ntpseg.kernels.filtered import filtered_d_hidden, filtered_d_weight
-from ntpseg.kernels.live_tiles import LiveTiles, live_tiles
+from ntpseg.kernels.filtered import filtered_d_hidden
+from ntpseg.kernels.live_tiles import live_tiles
 from ntpseg.kernels.logits_pass import BLOCK_CLASSES, logits_exp, logits_statistics
-from ntpseg.kernels.pair_logits import pair_logits
 from ntpseg.kernels.partials import Anchors, Partials, RowStates
-from ntpseg.kernels.products import add_product, product
+from ntpseg.kernels.products import product
 from ntpseg.kernels.scale_rows import scale_rows
+from ntpseg.kernels.shard import Shard, own_tokens, single_logits, whole_vocabulary
 from ntpseg.kernels.table import TABLE, Tiles, architecture, programs
 from ntpseg.kernels.touch_up import touch_up, touched_tokens
+from ntpseg.kernels.weight_sum import WeightSum
+
+_ALIGNED_FEATURES = 8  # 16-bit features in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Setting:
     Attributes:
         chunk_bytes: budget of one block of E, None for the default workspace.
         gradient_filter: probability below which whole tiles are left out of the gradients; 0 keeps all.
-        fused: force (True) or forbid (False) the fused product; None chooses by dtype and alignment.
+        fused: force (True) or forbid (False) the fused product; None takes it for 16-bit operands and pads their rows
+            where they are not aligned.
         tiles: tile shapes; None takes those of the device.
     """
 
@@ -90,7 +94,9 @@ def aligned(*operands: Tensor) -> bool:
     )
 
 
-def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting: Setting) -> None:
+def run_segment(
+    segment: Segment, weight: Tensor, result: SegmentResult, setting: Setting, shard: Shard | None = None
+) -> None:
     """Computes everything in `result`, on the current stream, without synchronising.
 
     Args:
@@ -98,40 +104,52 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
         weight: ``[V, D]``, last dimension contiguous, dtype of ``segment.hidden`` (float32, bfloat16 or float16).
         result: overwritten; its gradients are made where they are tensors. Dtypes: that of hidden or float32.
         setting: see `Setting`.
+        shard: which classes `weight` holds, where several ranks share the vocabulary (then V may be 0, ``d_hidden`` is
+            this rank's part of it and should be float32); None for all of them.
     """
+    dtype = segment.hidden.dtype
+    if setting.fused is None:
+        setting = replace(setting, fused=dtype != torch.float32)
+        if setting.fused and not aligned(segment.hidden, weight):
+            _run_padded(segment, weight, result, setting, shard)
+            return
     rows, width = segment.hidden.shape
     classes = weight.shape[0]
-    dtype = segment.hidden.dtype
     device = weight.device
-    fused = setting.fused
-    if fused is None:
-        fused = dtype != torch.float32 and aligned(segment.hidden, weight)
+    fused = bool(setting.fused)
     grad = result.d_hidden is not None or result.d_weight is not None
     tiles = setting.tiles or TABLE[architecture(device)]
     block_classes = tiles.forward.classes if fused else BLOCK_CLASSES
     chunks = plan_chunks(
         rows,
-        classes,
+        classes if shard is None else shard.share,  # ranks must agree on the chunks
         width,
         dtype,
         fused=fused,
         block_classes=block_classes,
-        weight_grad=result.d_weight is not None,
+        weight_sum=result.d_weight is not None and result.d_weight.dtype != torch.float32,
         chunk_bytes=setting.chunk_bytes,
     )
-    e = torch.empty(chunks.rows, chunks.stride, dtype=dtype, device=device) if grad else None
+    stride = row_stride(classes)
+    e = torch.empty(chunks.rows, stride, dtype=dtype, device=device) if grad and classes else None
     z = None
-    if not fused:
+    if not fused and classes:
         same = e is not None and dtype == torch.float32
-        z = e if same else torch.empty(chunks.rows, chunks.stride, dtype=torch.float32, device=device)
-    total = _WeightSum.start(result.d_weight, dtype, chunks.count, rows)
+        z = e if same else torch.empty(chunks.rows, stride, dtype=torch.float32, device=device)
+    total = (
+        WeightSum(result.d_weight, dtype, chunks, rows, tiles)
+        if e is not None and result.d_weight is not None
+        else None
+    )
+    if result.d_hidden is not None and not classes:
+        result.d_hidden.zero_()
 
-    logit = pair_logits(segment.hidden, weight, segment.target.unsqueeze(1)).squeeze(1)
+    logit = single_logits(segment.hidden, weight, segment.target.unsqueeze(1), shard).squeeze(1)
     anchors = Anchors(logit, logit * LOG2E.value, logit + overflow_gap(dtype))
     for low in range(0, rows, chunks.rows):
         high = min(low + chunks.rows, rows)
         cut = slice(low, high)
-        hidden = segment.hidden[cut]
+        hidden, target = segment.hidden[cut], segment.target[cut]
         part = anchors.part(low, high)
         states = result.states.part(low, high)
         weights = replace(segment.weights, share=segment.weights.share[cut])
@@ -139,8 +157,10 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
         e_part = None if e is None else e[: high - low]
 
         forward = _Forward(hidden, weight, part, partials, tiles, None if z is None else z[: high - low, :classes])
-        forward.first(e_part)
-        combine(partials, part, states, segment.target[cut], segment.hard[cut], weights, classes, dtype)
+        if classes:
+            forward.first(e_part)
+        everything = whole_vocabulary(partials, part, shard)
+        combine(everything, part, states, target, segment.hard[cut], weights, shard.total if shard else classes, dtype)
         if e_part is not None:
             forward.again(e_part, states.redo)
 
@@ -153,12 +173,10 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
             high - low,
             segment.negatives,
         )
-        gaps = pair_logits(hidden, weight, token)
-        target = segment.target[cut]
         touch_up(
             e_part,
             token,
-            gaps,
+            single_logits(hidden, weight, token, shard),
             part.logit,
             target,
             states,
@@ -166,6 +184,8 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
             segment.negatives,
             result.tcl[cut],
             result.het[cut],
+            shard.first if shard else 0,
+            classes,
         )
         if e_part is None:
             continue
@@ -178,10 +198,11 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
                 states,
                 part.logit,
                 target,
-                token,
+                own_tokens(token, shard),
                 setting.gradient_filter,
                 tiles.forward.rows,
                 tiles.forward.classes,
+                own_tokens(target, shard),
             )
         if result.d_hidden is not None:
             out = result.d_hidden[cut]
@@ -191,10 +212,28 @@ def run_segment(segment: Segment, weight: Tensor, result: SegmentResult, setting
                 raw = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
                 scale_rows(product(e_part, weight, raw), states.scale, out)
         if total is not None:
-            scaled = scale_rows(hidden, states.scale, torch.empty_like(hidden), total.raise_by)
-            total.add(e_part, scaled, live, tiles)
-    if total is not None:
-        total.finish()
+            total.add(e_part, scale_rows(hidden, states.scale, torch.empty_like(hidden), total.raise_by), live)
+
+
+def _run_padded(segment: Segment, weight: Tensor, result: SegmentResult, setting: Setting, shard: Shard | None) -> None:
+    """`run_segment` on copies whose rows are whole multiples of 16 bytes: one more pass over the operands and over the
+    gradients, where products of unaligned rows would be slow, all three of them."""
+    width = weight.shape[1]
+    wide = -(-width // _ALIGNED_FEATURES) * _ALIGNED_FEATURES
+
+    def padded(x: Tensor) -> Tensor:
+        copy = x.new_zeros(x.shape[0], wide)
+        copy[:, :width] = x
+        return copy
+
+    def room(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.new_empty(x.shape[0], wide)
+
+    inner = replace(result, d_hidden=room(result.d_hidden), d_weight=room(result.d_weight))
+    run_segment(replace(segment, hidden=padded(segment.hidden)), padded(weight), inner, setting, shard)
+    for out, found in ((result.d_hidden, inner.d_hidden), (result.d_weight, inner.d_weight)):
+        if out is not None and found is not None:
+            out.copy_(found[:, :width])
 
 
 @dataclass(frozen=True)
@@ -229,35 +268,3 @@ class _Forward:
         config = self.tiles.forward
         grid = programs(config, tiles, self.weight.device)
         anchored_gemm(self.hidden, self.weight, e, self.anchors, self.partials, blocks, count, config, grid)
-
-
-class _WeightSum:
-    """The weight's gradient over the chunks: fp32 where there are several, the result itself where there is one."""
-
-    def __init__(self, out: Tensor, total: Tensor, raise_by: float) -> None:
-        self.out, self.total, self.raise_by = out, total, raise_by
-        self.empty = True
-
-    @staticmethod
-    def start(out: Tensor | None, dtype: torch.dtype, chunks: int, rows: int) -> _WeightSum | None:
-        if out is None:
-            return None
-        direct = chunks == 1 or out.dtype == torch.float32
-        total = out if direct else torch.empty_like(out, dtype=torch.float32)
-        # shares are about 1 / R: float16 would flush them to zero
-        return _WeightSum(out, total, float(1 << (rows - 1).bit_length()) if dtype == torch.float16 else 1.0)
-
-    def add(self, e: Tensor, scaled: Tensor, live: LiveTiles | None, tiles: Tiles) -> None:
-        if live is not None:
-            filtered_d_weight(e, scaled, self.total, live, tiles.d_weight, accumulate=not self.empty)
-        elif self.empty:
-            product(e.t(), scaled, self.total)
-        else:
-            add_product(self.total, e.t(), scaled)
-        self.empty = False
-
-    def finish(self) -> None:
-        if self.raise_by != 1.0:
-            self.total.mul_(1.0 / self.raise_by)
-        if self.total is not self.out:
-            self.out.copy_(self.total)

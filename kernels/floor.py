@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ntpseg.kernels.chunks import bytes_per_row, plan_chunks
+from ntpseg.kernels.chunks import bytes_of_sum, bytes_per_row, plan_chunks
 from ntpseg.kernels.table import TABLE
 
 SHAPES = tuple(
@@ -29,9 +29,10 @@ class Cost:
         chunk_rows, chunks: the plan.
         flops: of the three products with tiles padded to their full size, over 6RVD.
         bytes: of device memory moved for E and everything that the loss adds to the three products, over 6RV.
-        sum_bytes: the share of `bytes` (same unit) that is the fp32 sum of the weight's gradient over the chunks.
+        sum_bytes: the share of `bytes` (same unit) that is the sum of the weight's gradient over the chunks, in fp32
+            or beside the gradient.
         waves: fill of the persistent grid in the forward product: tiles over tiles of whole waves.
-        workspace: bytes beyond the gradients, the fp32 sum included.
+        workspace: bytes beyond the gradients, that sum included.
     """
 
     chunk_rows: int
@@ -46,7 +47,7 @@ class Cost:
 def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
     """Counts for R = `rows`, V = `classes`, D = `width`."""
     tile = TABLE[architecture].forward
-    plan = plan_chunks(rows, classes, width, torch.bfloat16, fused=True, block_classes=tile.classes, weight_grad=True)
+    plan = plan_chunks(rows, classes, width, torch.bfloat16, fused=True, block_classes=tile.classes, weight_sum=True)
     blocks = -(-classes // tile.classes)
     slots = MULTIPROCESSORS[architecture] * tile.residents
     tiles = waves = 0
@@ -62,8 +63,9 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
     scaled = (2 + 2) * rows * width
     single = 2 * 2 * rows * (1 + _NEGATIVES) * width  # both operands of every single logit, none dropped
     total = 0
-    if plan.count > 1:
-        total = (4 * (2 * plan.count - 1) + 4 + 2 - 2) * classes * width  # the gradient's own write is in any product
+    if plan.count > 1:  # the gradient's own write is in any product
+        passes = 6 * (plan.count - 1) if plan.beside else 4 * (2 * plan.count - 1) + 4
+        total = passes * classes * width
     each = bytes_per_row(classes, width, torch.bfloat16, fused=True, block_classes=tile.classes)
     return Cost(
         chunk_rows=plan.rows,
@@ -72,7 +74,7 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
         bytes=(e + statistics + d_hidden + scaled + single + total) / e,
         sum_bytes=total / e,
         waves=tiles / waves,
-        workspace=plan.rows * each + (4 * classes * width if plan.count > 1 else 0),
+        workspace=plan.rows * each + bytes_of_sum(plan, classes, width),
     )
 
 

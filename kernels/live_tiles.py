@@ -10,7 +10,7 @@ less than ``share * (probability mass in dead tiles)``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -40,6 +40,11 @@ class LiveTiles:
     row_count: Tensor
     by_class: Tensor
     class_count: Tensor
+
+    def part(self, cut: slice) -> LiveTiles:
+        """For the product over some classes, which must start with a tile; `by_row` is left as it is."""
+        lines = slice(cut.start // self.classes, -(-cut.stop // self.classes))
+        return replace(self, by_class=self.by_class[lines], class_count=self.class_count[lines])
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "threshold"])
@@ -95,6 +100,7 @@ def live_tiles(
     threshold: float,
     rows: int,
     classes: int,
+    own_target: Tensor,
 ) -> LiveTiles:
     """The live tiles of one chunk, without synchronising.
 
@@ -103,9 +109,10 @@ def live_tiles(
         states: results of the rows.
         logit: ``[R]`` fp32, z_y.
         target: ``[R]`` int64, -1 = padding.
-        token: ``[R, K]`` int32, touched tokens, -1 = none.
+        token: ``[R, K]`` int32, touched tokens among these classes, -1 = none.
         threshold: least probability that keeps a tile.
         rows, classes: tile of the fused product.
+        own_target: ``[R]`` integer, the target's column among these classes, -1 = elsewhere.
     """
     blocks, count = partials.max.shape
     device = target.device
@@ -127,7 +134,7 @@ def live_tiles(
     )
     step = 1024 if INTERPRETED else 128
     mark_touched_kernel[(triton.cdiv(count, step),)](
-        token, target, live, count, blocks, token.shape[1], BR=rows, BV=classes, SIZE=step, num_warps=4
+        token, own_target, live, count, blocks, token.shape[1], BR=rows, BV=classes, SIZE=step, num_warps=4
     )
     by_row = torch.empty(lines, blocks, dtype=torch.int32, device=device)
     by_class = torch.empty(blocks, lines, dtype=torch.int32, device=device)

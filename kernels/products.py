@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-# Slices of a product that has to pass through a temporary.
-_SLICE_BYTES = 128 << 20
+from ntpseg.kernels.chunks import SLICE_BYTES
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -34,11 +33,16 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return out.addmm_(left, right)
     if left.is_cuda and _mixed_addmm(left.dtype, left.device):
         return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    step = max(1, _SLICE_BYTES // (4 * out.shape[1]))
-    for low in range(0, left.shape[0], step):
-        part = out[low : low + step]
-        part += product(left[low : low + step], right, torch.empty_like(part))
+    for cut in slices(out):
+        part = out[cut]
+        part += product(left[cut], right, torch.empty_like(part))
     return out
+
+
+def slices(out: Tensor, unit: int = 1) -> list[slice]:
+    """Rows of `out` in slices, whole multiples of `unit`, whose fp32 form has about `SLICE_BYTES`."""
+    step = max(1, SLICE_BYTES // (4 * out.shape[1] * unit)) * unit
+    return [slice(low, low + step) for low in range(0, out.shape[0], step)]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def touched_tokens_kernel(
     tl.store(token_ptr + place, token.to(tl.int32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "negatives", "columns"])
+@triton.jit(do_not_specialize=["rows", "negatives", "columns", "first", "classes"])
 def touch_up_kernel(
     e_ptr,
     token_ptr,
@@ -52,6 +52,8 @@ def touch_up_kernel(
     rows,
     negatives,
     columns,
+    first,
+    classes,
     e_stride,
     tcl_weight,
     het_weight,
@@ -121,8 +123,12 @@ def touch_up_kernel(
             value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
             value_y = tl.minimum(tl.maximum(value_y, -65504.0), 65504.0)
         line = e_ptr + row * e_stride
-        tl.store(line[:, None] + token, narrow(value, e_ptr.dtype.element_ty), mask=valid)
-        tl.store(line + target, narrow(value_y, e_ptr.dtype.element_ty), mask=inside & (target >= 0))
+        own = token - first  # a shard of the vocabulary holds some of them only
+        mask = valid & (own >= 0) & (own < classes)
+        tl.store(line[:, None] + own, narrow(value, e_ptr.dtype.element_ty), mask=mask)
+        own_y = target - first
+        mask_y = inside & (target >= 0) & (own_y >= 0) & (own_y < classes)
+        tl.store(line + own_y, narrow(value_y, e_ptr.dtype.element_ty), mask=mask_y)
 
 
 def touched_tokens(
@@ -162,11 +168,13 @@ def touch_up(
     negatives: int,
     tcl: Tensor,
     het: Tensor,
+    first: int = 0,
+    classes: int | None = None,
 ) -> None:
     """Writes the terms of TCL and HET and, unless `e` is None, the touched entries of E.
 
     Args:
-        e: ``[R, >= V]``, changed at the touched tokens and the target of each row.
+        e: ``[R, >= V]``, changed at those of the touched tokens and the target of each row that it has columns for.
         token: ``[R, m + h]`` int32 from `touched_tokens`.
         z: ``[R, m + h]`` fp32, their logits.
         logit: ``[R]`` fp32, z_y.
@@ -175,8 +183,11 @@ def touch_up(
         weights: factors of the loss for these rows.
         negatives: m.
         tcl, het: ``[R]`` fp32, overwritten.
+        first, classes: E has the columns ``first <= token < first + classes``; None: as many as it is wide.
     """
     rows, columns = token.shape
+    if classes is None:
+        classes = 0 if e is None else e.shape[1]
     size = max(8, triton.next_power_of_2(columns))
     step = 128 if INTERPRETED else max(1, 256 // size)
     touch_up_kernel[(triton.cdiv(rows, step),)](
@@ -195,6 +206,8 @@ def touch_up(
         rows,
         negatives,
         columns,
+        first,
+        classes,
         e.stride(0) if e is not None else 0,
         weights.tcl_weight,
         weights.het_weight,

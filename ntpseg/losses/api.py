@@ -100,9 +100,9 @@ def ntp_loss(
     if (start, stop) != (first, first + weight.shape[-2]):
         weight = weight.narrow(-2, min(start - first, weight.shape[-2]), max(stop - start, 0))
     weight = weight.to(hidden.dtype)
-    name = choose_backend(settings.backend, hidden.device) if group is None else "torch"
-    if group is not None and settings.backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be torch or auto where group is given, got {settings.backend!r}")
+    name = choose_backend(settings.backend, hidden.device)
+    if group is not None and name == "reference":
+        raise ValueError(f"backend must be torch, triton or auto where group is given, got {settings.backend!r}")
     extra = {
         "het_position": None if het is None else het.position,
         "het_token": None if het is None else het.token,

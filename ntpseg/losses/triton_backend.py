@@ -14,6 +14,7 @@ from ntpseg.losses import torch_backend
 from ntpseg.losses.backends import RowsResult, gradient_dtype
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.rows import Rows
+from ntpseg.losses.vocab_parallel import Shard
 
 
 def rows_loss(
@@ -23,11 +24,13 @@ def rows_loss(
     *,
     hidden_grad: bool,
     weight_grad: bool,
+    shard: Shard | None = None,
     setting: Setting | None = None,
 ) -> RowsResult:
     """See `ntpseg.losses.backends` for the contract; float64, which no tensor core knows, goes to the torch backend.
 
     Args:
+        shard: which classes `weight` holds, where ranks share the vocabulary; None for all.
         setting: overrides how the kernels run (tests and benchmarks); None takes it from `options`.
 
     Raises:
@@ -35,7 +38,9 @@ def rows_loss(
     """
     hidden = rows.hidden
     if hidden.dtype == torch.float64:
-        return torch_backend.rows_loss(rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad)
+        return torch_backend.rows_loss(
+            rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, shard=shard
+        )
     if not (hidden.is_cuda or INTERPRETED):
         raise ValueError(
             f"backend 'triton' needs hidden on a CUDA device, got {hidden.device}; "
@@ -49,7 +54,8 @@ def rows_loss(
 
     states = RowStates.empty(count, device)
     tcl, het = torch.zeros(2, count, dtype=torch.float32, device=device)
-    d_hidden = torch.empty(hidden.shape, dtype=kept, device=device) if hidden_grad else None
+    summed = kept if shard is None else torch.float32
+    d_hidden = torch.empty(hidden.shape, dtype=summed, device=device) if hidden_grad else None
     d_weight = torch.empty(matrices.shape, dtype=kept, device=device) if weight_grad else None
     with torch.cuda.device(device) if hidden.is_cuda else contextlib.nullcontext():
         for matrix, (start, stop) in enumerate(rows.segments):
@@ -80,7 +86,9 @@ def rows_loss(
                 d_hidden=None if d_hidden is None else d_hidden[cut],
                 d_weight=None if d_weight is None else d_weight[matrix],
             )
-            run_segment(segment, matrices[matrix], result, setting)
+            run_segment(segment, matrices[matrix], result, setting, shard)
+    if d_hidden is not None and shard is not None:
+        d_hidden = shard.sum(d_hidden).to(kept)
     if d_weight is not None:
         d_weight = d_weight.view(weight.shape)
     return RowsResult(states.prediction, states.nll, states.margin, tcl, het, states.lse, d_hidden, d_weight)

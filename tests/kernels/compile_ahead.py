@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from ntpseg.kernels import chunks
 from ntpseg.kernels.combine import Weights
 from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
 from ntpseg.kernels.partials import RowStates
@@ -34,10 +35,13 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_GIBIBYTE = 1 << 30
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -111,8 +115,16 @@ def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: fl
             torch.empty(classes, width, dtype=kept) if grad else None,
         )
         weight = torch.zeros(classes, width, dtype=dtype)
-        for chunk in (None, 640 * dtype.itemsize * 128):  # one chunk, and several that add up in fp32
-            run_segment(segment, weight, result, Setting(chunk, filtered, tiles=TABLE[architecture]))
+        several = 640 * dtype.itemsize * 128
+        # one chunk, several that add up in fp32, several that add up beside the gradient, logits from a library product
+        for chunk, workspace, fused in (
+            (None, _GIBIBYTE, None),
+            (several, _GIBIBYTE, None),
+            (several, 1, None),
+            (None, _GIBIBYTE, False),
+        ):
+            chunks.WORKSPACE_BYTES = workspace
+            run_segment(segment, weight, result, Setting(chunk, filtered, fused, TABLE[architecture]))
 
 
 def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:

@@ -5,48 +5,76 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ntpseg.kernels.chunks import LEAST_ROWS, WORKSPACE_BYTES, bytes_per_row, plan_chunks
+from ntpseg.kernels.chunks import (
+    LEAST_ROWS,
+    LEAST_ROWS_BESIDE,
+    WORKSPACE_BYTES,
+    Chunks,
+    bytes_of_sum,
+    bytes_per_row,
+    plan_chunks,
+)
 
 BF16 = torch.bfloat16
+FUSED = {"fused": True, "block_classes": 256}
+
+
+def _plan(rows: int, classes: int, width: int) -> Chunks:
+    return plan_chunks(rows, classes, width, BF16, **FUSED, weight_sum=True)
 
 
 @pytest.mark.parametrize("width", [1024, 2048, 4096])
 @pytest.mark.parametrize("classes", [4096, 32768, 184622])
 @pytest.mark.parametrize("rows", [1, 300, 6272, 32768, 200_000])
 def test_plan(rows: int, classes: int, width: int) -> None:
-    plan = plan_chunks(rows, classes, width, BF16, fused=True, block_classes=256, weight_grad=True)
+    plan = _plan(rows, classes, width)
     assert plan.rows * (plan.count - 1) < rows <= plan.rows * plan.count
-    assert plan.stride >= classes and plan.stride % 64 == 0
     if plan.count > 1:
-        assert plan.rows >= LEAST_ROWS
+        assert plan.rows >= (LEAST_ROWS_BESIDE if plan.beside else LEAST_ROWS)
         # the last chunk is no sliver
         assert rows - plan.rows * (plan.count - 1) > plan.rows - 128 * plan.count
-    each = bytes_per_row(classes, width, BF16, fused=True, block_classes=256)
-    total = 4 * classes * width
-    if plan.rows * each + (total if plan.count > 1 else 0) > WORKSPACE_BYTES:
-        # only where the least number of rows does not fit beside the sum, and then without waste
-        assert LEAST_ROWS * each + total > WORKSPACE_BYTES
+    each = bytes_per_row(classes, width, BF16, **FUSED)
+    if plan.rows * each + bytes_of_sum(plan, classes, width) > WORKSPACE_BYTES:
+        # only where the fewest rows do not fit beside the smaller sum, and then without waste
+        beside = bytes_of_sum(Chunks(LEAST_ROWS, 2, beside=True), classes, width)
+        assert LEAST_ROWS_BESIDE * each + beside > WORKSPACE_BYTES
         if plan.count > 1:
-            assert plan.rows <= max(LEAST_ROWS, WORKSPACE_BYTES // each)
+            assert plan.beside and plan.rows <= LEAST_ROWS
         else:
-            assert rows * each <= 1.25 * (max(LEAST_ROWS, WORKSPACE_BYTES // each) * each + total)
+            assert rows * each <= 2 * (LEAST_ROWS * each + beside)
 
 
-def test_issue_shapes() -> None:
+@pytest.mark.parametrize(
+    ("rows", "classes", "width", "wanted", "mebibytes"),
+    [
+        (6272, 32768, 4096, Chunks(6272, 1), 548),
+        (32768, 32768, 4096, Chunks(5504, 6), 993),
+        (6272, 184622, 1024, Chunks(2176, 3, beside=True), 1009),
+        (32768, 184622, 2048, Chunks(1664, 20, beside=True), 1012),
+        (6272, 184622, 4096, Chunks(6272, 1), 2408),
+        (32768, 184622, 4096, Chunks(2048, 16, beside=True), 1539),
+    ],
+)
+def test_issue_shapes(rows: int, classes: int, width: int, wanted: Chunks, mebibytes: int) -> None:
     """What docs/kernels.md states."""
-    plan = plan_chunks(6272, 32768, 4096, BF16, fused=True, block_classes=256, weight_grad=True)
-    assert plan.count == 1
-    plan = plan_chunks(32768, 32768, 4096, BF16, fused=True, block_classes=256, weight_grad=True)
-    assert (plan.rows, plan.count) == (5504, 6)
-    plan = plan_chunks(6272, 184622, 4096, BF16, fused=True, block_classes=256, weight_grad=True)
-    assert (plan.rows, plan.count) == (6272, 1)  # 2.3 GiB; in chunks the fp32 sum alone is 2.8 GiB
-    plan = plan_chunks(6272, 184622, 1024, BF16, fused=True, block_classes=256, weight_grad=True)
-    assert (plan.rows, plan.count) == (2176, 3)
+    plan = _plan(rows, classes, width)
+    assert plan == wanted
+    used = plan.rows * bytes_per_row(classes, width, BF16, **FUSED) + bytes_of_sum(plan, classes, width)
+    assert round(used / 2**20) == mebibytes
+
+
+def test_a_gradient_that_is_its_own_sum_needs_no_room() -> None:
+    for dtype in (BF16, torch.float32):
+        plan = plan_chunks(32768, 184622, 4096, dtype, **FUSED, weight_sum=False)
+        assert not plan.beside and plan.rows >= LEAST_ROWS
 
 
 def test_own_budget() -> None:
     plan = plan_chunks(
-        100, 1000, 64, torch.float32, fused=False, block_classes=512, weight_grad=True, chunk_bytes=1024 * 4 * 30
+        100, 1000, 64, torch.float32, fused=False, block_classes=512, weight_sum=False, chunk_bytes=1024 * 4 * 30
     )
-    assert (plan.rows, plan.count, plan.stride) == (25, 4, 1024)
-    assert plan_chunks(5, 1000, 64, BF16, fused=True, block_classes=256, weight_grad=True, chunk_bytes=1).rows == 1
+    assert plan == Chunks(25, 4)
+    one = plan_chunks(5, 1000, 64, BF16, **FUSED, weight_sum=True, chunk_bytes=1)
+    assert one == Chunks(1, 5)
+    large = plan_chunks(6272, 184622, 4096, BF16, **FUSED, weight_sum=True, chunk_bytes=1 << 29)
+    assert large.beside and large.rows < 1500

@@ -25,6 +25,7 @@ _OTHERS = {
     "touched_tokens_kernel",
     "touch_up_kernel",
     "scale_rows_kernel",
+    "add_beside_kernel",
     "logits_statistics_kernel",
     "logits_exp_kernel",
     "mark_probable_kernel",

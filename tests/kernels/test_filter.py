@@ -55,7 +55,7 @@ def test_live_tiles_are_the_probable_and_the_touched() -> None:
     states.nll.copy_(z.logsumexp(1) - logit)
     token = torch.full((130, 2), -1, dtype=torch.int32)
     token[70, 1] = 512
-    found = live_tiles(partials, states, logit, target, token, THRESHOLD, 64, 128)
+    found = live_tiles(partials, states, logit, target, token, THRESHOLD, 64, 128, target)
     assert found.live.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
     assert found.row_count.tolist() == [1, 2, 2] and found.by_row[1, :2].tolist() == [0, 4]
     assert found.class_count.tolist() == [3, 0, 0, 0, 2, 0] and found.by_class[4, :2].tolist() == [1, 2]

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from kernel_cases import DESCRIPTORS, distance, draw_rows
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
+from ntpseg.kernels.beside import add_beside
 from ntpseg.kernels.combine import Weights, combine, overflow_gap, redo_list
 from ntpseg.kernels.dialect import INTERPRETED
 from ntpseg.kernels.logits_pass import BLOCK_CLASSES, logits_exp, logits_statistics
@@ -96,6 +97,28 @@ def test_statistics_survive_an_overflow_of_the_anchor() -> None:
     # the new anchor makes E the softmax itself
     torch.testing.assert_close(anchors.anchor, (z.logsumexp(1) * LOG2E).float())
     torch.testing.assert_close(states.scale, torch.ones(40), rtol=1e-4, atol=0)
+
+
+def test_a_sum_beside_its_bf16() -> None:
+    parts = [torch.randn(70, 30) * 10.0 ** torch.randint(-8, 8, (70, 30)) for _ in range(6)]
+    parts[2][0, 0], parts[3][0, 1], parts[4][0, 2], parts[4][0, 3] = math.nan, math.inf, -math.inf, -3.38e38
+    total, low = torch.empty(70, 30, dtype=torch.bfloat16), torch.empty(70, 30, dtype=torch.uint8)
+    for i, part in enumerate(parts):
+        add_beside(part, total, low, first=i == 0, last=False)
+    wanted = sum(part.double() for part in parts)
+    kept = total.float().view(torch.int32) | low.int() << 8
+    finite = wanted.isfinite()
+    error = (kept.view(torch.float32).double() - wanted).abs()[finite]
+    # each of the six roundings is half of the 17th bit of what was there, which was at most the sum of the sizes
+    assert (error <= 6 * 2.0**-17 * sum(part.double().abs() for part in parts)[finite]).all()
+    assert total[0, 0].isnan() and total[0, 1] == math.inf and total[0, 2] == -math.inf
+
+    exact = parts[0]
+    add_beside(exact, total, low, first=True, last=True)
+    assert torch.equal(total, exact.bfloat16())
+    add_beside(exact, total, low, first=True, last=False)
+    add_beside(torch.zeros_like(exact), total, low, first=False, last=True)
+    assert distance(total, exact.double()) <= 1.001 * distance(exact.bfloat16(), exact.double())
 
 
 def test_redo_list_holds_the_blocks_in_order() -> None:

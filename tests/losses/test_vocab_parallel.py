@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from loss_cases import PARTS, draw, error
 
 from ntpseg import ntp_loss
 
+interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="CPU tensors need Triton's interpreter",
+)
 CASES = {
     "plain": {},
     "per head": {"per_head": True, "negatives": 9},
@@ -25,15 +31,25 @@ CASES = {
 }
 
 
-def _rank(rank: int, store: str, folder: str) -> None:
+# the same in fp32 for the kernels, which leave float64 to PyTorch
+FOR_KERNELS = {name: {"dtype": torch.float32, "width": 16} | case for name, case in CASES.items()}
+FOR_KERNELS |= {
+    "one rank holds nothing": {"dtype": torch.float32, "vocab_range": (7, 15), "negatives": 3},
+    "filtered tiles": {"dtype": torch.bfloat16, "width": 16, "negatives": 3, "gradient_filter": 1e-30},
+    "unaligned rows": {"dtype": torch.bfloat16, "width": 11, "negatives": 0},
+}
+
+
+def _rank(rank: int, store: str, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
     group = dist.new_group([0, 1])
-    for number, keywords in enumerate(CASES.values()):
+    for number, keywords in enumerate((FOR_KERNELS if backend == "triton" else CASES).values()):
         case = draw(**keywords)
         weight = case.weight[..., (slice(0, 6), slice(6, None))[rank], :].clone().requires_grad_()
         hidden = case.hidden.clone().requires_grad_()
-        out = ntp_loss(hidden, weight, case.labels, group=group, options=case.options, **case.tensors)
+        options = case.options.with_backend(backend)
+        out = ntp_loss(hidden, weight, case.labels, group=group, options=options, **case.tensors)
         out.loss.backward()
         torch.save(
             (
@@ -49,16 +65,18 @@ def _rank(rank: int, store: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    for number, (name, keywords) in enumerate(CASES.items()):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreter)])
+def test_two_ranks_equal_one(backend: str, tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path), backend), nprocs=2)
+    for number, (name, keywords) in enumerate((FOR_KERNELS if backend == "triton" else CASES).items()):
         case = draw(**keywords)
-        whole, d_hidden, d_weight = case.run("torch")
-        tolerance = 1e-2 if case.hidden.dtype == torch.bfloat16 else 1e-12
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-12}[case.hidden.dtype]
+        whole, d_hidden, d_weight = case.run("torch" if backend == "torch" else "reference", torch.float64)
         ranks = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in (0, 1)]
         for values, d_rank, _ in ranks:
             for part, value in values.items():
-                assert torch.allclose(value, getattr(whole, part), rtol=tolerance, atol=tolerance), (name, part)
+                wanted = getattr(whole, part).to(value.dtype)
+                assert torch.allclose(value, wanted, rtol=tolerance, atol=tolerance), (name, part)
             assert error(d_rank, d_hidden) < tolerance, name
         assert torch.equal(ranks[0][1], ranks[1][1]), name
         assert error(torch.cat([ranks[0][2], ranks[1][2]], -2), d_weight) < tolerance, name
