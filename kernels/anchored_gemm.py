@@ -22,8 +22,8 @@ def emit(
 ):
     """Turns logits into E, stores it and returns the tile's row sum, maximum and arg-max."""
     column = class_0 + tl.arange(0, WIDTH)
-    if class_0 + WIDTH > classes:  # only the last block pays for a vocabulary that is no multiple of the tile
-        z = tl.where(column[None, :] < classes, z, float("-inf"))
+    # In every block, not behind a branch for the last: a branch hands over z twice, and each exponential is made twice.
+    z = tl.where(column[None, :] < classes, z, float("-inf"))
     value, total, top, best = anchored_exp(z, anchor, limit, column)
     if store != 0:
         if TMA:
@@ -109,13 +109,15 @@ def anchored_gemm_kernel(
     row_blocks = tl.load(count_ptr)
     class_blocks = tl.cdiv(classes, BV)
     depth = tl.cdiv(width, BD)
+    # About GROUP row blocks share each weight tile while it is in L2; groups of one size, or a last group of a single
+    # block would read the whole weight from memory for itself.
+    most = tl.cdiv(row_blocks, tl.maximum(tl.cdiv(row_blocks, GROUP), 1))
     for tile in tl.range(tl.program_id(0), row_blocks * class_blocks, tl.num_programs(0), flatten=FLATTEN):
-        # GROUP row blocks share each weight tile while it is in L2
-        group = tile // (GROUP * class_blocks)
-        first = group * GROUP
-        size = tl.minimum(row_blocks - first, GROUP)
-        slot = first + (tile % (GROUP * class_blocks)) % size
-        class_block = (tile % (GROUP * class_blocks)) // size
+        group = tile // (most * class_blocks)
+        first = group * most
+        size = tl.minimum(row_blocks - first, most)
+        slot = first + (tile % (most * class_blocks)) % size
+        class_block = (tile % (most * class_blocks)) // size
         row_0 = tl.load(block_ptr + slot) * BR
         class_0 = class_block * BV
         row = row_0 + tl.arange(0, BR)

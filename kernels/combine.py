@@ -111,7 +111,7 @@ def combine_kernel(
     rest = tl.fma(logit, LOG2E, -anchor)
     # Where the model is right, nll hangs on how close the sum is to the target's own entry. The product summed z_y in
     # another order than the anchor's dot product did: its entry is known, it is the maximum, and is replaced.
-    own = tl.exp2(top * LOG2E - anchor)
+    own = tl.exp2(tl.fma(top, LOG2E, -anchor))
     total += tl.where(real & (best == target) & ~over, tl.exp2(rest) - own, 0.0)
     bits = tl.log2(total) + ((used - anchor) - rest)
     nll = tl.where(real, tl.maximum(bits * LN2, 0.0), 0.0)
@@ -128,7 +128,7 @@ def combine_kernel(
         hets += tl.where(token >= 0, 1.0, 0.0)
     pull = share * (1.0 + tcl_pull) + het_pull * tl.load(het_share_ptr) * hets
     # what is added at single classes, in units of the row scale: must fit the dtype of E
-    ratio = pull / tl.maximum(tl.abs(dense), 1e-38)
+    ratio = pull / tl.maximum(tl.abs(dense), 1.2e-38)  # below 2^-126 Triton would take the constant for float64
     vanish = real & (pull > 0.0) & (ratio > 1e12)
     scale_bits = tl.zeros((ROWS,), dtype=tl.float32)
     again = over & real

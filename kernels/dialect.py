@@ -51,7 +51,8 @@ def anchored_exp(z, anchor, limit, column):
     top = tl.max(z, 1)
     best = tl.min(tl.where(z == top[:, None], column[None, :], NO_TOKEN), 1)
     used = tl.where(top > limit, top * LOG2E, anchor)
-    e = tl.exp2(z * LOG2E - used[:, None])
+    # fused on every device: the combination takes single entries out of the sum again and must find the same numbers
+    e = tl.exp2(tl.fma(z, LOG2E, -used[:, None]))
     return e, tl.sum(e, 1), top, best
 
 

@@ -55,7 +55,7 @@ def logits_exp_kernel(z_ptr, e_ptr, anchor_ptr, rows, classes, z_stride, e_strid
     mask = (row < rows)[:, None] & (column < classes)[None, :]
     z = tl.load(z_ptr + row.to(tl.int64)[:, None] * z_stride + column[None, :], mask=mask, other=float("-inf"))
     anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
-    e = tl.exp2(z * LOG2E - anchor[:, None])
+    e = tl.exp2(tl.fma(z, LOG2E, -anchor[:, None]))
     tl.store(
         e_ptr + row.to(tl.int64)[:, None] * e_stride + column[None, :], narrow(e, e_ptr.dtype.element_ty), mask=mask
     )

@@ -44,7 +44,8 @@ class Partials:
     @staticmethod
     def empty(blocks: int, rows: int, device: torch.device) -> Partials:
         """Uninitialised arrays: every entry is written before it is read."""
-        total, top = torch.empty(2, blocks, rows, dtype=torch.float32, device=device)
+        # one allocation each: views into one would be aligned or not by the number of rows, and kernels compiled anew
+        total, top = (torch.empty(blocks, rows, dtype=torch.float32, device=device) for _ in range(2))
         return Partials(total, top, torch.empty(blocks, rows, dtype=torch.int32, device=device))
 
 
@@ -69,7 +70,7 @@ class RowStates:
     @staticmethod
     def empty(rows: int, device: torch.device) -> RowStates:
         """Uninitialised arrays."""
-        nll, margin, lse, scale = torch.empty(4, rows, dtype=torch.float32, device=device)
+        nll, margin, lse, scale = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(4))
         prediction = torch.empty(rows, dtype=torch.int64, device=device)
         return RowStates(nll, margin, lse, prediction, scale, torch.empty(rows, dtype=torch.int32, device=device))
 

@@ -12,6 +12,8 @@ from ntpseg.kernels.live_tiles import LiveTiles
 from ntpseg.kernels.products import add_product, product, slices
 from ntpseg.kernels.table import Tiles
 
+_SPLIT_BELOW = 1 << 24
+
 
 class WeightSum:
     """Adds up ``E.T @ scaled`` of every chunk into the result.
@@ -30,7 +32,9 @@ class WeightSum:
     def __init__(self, out: Tensor, operand: torch.dtype, chunks: Chunks, rows: int, tiles: Tiles) -> None:
         self._out, self._tiles = out, tiles
         self._done, self._count = 0, chunks.count
-        direct = chunks.count == 1 or out.dtype == torch.float32
+        # PyTorch lets a library split a product with a small result and add its parts up in bf16
+        one = chunks.count == 1 and out.numel() >= _SPLIT_BELOW
+        direct = one or out.dtype == torch.float32
         self._low = torch.empty_like(out, dtype=torch.uint8) if chunks.beside and not direct else None
         self._total = out if direct or self._low is not None else torch.empty_like(out, dtype=torch.float32)
         # shares are about 1 / R: float16 would flush them to zero

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, NumItems
+from ntpseg.losses.rows import filled
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -120,7 +121,7 @@ def _count(name: str, value: Any, hidden: Tensor) -> Tensor:
     numbers = [float(number) for number in numbers]
     if not all(0 <= number < math.inf for number in numbers):  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return torch.tensor(numbers, dtype=torch.float64, device=hidden.device)
+    return filled(numbers, torch.float64, hidden.device)
 
 
 def _shown(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ntpseg.losses.backends import gradient_dtype, load_backend
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import plan_rows
+from ntpseg.losses.planning import plan_batch
 from ntpseg.losses.vocab_parallel import Shard
 from ntpseg.ops.loss import register_loss
 
@@ -49,10 +49,9 @@ def fused_loss(
         of the predicted token, and the gradients of hidden and weight (empty when not wanted).
     """
     options = LossOptions.from_text(settings)
-    batch, time, heads, _ = hidden.shape
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     low = options.vocab_range[0] if options.vocab_range else 0
-    plan = plan_rows(
+    plan = plan_batch(
         hidden,
         labels,
         classes,
@@ -77,33 +76,14 @@ def fused_loss(
     parts = torch.stack([(plan.ntp_share * found.nll).sum(), nktp, tcl, het, z])
     loss = nktp + options.tcl_weight * tcl + options.het_weight * het + options.z_loss * z
 
-    cells = heads * batch * time
-    slot = torch.where(rows.index < 0, cells, rows.index)  # padding rows land in one cell more, which is cut off
-    prediction = torch.where(rows.index < 0, -1, found.prediction + low)
-
-    def by_target(values: Tensor, empty: int) -> Tensor:
-        flat = values.new_full((cells + 1,), empty)
-        flat[slot] = values
-        by_row = flat[:-1].view(heads, batch, time)
-        moved = values.new_full((batch, time, heads), empty)
-        for offset in range(int(options.shift), min(heads + int(options.shift), time)):
-            j = offset - int(options.shift)
-            moved[:, offset:, j] = by_row[j, :, : time - offset]
-        return moved
-
     d_hidden = hidden.new_empty(0, dtype=gradient_dtype(hidden.dtype))
     if found.d_hidden is not None:
-        row = (slot % (batch * time)) * heads + slot // (batch * time)
-        d_hidden = d_hidden.new_zeros(cells + 1, hidden.shape[-1])
-        d_hidden[torch.where(rows.index < 0, cells, row)] = found.d_hidden
-        d_hidden = d_hidden[:-1].view(hidden.shape)
+        d_hidden = plan.gradient(found.d_hidden)
     d_weight = weight.new_empty(0, dtype=gradient_dtype(weight.dtype)) if found.d_weight is None else found.d_weight
     return (
         loss.to(work),
         parts.to(work),
-        by_target(prediction, -1),
-        by_target(found.nll, 0),
-        by_target(found.margin, 0),
+        *plan.results(found.prediction, found.nll, found.margin, low),
         d_hidden,
         d_weight,
     )

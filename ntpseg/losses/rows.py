@@ -9,12 +9,17 @@ Prompt positions never become rows and cost nothing.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ntpseg.losses.options import LossOptions
+
+OUT_OF_RANGE = "a label is neither ignore_index nor in the vocabulary or its vocab_range"
+TOO_MANY_ROWS = "more supervised rows than LossOptions.max_rows"
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,6 @@ class Rows:
     index: Tensor
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """`Rows` with what is needed to turn per-row results into the output."""
-
-    rows: Rows
-    supervised: Tensor  # [k, B, T] bool
-    denominator: Tensor  # 0-dim: sum_j w_j n_j
-    ntp_share: Tensor  # [R]: weight of the row in the CE of head 0
-
-
 def shifted_targets(labels: Tensor, heads: int, options: LossOptions) -> Tensor:
     """``[k, B, T]`` labels by row: entry ``[j, b, t]`` is the label of position ``t + shift + j``."""
     target = labels.new_full((heads, *labels.shape), options.ignore_index)
@@ -80,7 +75,7 @@ def plan_rows(
     token_weights: Tensor | None = None,
     num_rows: Tensor | None = None,
     num_het: Tensor | None = None,
-) -> RowPlan:
+) -> tuple[Rows, Tensor]:
     """Finds the supervised rows and gathers them.
 
     Args:
@@ -95,11 +90,11 @@ def plan_rows(
         num_het: 0-dim or None, replaces the entry count.
 
     Returns:
-        The plan; all tensors on the device of `hidden`.
+        The rows and ``[R]``: the weight of each in the CE of head 0; all tensors on the device of `hidden`.
 
     Raises:
-        ValueError: a label is outside the vocabulary (not checked on a GPU with ``max_rows``, where looking would
-            synchronise).
+        ValueError: a label is outside the vocabulary (on a GPU with ``max_rows``, where looking would synchronise, an
+            assertion on the device).
     """
     batch, time, heads, _ = hidden.shape
     device = hidden.device
@@ -116,14 +111,17 @@ def plan_rows(
     position = safe % time
 
     target = by_row.flatten()[safe] - low
-    if options.max_rows is None or device.type == "cpu":
-        _check_range("labels", target, low, classes, padding)
+    bad = ((target < 0) | (target >= classes)) & ~padding
+    if options.max_rows is not None and device.type != "cpu":
+        torch._assert_async(~bad.any(), OUT_OF_RANGE)
+    elif bool(bad.any()):
+        raise_out_of_range(int(target[bad][0]) + low, low, classes)
     target = target.masked_fill(padding, -1)
 
     unit = (~padding).to(work)
     if token_weights is not None:
         unit = unit * token_weights[sample, (position + int(options.shift) + head).clamp_max(time - 1)].to(work)
-    head_weights = torch.tensor(options.head_weights or (1.0,) * heads, dtype=work, device=device)
+    head_weights = filled(options.head_weights or (1.0,) * heads, work, device)
     if num_rows is None:
         # a sum of one column at a time is deterministic on every device, index_add_ is not
         num_rows = torch.stack([(unit * (head == j)).sum() for j in range(heads)])
@@ -155,7 +153,7 @@ def plan_rows(
         segments=segments,
         index=index,
     )
-    return RowPlan(rows, supervised, denominator, _over(unit * (head == 0), num_rows[0]))
+    return rows, _over(unit * (head == 0), num_rows[0])
 
 
 def _find(supervised: Tensor, options: LossOptions, per_head: bool) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -169,7 +167,7 @@ def _find(supervised: Tensor, options: LossOptions, per_head: bool) -> tuple[Ten
         edges = torch.searchsorted(index, torch.arange(heads + 1, device=index.device) * batch * time).tolist()
         return index, tuple(itertools.pairwise(edges))
     size = min(options.max_rows * (1 if per_head else heads), groups.shape[1])
-    torch._assert_async((groups.sum(1) <= size).all(), "more supervised rows than LossOptions.max_rows")
+    torch._assert_async((groups.sum(1) <= size).all(), TOO_MANY_ROWS)
     found = []
     for j, group in enumerate(groups):
         part = torch.nonzero_static(group, size=size, fill_value=-1).squeeze(1)
@@ -212,11 +210,14 @@ def _het_table(
     return table[:-1, :-1].contiguous(), counts.sum()
 
 
-def _check_range(name: str, target: Tensor, low: int, classes: int, padding: Tensor) -> None:
-    bad = ((target < 0) | (target >= classes)) & ~padding
-    if bool(bad.any()):
-        value = int(target[bad][0]) + low
-        raise ValueError(f"{name} must be ignore_index or in [{low}, {low + classes}), got {value}")
+def raise_out_of_range(label: int, low: int, classes: int) -> NoReturn:
+    """The error for a label outside the vocabulary or its range."""
+    raise ValueError(f"labels must be ignore_index or in [{low}, {low + classes}), got {label}")
+
+
+def filled(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers as a tensor, made on the device: a copy from the host would synchronise, and fail in a CUDA graph."""
+    return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
 
 
 def _over(value: Tensor, count: Tensor) -> Tensor:

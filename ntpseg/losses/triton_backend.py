@@ -53,7 +53,7 @@ def rows_loss(
     kept = gradient_dtype(weight.dtype)
 
     states = RowStates.empty(count, device)
-    tcl, het = torch.zeros(2, count, dtype=torch.float32, device=device)
+    tcl, het = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
     summed = kept if shard is None else torch.float32
     d_hidden = torch.empty(hidden.shape, dtype=summed, device=device) if hidden_grad else None
     d_weight = torch.empty(matrices.shape, dtype=kept, device=device) if weight_grad else None

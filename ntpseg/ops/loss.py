@@ -7,6 +7,7 @@ backward over a retained graph finds them intact.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,11 +77,27 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * grad`` in `dtype`; a 0-dim factor is not rounded to the gradient's dtype first.
+    """``gradient * grad`` in `dtype`, the factor not rounded to the gradient's dtype first.
 
-    On the CPU a factor of one saves the copy: autograd then takes the tensor itself, or, where a retained graph still
-    holds it, copies it. Elsewhere, and while tracing, looking at the factor would cost more than it saves.
+    Where autograd drops the graph, nobody else sees the saved gradient: on a GPU it is scaled in place, at no cost
+    where the factor is one. On the CPU a factor of one hands the gradient over as it is: autograd then takes the tensor
+    itself, or, where a retained graph still holds it, copies it. While tracing, the compiler fuses what is below.
     """
-    if type(grad) is Tensor and grad.device.type == "cpu" and gradient.dtype == dtype and float(grad) == 1.0:
-        return gradient
-    return (gradient * grad).to(dtype)
+    if type(grad) is Tensor and gradient.dtype == dtype:
+        if gradient.device.type == "cpu":
+            # a 0-dim factor on the CPU keeps its precision by itself
+            return gradient if float(grad) == 1.0 else gradient * grad
+        rescale = _rescale()
+        if gradient.is_cuda and rescale is not None:
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            return rescale(gradient.clone() if kept else gradient, grad)
+    return (gradient.to(grad.dtype) * grad).to(dtype)
+
+
+@functools.cache
+def _rescale() -> Callable[[Tensor, Tensor], Tensor] | None:
+    try:
+        from ntpseg.kernels.rescale import rescale
+    except ImportError:
+        return None
+    return rescale

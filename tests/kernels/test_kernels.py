@@ -19,6 +19,7 @@ from ntpseg.kernels.logits_pass import BLOCK_CLASSES, logits_exp, logits_statist
 from ntpseg.kernels.pair_logits import pair_logits
 from ntpseg.kernels.partials import Anchors, Partials, RowStates
 from ntpseg.kernels.products import add_product, product
+from ntpseg.kernels.rescale import rescale
 from ntpseg.kernels.scale_rows import scale_rows
 from ntpseg.kernels.table import TABLE, GemmConfig
 from ntpseg.kernels.touch_up import touch_up, touched_tokens
@@ -119,6 +120,14 @@ def test_a_sum_beside_its_bf16() -> None:
     add_beside(exact, total, low, first=True, last=False)
     add_beside(torch.zeros_like(exact), total, low, first=False, last=True)
     assert distance(total, exact.double()) <= 1.001 * distance(exact.bfloat16(), exact.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rescale(dtype: torch.dtype) -> None:
+    value = torch.randn(300, 7).to(dtype)
+    for factor in (1.0, 1 / 3, 0.0, -2.5, math.nan):
+        found = rescale(value.clone(), torch.tensor(factor))
+        torch.testing.assert_close(found, (value.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_redo_list_holds_the_blocks_in_order() -> None:

@@ -1,0 +1,113 @@
+"""`ntpseg.losses.rows` and `ntpseg.losses.placement` on a GPU: a dozen launches and at most one synchronisation."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntpseg.kernels.hard_table import hard_table, rank_hard
+from ntpseg.kernels.placing import place_results, take_rows
+from ntpseg.kernels.planning import Layout, Marks, make_rows, mark
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.rows import OUT_OF_RANGE, TOO_MANY_ROWS, Rows, filled, raise_out_of_range
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """What `ntpseg.losses.placement.RowPlan` is, with `slot` ``[B * T * k]``: the row of each (sample, time, head)."""
+
+    rows: Rows
+    ntp_share: Tensor
+    shape: tuple[int, int, int]
+    shift: int
+    slot: Tensor
+
+    def results(self, prediction: Tensor, nll: Tensor, margin: Tensor, low: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RowPlan.results`."""
+        return place_results(self.slot, prediction, nll, margin, self.shape, self.shift, low)
+
+    def gradient(self, d_rows: Tensor) -> Tensor:
+        """See `RowPlan.gradient`."""
+        return take_rows(d_rows, self.slot).view(*self.shape, -1)
+
+
+def plan_by_kernels(
+    hidden: Tensor,
+    labels: Tensor,
+    classes: int,
+    options: LossOptions,
+    *,
+    per_head_weight: bool,
+    het_position: Tensor | None = None,
+    het_token: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_rows: Tensor | None = None,
+    num_het: Tensor | None = None,
+) -> KernelPlan:
+    """See `ntpseg.losses.rows.plan_rows` for the arguments and errors; not for float64."""
+    batch, time, heads, width = hidden.shape
+    low = options.vocab_range[0] if options.vocab_range else 0
+    layout = Layout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)
+    labels = labels.contiguous()
+    marks = mark(labels, None if token_weights is None else token_weights.contiguous(), layout)
+    hard = None
+    if het_position is not None and het_token is not None and het_position.numel():
+        het_token = het_token.contiguous()
+        hard = rank_hard(het_position.contiguous(), het_token, labels, marks, layout)
+
+    # a sum per head is deterministic on every device
+    num_rows = marks.unit.view(heads, -1).sum(1) if num_rows is None else num_rows.to(torch.float32)
+    slots = 0 if hard is None else hard[0].shape[1]
+    segments, most = _sizes(marks, labels, layout, options, per_head_weight, slots)
+    count = segments[-1][1]
+    made = make_rows(
+        labels,
+        marks,
+        num_rows,
+        filled(options.head_weights, torch.float32, hidden.device) if options.head_weights else None,
+        layout,
+        options.negatives,
+        count,
+        padded=options.max_rows is not None,
+        segments=per_head_weight,
+    )
+    if hard is None or het_token is None:
+        table = labels.new_empty(count, 0)
+    else:
+        table = hard_table(het_token, *hard, made.slot, layout, count, most)
+    entries = marks.notes[2].to(torch.float32) if num_het is None else num_het.to(torch.float32)
+    rows = Rows(
+        hidden=take_rows(hidden.reshape(-1, width), made.source),
+        target=made.target,
+        share=made.share,
+        reach=made.reach,
+        het=table,
+        het_share=torch.where(entries > 0, 1.0 / entries, 0.0),
+        segments=segments,
+        index=made.index,
+    )
+    return KernelPlan(rows, made.ntp_share, (batch, time, heads), layout.shift, made.slot)
+
+
+def _sizes(
+    marks: Marks, labels: Tensor, layout: Layout, options: LossOptions, per_head: bool, slots: int
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Segments and the width of the table of hard tokens, as host integers; checks the labels."""
+    cells = layout.cells // layout.heads
+    ends = marks.end[cells - 1 :: cells]
+    groups = layout.heads if per_head else 1
+    if options.max_rows is not None:
+        size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
+        counts = ends.diff(prepend=ends.new_zeros(1)) if per_head else ends[-1:]
+        torch._assert_async((counts <= size).all(), TOO_MANY_ROWS)
+        torch._assert_async(marks.notes[0] == 0, OUT_OF_RANGE)
+        return tuple((j * size, (j + 1) * size) for j in range(groups)), slots
+    bad, most, _, *edges = torch.cat([marks.notes, ends]).tolist()  # the one look at the device
+    if bad:
+        cell = bad - 1
+        place = cell % layout.time + layout.shift + cell // cells
+        raise_out_of_range(int(labels[cell // layout.time % layout.batch, place]), layout.low, layout.classes)
+    return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), most
