@@ -89,6 +89,7 @@ def _labelled_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from ntpseg.memory import HardTokens
+    from ntpseg.transformers_names import CACHE
 
     outputs = model.model(*args, **kwargs)
     result = model.get_output_embeddings()(
@@ -100,9 +101,9 @@ def _labelled_forward(
     )
     return CausalLMOutputWithPast(
         loss=result.loss,
-        past_key_values=getattr(outputs, "past_key_values", None),
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
+        **{CACHE: getattr(outputs, CACHE, None)},
     )
 
 

@@ -33,7 +33,7 @@ class NTPSegConfig(PreTrainedConfig):
 
     model_type = "ntpseg"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     text_config: Any = None
     vocab_size: int = 0

@@ -20,6 +20,7 @@ from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
 from ntpseg.models.lean import make_lean
+from ntpseg.transformers_names import CACHE
 
 causal_blocks.register()
 
@@ -33,7 +34,7 @@ class NTPSegOutput(ModelOutput):
         ntp, nktp, tcl, het: detached scalars, see `ntpseg.ntp_loss`.
         prediction, nll, margin: ``[B, T]``, head 0, aligned with the target's position; -1 / 0 / 0 where unsupervised.
         last_hidden_state: ``[B, T, D]``.
-        past_key_values: the cache, with ``use_cache=True``.
+        cache: the decoding cache, with ``use_cache=True``; also called past_key_values.
     """
 
     loss: Tensor | None = None
@@ -45,7 +46,12 @@ class NTPSegOutput(ModelOutput):
     nll: Tensor | None = None
     margin: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
+
+    @property
+    def past_key_values(self) -> Any:
+        """`cache` under the name that it had in transformers before 5.24."""
+        return self.cache
 
 
 class NTPSegModel(PreTrainedModel):
@@ -175,15 +181,15 @@ class NTPSegModel(PreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         hidden = decoded.last_hidden_state
         if labels is None:
-            return NTPSegOutput(last_hidden_state=hidden, past_key_values=decoded.past_key_values)
+            return NTPSegOutput(last_hidden_state=hidden, cache=getattr(decoded, CACHE))
         found = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
-        return NTPSegOutput(**found, last_hidden_state=hidden, past_key_values=decoded.past_key_values)
+        return NTPSegOutput(**found, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
 
     def _loss(
         self,
