@@ -61,6 +61,7 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
     statistics = (12 + 16) * rows * blocks  # written once; maxima read twice, sums and ids once
     d_hidden = (4 + 4 + 2) * rows * width  # fp32 product, read to be scaled, written
     scaled = (2 + 2) * rows * width
+    placed = 2 * (2 + 2) * rows * width  # rows gathered from the batch, their gradient put back
     single = 2 * 2 * rows * (1 + _NEGATIVES) * width  # both operands of every single logit, none dropped
     total = 0
     if plan.count > 1:  # the gradient's own write is in any product
@@ -71,7 +72,7 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
         chunk_rows=plan.rows,
         chunks=plan.count,
         flops=(padded + 2) / 3,
-        bytes=(e + statistics + d_hidden + scaled + single + total) / e,
+        bytes=(e + statistics + d_hidden + scaled + placed + single + total) / e,
         sum_bytes=total / e,
         waves=tiles / waves,
         workspace=plan.rows * each + bytes_of_sum(plan, classes, width),

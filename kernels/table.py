@@ -62,7 +62,7 @@ TABLE: dict[str, Tiles] = {
     ),
     "sm_100": Tiles(
         # two programs per multiprocessor: one's epilogue hides behind the other's products
-        forward=GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, parts=2, residents=2),
+        forward=GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, parts=4, residents=2),
         d_hidden=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
         d_weight=GemmConfig(128, 128, 64, warps=8, stages=3, tma=True),
     ),
