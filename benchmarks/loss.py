@@ -82,9 +82,9 @@ def contest(shape: Shape, settings: Settings, quick: bool, seed: int) -> Contest
         lambda: cross_entropy(operands, torch.compile(composed.plain, dynamic=False)), "CE", compiled
     )
     for name, peer in PEERS.items():
-        reason = unavailable(peer, device)
+        reason = unavailable(peer, operands.rows, operands.weight)
         found[name] = judge.contestant(lambda p=peer: cross_entropy(operands, p.load()), peer.does, reason)
-        if "exact" not in name and "sum" not in name:
+        if peer.terms:
             make = lambda p=peer: cross_entropy(operands, p.load(), terms=True)  # noqa: E731
             found[f"{name} + terms"] = judge.contestant(make, FULL, reason)
     rows, size = len(operands.target), operands.dtype.itemsize
