@@ -22,7 +22,7 @@ BENCHMARKS = ("loss", "topn", "attention", "decode", "train")
 _EFFORT = {
     ("cpu", True): Effort(seconds=0.2, least=3, most=5, warmup=1),
     ("cpu", False): Effort(seconds=10.0, least=5, most=200, warmup=1),
-    ("cuda", True): Effort(seconds=1.5, least=5, most=200, warmup=1),
+    ("cuda", True): Effort(seconds=2.0, least=7, most=200, warmup=1),
     ("cuda", False): Effort(seconds=4.0, least=15, most=500, warmup=3),
 }
 
