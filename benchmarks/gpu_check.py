@@ -158,6 +158,7 @@ def unpack(wheels: Path, folder: Path) -> list[str]:
     A wheel that is not for this machine is named and left out. Wheels may carry .pth files, which Python reads in site
     folders only, and which may be code (nvidia-cutlass-dsl's is): what they add is returned too.
     """
+    folder = folder / "site-packages"  # QuACK takes no folder of another name for a place of installed code
     kept = _kept()
     chosen = sorted(str(path) for path in wheels.glob("*.whl") if _plain(path.name.split("-")[0]) not in kept)
     if not chosen:

@@ -72,6 +72,7 @@ def test_wheels_are_unpacked_beside_the_environment(tmp_path: Path) -> None:
     code = "import sys, os, outer; sys.path.insert(0, os.path.join(outer.__path__[0], 'packages'))\n"
     _wheel(wheels, "code", code_dot_pth=code, outer__packages__cute_module_dot_py="")
     paths = gpu_check.unpack(wheels, peers)
+    peers /= "site-packages"
     assert set(paths) == {str(peers), str(peers / "inner"), str(peers / "outer" / "packages")}
     assert paths[0] == str(peers)
     assert (peers / "peer_module.py").exists()
@@ -82,7 +83,8 @@ def test_a_wheel_for_another_machine_is_left_out(tmp_path: Path, capfd: pytest.C
     wheels, peers = tmp_path / "wheels", tmp_path / "peers"
     _wheel(wheels, "peer", peer_module_dot_py="")
     _wheel(wheels, "other", "cp27-cp27m-win32", other_module_dot_py="")
-    assert gpu_check.unpack(wheels, peers) == [str(peers)]
+    assert gpu_check.unpack(wheels, peers) == [str(peers / "site-packages")]
+    peers /= "site-packages"
     assert (peers / "peer_module.py").exists() and not (peers / "other_module.py").exists()
     assert "left out" in capfd.readouterr().err
 
