@@ -134,7 +134,11 @@ PEERS = {
     "liger fp32 sum": Peer(lambda: _liger(torch.float32), True, "CE"),
     "liger sm90": Peer(_liger_hopper, True, "CE, CuTe kernels for Hopper, whole logits", refuses=_hopper_alone),
     "cut-cross-entropy": Peer(
-        lambda: _cut("high"), True, "CE, sums in its own dtype, small gradients filtered", True, _half_only
+        lambda: _cut("high"),
+        cuda=True,
+        does="CE, sums in its own dtype, small gradients filtered (its default)",
+        terms=True,
+        refuses=_half_only,
     ),
     "cut-cross-entropy exact": Peer(lambda: _cut(None), True, "CE, sums in its own dtype", refuses=_half_only),
     "quack": Peer(_quack, True, "CE", True, _quack_aligned),
