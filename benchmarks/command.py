@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = 0
     if given.resume:
         at, _, number = given.resume[0].partition(":")
-        names, done = names[names.index(at) :], int(number)
+        place, done = names.index(at), int(number)
+        failures = sum(_bad(read_file(file_of(name, given, settings.device))) for name in names[:place])
+        names = names[place:]
     for name in names:
         try:
             failures += run(name, given, settings, done)
@@ -134,8 +136,7 @@ def run(name: str, given: argparse.Namespace, settings: Settings, done: int = 0)
         settings: how.
         done: so many cases are in the file already.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", describe(settings.device)["device"].split(",")[0].lower()).strip("-")
-    path = given.results / f"{name}-{settings.device.type}-{slug}{'-quick' if given.quick else ''}.json"
+    path = file_of(name, given, settings.device)
     rows: list[Row] = read_file(path) if done else []
     bad = _bad(rows)
     for number, case in enumerate(cases_of(name, given, settings.device)):
@@ -156,6 +157,12 @@ def run(name: str, given: argparse.Namespace, settings: Settings, done: int = 0)
     if rows:
         print(f"\nwritten to {path}")
     return bad
+
+
+def file_of(name: str, given: argparse.Namespace, device: torch.device) -> Path:
+    """Where the rows of a benchmark go."""
+    slug = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].split(",")[0].lower()).strip("-")
+    return given.results / f"{name}-{device.type}-{slug}{'-quick' if given.quick else ''}.json"
 
 
 def _bad(rows: list[Row]) -> int:
