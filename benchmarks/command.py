@@ -5,24 +5,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Case, Settings, run_case
+from benchmarks.harness import Case, DeviceLost, Settings, run_case
 from benchmarks.harness.ceilings import copy_bytes, matmul_flops
 from benchmarks.harness.environment import describe
-from benchmarks.harness.rows import RESULTS, Row, write
+from benchmarks.harness.rows import RESULTS, Row, read_file, write
 from benchmarks.harness.timing import Effort
+from benchmarks.report.tables import share_of_ceiling
 
 BENCHMARKS = ("loss", "topn", "attention", "decode", "train")
 _EFFORT = {
     ("cpu", True): Effort(seconds=0.2, least=3, most=5, warmup=1),
     ("cpu", False): Effort(seconds=10.0, least=5, most=200, warmup=1),
-    ("cuda", True): Effort(seconds=1.5, least=5, most=200, warmup=1),
+    ("cuda", True): Effort(seconds=2.0, least=7, most=200, warmup=1),
     ("cuda", False): Effort(seconds=4.0, least=15, most=500, warmup=3),
 }
 
@@ -41,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--docs", type=Path, help="Markdown file whose benchmark section `report` writes anew")
     it.add_argument("--base", metavar="REV", help="compare the package with this revision, in turns")
     it.add_argument("--threshold", type=float, default=0.05, help="--base: how much slower is a failure")
+    it.add_argument("--resume", nargs="+", metavar=("BENCHMARK:CASE", "WITHOUT"), help=argparse.SUPPRESS)
     return it
 
 
@@ -60,10 +64,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compare(given)
     settings = settings_of(given)
     print_machine(settings.device)
-    failures = 0
-    for name in names_of(given.what):
-        failures += run(name, given, settings)
+    failures, names = 0, names_of(given.what)
+    done = 0
+    if given.resume:
+        at, _, number = given.resume[0].partition(":")
+        place, done = names.index(at), int(number)
+        failures = sum(_bad(read_file(file_of(name, given, settings.device))) for name in names[:place])
+        names = names[place:]
+    for name in names:
+        try:
+            failures += run(name, given, settings, done)
+        except DeviceLost as lost:
+            _start_again(list(sys.argv[1:] if arguments is None else arguments), given, lost)
+        done = 0
     return 1 if failures else 0
+
+
+def _start_again(arguments: list[str], given: argparse.Namespace, lost: DeviceLost) -> None:
+    """Goes on at the same case in a new process, without the contestant that left this one without its device."""
+    name, place = lost.args
+    print(f"\n{name} left the device unusable; going on without it in a new process", flush=True)
+    if given.resume:
+        arguments = arguments[: arguments.index("--resume")]
+    command = [sys.executable, "-m", "benchmarks", *arguments, "--resume", place, name, *(given.resume or [])[1:]]
+    _become(command)
+
+
+def _become(command: list[str]) -> None:
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the driver's own files too: open ones would keep the GPU's memory
+    os.execv(command[0], command)
 
 
 def names_of(what: str) -> tuple[str, ...]:
@@ -86,7 +115,8 @@ def settings_of(given: argparse.Namespace) -> Settings:
     effort = _EFFORT[device.type, given.quick]
     if given.seconds is not None:
         effort = Effort(given.seconds, effort.least, effort.most, effort.warmup)
-    return Settings(device, effort, frozenset(given.only) if given.only else None)
+    without = frozenset((given.resume or [])[1:])
+    return Settings(device, effort, frozenset(given.only) if given.only else None, without=without)
 
 
 def cases_of(name: str, given: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -97,25 +127,46 @@ def cases_of(name: str, given: argparse.Namespace, device: torch.device) -> Iter
             yield case
 
 
-def run(name: str, given: argparse.Namespace, settings: Settings) -> int:
-    """Runs one benchmark; the file is written anew after every case. Returns how many of ours are wrong or failed."""
-    slug = re.sub(r"[^a-z0-9]+", "-", describe(settings.device)["device"].split(",")[0].lower()).strip("-")
-    path = given.results / f"{name}-{settings.device.type}-{slug}{'-quick' if given.quick else ''}.json"
-    rows: list[Row] = []
-    bad = 0
-    for case in cases_of(name, given, settings.device):
+def run(name: str, given: argparse.Namespace, settings: Settings, done: int = 0) -> int:
+    """Runs one benchmark; the file is written anew after every case. Returns how many of ours are wrong or failed.
+
+    Args:
+        name: the benchmark.
+        given: the command line.
+        settings: how.
+        done: so many cases are in the file already.
+    """
+    path = file_of(name, given, settings.device)
+    rows: list[Row] = read_file(path) if done else []
+    bad = _bad(rows)
+    for number, case in enumerate(cases_of(name, given, settings.device)):
+        if number < done:
+            continue
         start = time.perf_counter()
-        found = run_case(case, settings)
+        try:
+            found = run_case(case, settings)
+        except DeviceLost as lost:
+            raise DeviceLost(*lost.args, f"{name}:{number}") from lost
         with_ceilings(found, settings.device)
         rows += found
         write(path, rows)
         print(f"\n{name}  {json.dumps(case.parameters)}  ({time.perf_counter() - start:.1f} s)")
         for row in found:
             print("  " + line(row), flush=True)
-        bad += sum(row["status"] in ("wrong", "failed") and row["contestant"].startswith("ntpseg") for row in found)
+        bad += _bad(found)
     if rows:
         print(f"\nwritten to {path}")
     return bad
+
+
+def file_of(name: str, given: argparse.Namespace, device: torch.device) -> Path:
+    """Where the rows of a benchmark go."""
+    slug = re.sub(r"[^a-z0-9]+", "-", describe(device)["device"].split(",")[0].lower()).strip("-")
+    return given.results / f"{name}-{device.type}-{slug}{'-quick' if given.quick else ''}.json"
+
+
+def _bad(rows: list[Row]) -> int:
+    return sum(row["status"] in ("wrong", "failed") and row["contestant"].startswith("ntpseg") for row in rows)
 
 
 def with_ceilings(rows: list[Row], device: torch.device) -> None:
@@ -143,7 +194,11 @@ def line(row: Row) -> str:
         f"{name} {seconds['median'] * 1e3:10.3f} ms  x {ratio['median']:7.3f} [{ratio['p25']:.3f}, {ratio['p75']:.3f}]"
     )
     if "memory" in row:
-        text += f"  + {row['memory']['delta'] / 2**20:8.1f} MiB"
+        text += f"  + {row['memory']['delta'] / 2**20:8.1f} MiB of {row['memory']['absolute'] / 2**20:.0f}"
+    if row["work"]["tokens"]:
+        text += f"  {row['work']['tokens'] / seconds['median']:,.0f} tokens/s"
+    if share := share_of_ceiling(row):
+        text += f"  {share} of the FLOP ceiling"
     if row.get("error"):
         text += f"  error {max(row['error'].values()):.1e}"
     return text

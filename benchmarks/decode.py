@@ -29,7 +29,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         else:
             sizes = [Size("tiny", 14, 256, batch=b, heads=2, dtype=d) for b in (1, 16) for d in ("float32", "bfloat16")]
     elif quick:
-        sizes = [Size("small", 14, 1024, batch=16, heads=2)]
+        sizes = [Size("small", 8, 1024, batch=16, heads=2)]
     else:
         sizes = [Size(p, 28, 4096, batch=b, heads=2) for p in ("small", "base") for b in (1, 16, 64)]
     for size in sizes:

@@ -3,15 +3,19 @@
     python -m benchmarks.gpu_check [--wheels DIR]
 
 Nothing is fetched. The peers' wheels (Liger, cut-cross-entropy, QuACK with what it needs) come from DIR and are
-unpacked beside the environment, not into it, so that its own PyTorch and Triton stay; a peer that is not there is
-reported as unavailable. Each step has a limit, and its output is printed and kept in build/gpu-check/.
+unpacked beside the environment, not into it, so that its own PyTorch, and what that needs, stay; a peer that is not
+there is reported as unavailable. The steps share the time by their limits: a slow one takes nothing from those after
+it, a fast one leaves them more. Output is printed and kept in build/gpu-check/; results are written case by case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,9 +30,16 @@ import torch
 from benchmarks.harness.environment import ROOT, describe
 from benchmarks.harness.rows import RESULTS
 
-BUDGET = 590  # seconds, all steps together
+BUDGET = 590.0  # seconds, all steps together
 REPORT = 30.0  # seconds of it that are kept for the report: what has been measured by then gets written
-_KEEP_OUT = ("torch-", "triton-", "pytorch_triton")  # a wheel of these would replace the machine's own
+_KEEP_OUT = {"torch", "triton", "pytorch-triton", "numpy"}  # a wheel of these would replace the machine's own
+_UNPACK = 60.0
+_ADDED = """
+import json, site, sys
+before = set(sys.path)
+site.addsitedir(sys.argv[1])
+print(json.dumps([path for path in sys.path if path not in before]))
+"""
 _ENVIRONMENT = "import json; from ntpseg.environment import describe; print(json.dumps(describe(), indent=1))"
 
 
@@ -50,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     environment = _environment(given.wheels, logs / "peers")
     done: list[dict[str, Any]] = []
-    for name, limit, command in steps(environment):
-        left = BUDGET - (time.monotonic() - started) - (0 if name == "report" else REPORT)
-        done.append(step(name, command, min(limit, left), environment, logs))
+    todo = steps(environment)
+    for index, (name, _, command) in enumerate(todo):
+        limit = allowed(todo[index:], BUDGET - (time.monotonic() - started))
+        done.append(step(name, command, limit, environment, logs))
         _write(done, started)
     print()
     for it in done:
@@ -64,20 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def steps(environment: dict[str, str]) -> list[tuple[str, float, list[str]]]:
     """Name, limit in seconds and command of each."""
     python = sys.executable
-    found = [("environment", 60.0, [python, "-c", _ENVIRONMENT])]
+    found = [("environment", 25.0, [python, "-c", _ENVIRONMENT])]
     if not list((ROOT / "ntpseg").glob("_C_cuda*.so")):
-        found.append(("build", 200.0, [python, "setup.py", "-q", "build_ext", "--inplace"]))
+        found.append(("build", 150.0, [python, "setup.py", "-q", "build_ext", "--inplace"]))
     found += [
-        ("tests", 150.0, [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]),
+        ("tests", 100.0, [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]),
     ]
-    limits = {"loss": 220.0, "train": 60.0, "attention": 60.0, "topn": 30.0, "decode": 80.0}
+    limits = {"loss": 225.0, "train": 45.0, "attention": 40.0, "topn": 20.0, "decode": 35.0}
     bench = [python, "-m", "benchmarks"]
     found += [(name, limit, [*bench, name, "--quick", "--device", "cuda"]) for name, limit in limits.items()]
     found += [
-        ("profile", 90.0, [python, "-m", "benchmarks.profile_loss", "--quick"]),
+        ("profile", 55.0, [python, "-m", "benchmarks.profile_loss", "--quick"]),
         ("report", REPORT, [*bench, "report"]),
     ]
     return found
+
+
+def allowed(todo: Sequence[tuple[str, float, list[str]]], left: float) -> float:
+    """Seconds for the first of some steps: its share, by the limits, of what is left; the report's are kept for it."""
+    if len(todo) == 1:
+        return left
+    return todo[0][1] / sum(limit for _, limit, _ in todo[:-1]) * (left - REPORT)
 
 
 def step(name: str, command: Sequence[str], limit: float, environment: dict[str, str], logs: Path) -> dict[str, Any]:
@@ -136,20 +155,44 @@ def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:
 def unpack(wheels: Path, folder: Path) -> list[str]:
     """Puts the peers' wheels into a folder and returns what must be on the path for them.
 
-    Wheels may carry .pth files, which Python reads in site folders only; their paths are returned too.
+    A wheel that is not for this machine is named and left out. Wheels may carry .pth files, which Python reads in site
+    folders only, and which may be code (nvidia-cutlass-dsl's is): what they add is returned too.
     """
-    chosen = sorted(str(path) for path in wheels.glob("*.whl") if not path.name.lower().startswith(_KEEP_OUT))
+    folder = folder / "site-packages"  # QuACK takes no folder of another name for a place of installed code
+    kept = _kept()
+    chosen = sorted(str(path) for path in wheels.glob("*.whl") if _plain(path.name.split("-")[0]) not in kept)
     if not chosen:
         print(f"gpu-check: no wheels of peers in {wheels}", file=sys.stderr)
         return []
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade"]
-    subprocess.run([*command, "--target", str(folder), *chosen], check=True)
-    extra = []
-    for path in sorted(folder.glob("*.pth")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip() and not line.startswith(("#", "import ", "import\t")):
-                extra.append(str(folder / line.strip()))
-    return [str(folder), *extra]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
+    command += ["--target", str(folder)]
+    try:
+        if subprocess.run([*command, *chosen], timeout=_UNPACK).returncode:
+            for wheel in chosen:  # one that does not fit stops them all
+                if subprocess.run([*command, wheel], timeout=_UNPACK).returncode:
+                    print(f"gpu-check: left out {wheel}", file=sys.stderr)
+    except subprocess.TimeoutExpired:
+        print(f"gpu-check: unpacking {wheels} takes longer than {_UNPACK:.0f} s", file=sys.stderr)
+    if not folder.is_dir():
+        return []
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    added = subprocess.run([sys.executable, "-c", _ADDED, str(folder)], env=environment, capture_output=True, text=True)
+    return [str(folder), *(json.loads(added.stdout) if added.returncode == 0 else [])]
+
+
+def _kept() -> set[str]:
+    """What stays the environment's own: PyTorch, and what of its requirements is installed."""
+    names = set(_KEEP_OUT)
+    for requirement in importlib.metadata.requires("torch") or ():
+        name = re.split(r"[^\w.-]", requirement)[0]
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            names.add(_plain(name))
+    return names
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _write(done: list[dict[str, Any]], started: float) -> None:

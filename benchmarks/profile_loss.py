@@ -12,10 +12,11 @@ import argparse
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
 }
-_NCU_SECONDS = 120
+_NCU_SECONDS = {True: 22.0, False: 120.0}  # for one shape, quick or not
 
 
 def shapes(device: torch.device, quick: bool) -> list[Shape]:
@@ -67,20 +68,23 @@ def kernels(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any
     return [{**row, "share": row["seconds"] / total} for row in rows if row["seconds"] > 0][:30]
 
 
-def nsight(arguments: Sequence[str]) -> dict[str, Any]:
+def nsight(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     """What ncu says of the kernels of one step, or why it says nothing."""
     program = shutil.which("ncu")
     if program is None:
         return {"unavailable": "ncu is not on the PATH"}
     command = [program, "--csv", "--clock-control", "none", "--profile-from-start", "off"]
     command += ["--metrics", ",".join(_METRICS), sys.executable, "-m", "benchmarks.profile_loss", "--once", *arguments]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=_NCU_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"unavailable": f"ncu took longer than {_NCU_SECONDS} s"}
-    rows = parse_ncu(found.stdout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the program that it profiles too: it holds the GPU
+            return {"unavailable": f"ncu took longer than {seconds:.0f} s"}
+    rows = parse_ncu(out)
     if not rows:
-        return {"unavailable": (found.stdout + found.stderr).strip()[-300:]}
+        return {"unavailable": (out + err).strip()[-300:]}
     return {"kernels": rows}
 
 
@@ -122,30 +126,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         return
-    profiles = []
+    profiles: list[dict[str, Any]] = []
+    path = given.results / f"profile-{device.type}{'-quick' if given.quick else ''}.json"
     for number, shape in enumerate(shapes(device, given.quick)):
         step = ours(Operands.make(shape, device), backend)
         rows = kernels(step, device)
         del step
         entry = {"case": shape.parameters(), "backend": backend, **describe(device), "kernels": rows}
         entry |= {"clock": clock_state(device)}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            entry["ncu"] = nsight([str(number), "--device", given.device])
         profiles.append(entry)
         print(f"\n{json.dumps(shape.parameters())}")
         for row in rows[:12]:
             print(f"  {row['share']:6.1%} {row['seconds'] * 1e6:10.1f} us  {row['calls']:6.1f} x  {row['kernel'][:90]}")
-        if "ncu" in entry:
+        _write(path, profiles)  # before ncu: it may be what takes too long
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            entry["ncu"] = nsight([str(number), "--device", given.device], _NCU_SECONDS[given.quick])
+            _write(path, profiles)
             print("  ncu:", entry["ncu"].get("unavailable") or f"{len(entry['ncu']['kernels'])} launches")
-    path = given.results / f"profile-{device.type}{'-quick' if given.quick else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-        json.dump({"profiles": rounded(profiles)}, file, indent=1)
-        file.write("\n")
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
     print(f"written to {path}")
+
+
+def _write(path: Path, profiles: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"profiles": rounded(profiles)}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -111,9 +111,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=0.15, help="time per shape")
     parser.add_argument("--headline", action="store_true", help="only 64 x 1568, n = 64")
+    parser.add_argument("--quick", action="store_true", help="one small shape, at least 11 turns")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     grid = [HEADLINE] if arguments.headline else [*itertools.product(ROWS, LENGTHS, SLOTS)]
+    if arguments.quick:
+        grid, arguments.seconds = [(4, 100, 8)], 0.0
     report = {"benchmark": "topn_cpu", "environment": environment(), "results": []}
     for threads in arguments.threads:
         torch.set_num_threads(threads)

@@ -23,6 +23,10 @@ class Wrong(Exception):
     """Raised by a contestant's check: its result is not right. The errors found are its argument."""
 
 
+class DeviceLost(Exception):
+    """A contestant left the device unusable for this process (an illegal address does). Its argument is the name."""
+
+
 @dataclass
 class Contestant:
     """One way to do the work.
@@ -88,12 +92,14 @@ class Settings:
         effort: how long each contest is timed.
         only: names of contestants to run (and the reference); None: all.
         memory: whether peaks are measured.
+        without: names of contestants that lost the device in an earlier process.
     """
 
     device: torch.device
     effort: Effort
     only: frozenset[str] | None = None
     memory: bool = True
+    without: frozenset[str] = frozenset()
 
 
 def run_case(case: Case, settings: Settings) -> list[Row]:
@@ -102,6 +108,9 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
     Returns:
         One row per contestant. A row without "seconds" says in "status" and "reason" why it has none: unavailable,
         wrong (with its errors), out of memory, failed.
+
+    Raises:
+        DeviceLost: nothing more can be run in this process.
     """
     device = settings.device
     base = {"benchmark": case.benchmark, "case": case.parameters, **describe(device)}
@@ -116,14 +125,24 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
         if settings.only is not None and name not in settings.only and name != contest.reference:
             continue
         row = rows[name] = {"contestant": name, "does": contestant.does, **base}
+        if name in settings.without:
+            row |= {"status": "failed", "reason": "it left the device unusable, and is left out from there on"}
+            continue
         step = admit(contestant, row)
         if step is not None:
             steps[name] = step
+        elif row["status"] == "failed" and not alive(device):
+            raise DeviceLost(name)
     if contest.forget is not None:
         contest.forget()
     peaks = _peaks(steps, rows, device) if settings.memory else {}
     if contest.reference in steps:
-        _measure(contest, steps, rows, peaks, settings)
+        try:
+            _measure(contest, steps, rows, peaks, settings)
+        except Exception as error:  # the next case may still be measured
+            for name in steps:
+                status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+                rows[name] |= {"status": status, "reason": f"the timing of this case broke off: {_line(error)}"}
     steps.clear()
     contest.contestants.clear()
     _release(device)
@@ -163,9 +182,12 @@ def _peaks(steps: dict[str, Callable[[], Any]], rows: dict[str, Row], device: to
     for name, step in list(steps.items()):
         try:
             found[name] = memory.peak(step, device)
-        except torch.OutOfMemoryError as error:
-            rows[name] |= {"status": "out of memory", "reason": _line(error)}
+        except Exception as error:  # a peer may raise anything, the second time too
+            status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+            rows[name] |= {"status": status, "reason": _line(error)}
             del steps[name]
+            if not alive(device):
+                raise DeviceLost(name) from error
     return found
 
 
@@ -213,6 +235,16 @@ def capture(calls: dict[str, Callable[[], Any]], repeats: dict[str, int], clock:
             repeats[name] = 20
         except RuntimeError:
             torch.cuda.synchronize()
+
+
+def alive(device: torch.device) -> bool:
+    """Whether this process can still use the device."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _release(device: torch.device) -> None:

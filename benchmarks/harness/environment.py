@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "xformers")
+_PACKAGES = (
+    *("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
+    *("flash-attn", "xformers"),
+)
 _CLOCK_FIELDS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -48,6 +51,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     found = {"commit": commit(root), "device": device_name(device), "kind": device.type, "versions": versions}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
+        found["cuda"] = torch.version.cuda
         found["driver"] = _nvidia_smi(["driver_version"], device)[0] or "unknown"
         found["capability"] = f"sm_{card.major}{card.minor}"
         found["memory_bytes"] = card.total_memory

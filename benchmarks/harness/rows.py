@@ -23,12 +23,15 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 def read(folder: Path) -> list[Row]:
     """The rows of all result files of this suite in a folder; files of other makers there are passed over."""
-    rows: list[Row] = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, list):
-            rows += [row for row in content if isinstance(row, dict) and "benchmark" in row and "contestant" in row]
-    return rows
+    return [row for path in sorted(folder.glob("*.json")) for row in read_file(path)]
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of one file; none where another maker wrote it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, list):
+        return []
+    return [row for row in content if isinstance(row, dict) and "benchmark" in row and "contestant" in row]
 
 
 def rounded(value: Any) -> Any:

@@ -61,6 +61,13 @@ def _memory(rows: Sequence[Row]) -> Any:
     )
 
 
+def _some(cases: list[list[Row]]) -> list[list[Row]]:
+    """As many as a picture can show, from the first to the last."""
+    if len(cases) <= _CASES:
+        return cases
+    return [cases[round(place * (len(cases) - 1) / (_CASES - 1))] for place in range(_CASES)]
+
+
 def _whiskers(row: Row) -> tuple[float, float]:
     ratio = row["ratio"]
     return ratio["median"] - ratio["p25"], ratio["p75"] - ratio["median"]
@@ -69,7 +76,7 @@ def _whiskers(row: Row) -> tuple[float, float]:
 def _bars(rows: Sequence[Row], value: Any, label: str, whiskers: Any) -> Any:
     from matplotlib.figure import Figure
 
-    cases = list(group(rows, "case").values())[:_CASES]
+    cases = _some(list(group(rows, "case").values()))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     figure = Figure(figsize=(9, 0.16 * len(cases) * len(names) + 1.4), layout="constrained")
     axes = figure.subplots()

@@ -53,22 +53,62 @@ def test_gpu_check_wants_a_folder_of_wheels(tmp_path: Path, capfd: pytest.Captur
     assert "must be a folder" in capfd.readouterr().err
 
 
+def _wheel(folder: Path, name: str, tag: str = "py3-none-any", **files: str) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-{tag}.whl", "w") as file:
+        for path, text in files.items():
+            file.writestr(path.replace("__", "/").replace("_dot_", "."), text)
+        file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{name}-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        file.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
 def test_wheels_are_unpacked_beside_the_environment(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    for name in ("peer", "torch"):
-        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as file:
-            file.writestr(f"{name}_module.py", "value = 7\n")
-            file.writestr(f"{name}.pth", "inner\n")
-            file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-            file.writestr(
-                f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
-            file.writestr(f"{name}-1.0.dist-info/RECORD", "")
-    paths = gpu_check.unpack(wheels, tmp_path / "peers")
-    assert paths == [str(tmp_path / "peers"), str(tmp_path / "peers" / "inner")]
-    assert (tmp_path / "peers" / "peer_module.py").exists()
-    assert not (tmp_path / "peers" / "torch_module.py").exists()
+    wheels, peers = tmp_path / "wheels", tmp_path / "peers"
+    for name in ("peer", "torch", "sympy"):  # the last is a requirement of PyTorch's
+        _wheel(wheels, name, **{f"{name}_module_dot_py": "value = 7\n"})
+    _wheel(wheels, "paths", paths_dot_pth="inner\n", inner__inner_module_dot_py="")
+    # nvidia-cutlass-dsl adds its folder by a line of code, which PYTHONPATH alone would never run
+    code = "import sys, os, outer; sys.path.insert(0, os.path.join(outer.__path__[0], 'packages'))\n"
+    _wheel(wheels, "code", code_dot_pth=code, outer__packages__cute_module_dot_py="")
+    paths = gpu_check.unpack(wheels, peers)
+    peers /= "site-packages"
+    assert set(paths) == {str(peers), str(peers / "inner"), str(peers / "outer" / "packages")}
+    assert paths[0] == str(peers)
+    assert (peers / "peer_module.py").exists()
+    assert not (peers / "torch_module.py").exists() and not (peers / "sympy_module.py").exists()
+
+
+def test_a_wheel_for_another_machine_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wheels, peers = tmp_path / "wheels", tmp_path / "peers"
+    _wheel(wheels, "peer", peer_module_dot_py="")
+    _wheel(wheels, "other", "cp27-cp27m-win32", other_module_dot_py="")
+    assert gpu_check.unpack(wheels, peers) == [str(peers / "site-packages")]
+    peers /= "site-packages"
+    assert (peers / "peer_module.py").exists() and not (peers / "other_module.py").exists()
+    assert "left out" in capfd.readouterr().err
+
+
+def test_no_wheels_is_no_path(tmp_path: Path) -> None:
+    assert gpu_check.unpack(tmp_path, tmp_path / "peers") == []
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_steps_share_ten_minutes(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", ROOT if built else ROOT / "nowhere")
+    steps = [step for step in gpu_check.steps({}) if step[0] != "build" or not built]
+    names = [name for name, _, _ in steps]
+    assert names[-1] == "report" and names.index("tests") < names.index("loss") < names.index("profile")
+    if built:  # 15 seconds for starting and unpacking
+        assert sum(limit for _, limit, _ in steps) + 15 <= gpu_check.BUDGET < 600
+    left = gpu_check.BUDGET - 15
+    for index, (_, limit, _) in enumerate(steps):  # every step takes all that it may
+        share = gpu_check.allowed(steps[index:], left)
+        assert share >= (limit * 0.999 if built else limit * 0.75)
+        left -= share
+    assert left == pytest.approx(0, abs=1e-6)
+    quick = gpu_check.allowed(steps[2:], gpu_check.BUDGET - 30)  # the first two were fast: the others get their time
+    assert quick > steps[2][1]
 
 
 def test_a_step_is_stopped_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong, memory, rows, run_case
+from benchmarks import command
+from benchmarks.harness import Case, Contest, Contestant, DeviceLost, Settings, Wrong, memory, rows, run_case
+from benchmarks.harness import contest as contests
 from benchmarks.harness.timing import Clock, Effort, interleaved, ratios, spread
 
 CPU = torch.device("cpu")
@@ -97,6 +99,42 @@ def test_running_out_of_memory_after_the_check() -> None:
     found = {row["contestant"]: row for row in run_case(_contest(large=Contestant(make)), SETTINGS)}
     assert found["large"]["status"] == "out of memory" and "seconds" not in found["large"]
     assert "seconds" in found["reference"]
+
+
+def test_timing_that_breaks_off_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> dict[str, list[float]]:
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(contests, "interleaved", breaks)
+    (row,) = run_case(_contest(), SETTINGS)
+    assert row["status"] == "failed" and "broke off: unspecified launch failure" in row["reason"]
+
+
+def test_a_contestant_that_loses_the_device_is_left_out_of_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(contests, "alive", lambda device: False)
+    case = _contest(peer=Contestant(_raises(RuntimeError("an illegal memory access was encountered"))))
+    with pytest.raises(DeviceLost, match="peer"):
+        run_case(case, SETTINGS)
+    found = {
+        row["contestant"]: row for row in run_case(case, Settings(CPU, SETTINGS.effort, without=frozenset({"peer"})))
+    }
+    assert found["peer"]["status"] == "failed" and "seconds" in found["reference"]
+
+    became: list[list[str]] = []
+    grid = [_contest(), case]
+    monkeypatch.setattr(command, "cases_of", lambda *_: iter(grid))
+    monkeypatch.setattr(command, "_become", lambda it: became.append(it[it.index("topn") :]))
+    arguments = ["topn", "--quick", "--device", "cpu", "--results", str(tmp_path)]
+    command.main(arguments)
+    assert became == [[*arguments, "--resume", "topn:1", "peer"]]
+    assert len(rows.read(tmp_path)) == 1  # what was measured before is written already
+    assert command.main(became[0]) == 0
+    assert [row["contestant"] for row in rows.read(tmp_path)] == ["reference", "reference", "peer"]
+    grid.append(_contest(other=Contestant(_raises(RuntimeError("again")))))
+    command.main(became[0])
+    assert became[-1] == [*arguments, "--resume", "topn:2", "other", "peer"]
 
 
 def test_a_row_says_where_and_on_what_it_was_taken() -> None:

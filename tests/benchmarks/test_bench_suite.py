@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import profile_loss
+from benchmarks import loss, profile_loss
 from benchmarks.command import BENCHMARKS, main
 from benchmarks.harness.rows import read
 from benchmarks.report.plots import draw
@@ -115,3 +118,40 @@ def test_ncu_output_is_read() -> None:
         {"kernel": "touch", "nanoseconds": 700.0, "memory_percent": 80.0},
     ]
     assert profile_loss.parse_ncu("==ERROR== no permission") == []
+
+
+def _ncu(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    program = folder / "ncu"
+    program.write_text("#!/bin/sh\n" + body)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_ncu_is_stopped_with_what_it_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ncu(tmp_path, monkeypatch, f"sleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    assert profile_loss.nsight(["0"], 1.0) == {"unavailable": "ncu took longer than 1 s"}
+    child = Path("/proc") / (tmp_path / "child").read_text().strip()
+    for _ in range(50):
+        if not child.exists() or "\nState:\tZ" in (child / "status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the profiled program is still there")
+
+
+def test_ncu_says_why_it_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ncu(tmp_path, monkeypatch, "echo '==ERROR== ERR_NVGPUCTRPERM'\nexit 1\n")
+    assert "ERR_NVGPUCTRPERM" in profile_loss.nsight(["0"], 20.0)["unavailable"]
+
+
+def test_quick_on_a_gpu_measures_what_matters_first() -> None:
+    quick = loss.shapes(torch.device("cuda"), True)
+    assert [(s.width, s.classes) for s in quick[:2]] == [(4096, 32768), (4096, 184622)]
+    plain = {(s.width, s.classes) for s in quick if (s.rows, s.heads, s.dtype) == (6272, 1, "bfloat16")}
+    assert plain == {(d, v) for d in (1024, 2048, 4096) for v in (32768, 184622)}
+    assert (quick[-1].rows, quick[-1].heads) == (32768, 4)
+    assert {s.logits for s in quick} == {"random", "peaked"}
+    full = loss.shapes(torch.device("cuda"), False)
+    assert {(s.width, s.classes, s.rows) for s in full if s.classes == 184622} == {
+        (d, 184622, r) for d in (1024, 2048, 4096) for r in (6272, 32768)
+    }
