@@ -136,6 +136,7 @@ def rows_kernel(
     end_ptr,
     num_rows_ptr,
     head_weight_ptr,
+    num_het_ptr,
     index_ptr,
     target_ptr,
     source_ptr,
@@ -143,6 +144,7 @@ def rows_kernel(
     reach_ptr,
     share_ptr,
     ntp_share_ptr,
+    het_share_ptr,
     cells,
     heads,
     batch,
@@ -198,6 +200,9 @@ def rows_kernel(
     first_rows = tl.load(num_rows_ptr)
     alone = tl.where(first_rows > 0, tl.div_rn(unit, tl.where(first_rows > 0, first_rows, 1.0)), 0.0)
     tl.store(ntp_share_ptr + slot, tl.where(head == 0, alone, 0.0), mask=flag)
+    if tl.program_id(0) == 0:
+        entries = tl.load(num_het_ptr).to(tl.float32)
+        tl.store(het_share_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,7 @@ class PlannedRows:
     Attributes:
         index, target, source: ``[R]`` int64, cell, label and row of ``[B, T, k]``; -1 on padding rows.
         reach: ``[R]`` int32; share, ntp_share: ``[R]`` fp32; 0 on padding rows.
+        het_share: 0-dim fp32, weight of one hard token.
         slot: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
     """
 
@@ -216,6 +222,7 @@ class PlannedRows:
     reach: Tensor
     share: Tensor
     ntp_share: Tensor
+    het_share: Tensor
     slot: Tensor
 
 
@@ -223,6 +230,7 @@ def make_rows(
     labels: Tensor,
     marks: Marks,
     num_rows: Tensor,
+    num_het: Tensor | None,
     head_weights: Tensor | None,
     layout: Layout,
     negatives: int,
@@ -236,7 +244,8 @@ def make_rows(
     Args:
         labels: ``[B, T]`` int64 contiguous.
         marks: from `mark`.
-        num_rows, head_weights: ``[k]`` fp32; None for weights of one.
+        num_rows: ``[k]`` fp32; num_het: 0-dim, None for the entries that count in this batch.
+        head_weights: ``[k]`` fp32, None for weights of one.
         layout: sizes.
         negatives: m.
         count: R, padding rows included.
@@ -248,6 +257,7 @@ def make_rows(
     index, target, source = torch.empty(3, count, dtype=torch.int64, device=device) if whole is None else whole
     room = torch.zeros if padded else torch.empty
     share, ntp_share = room(2, count, dtype=torch.float32, device=device)
+    het_share = torch.empty((), dtype=torch.float32, device=device)
     reach = room(count, dtype=torch.int32, device=device)
     slot = torch.empty(layout.cells, dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
@@ -258,6 +268,7 @@ def make_rows(
         marks.end,
         num_rows,
         num_rows if head_weights is None else head_weights,
+        marks.notes[2] if num_het is None else num_het,
         index,
         target,
         source,
@@ -265,6 +276,7 @@ def make_rows(
         reach,
         share,
         ntp_share,
+        het_share,
         layout.cells,
         layout.heads,
         layout.batch,
@@ -279,4 +291,4 @@ def make_rows(
         SIZE=size,
         num_warps=4,
     )
-    return PlannedRows(index, target, source, reach, share, ntp_share, slot)
+    return PlannedRows(index, target, source, reach, share, ntp_share, het_share, slot)

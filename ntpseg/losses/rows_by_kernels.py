@@ -67,6 +67,7 @@ def plan_by_kernels(
         labels,
         marks,
         num_rows,
+        num_het,
         filled(options.head_weights, torch.float32, hidden.device) if options.head_weights else None,
         layout,
         options.negatives,
@@ -78,14 +79,13 @@ def plan_by_kernels(
         table = labels.new_empty(count, 0)
     else:
         table = hard_table(het_token, *hard, made.slot, layout, count, most)
-    entries = marks.notes[2].to(torch.float32) if num_het is None else num_het.to(torch.float32)
     rows = Rows(
         hidden=take_rows(hidden.reshape(-1, width), made.source),
         target=made.target,
         share=made.share,
         reach=made.reach,
         het=table,
-        het_share=torch.where(entries > 0, 1.0 / entries, 0.0),
+        het_share=made.het_share,
         segments=segments,
         index=made.index,
     )

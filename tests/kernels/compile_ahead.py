@@ -28,7 +28,11 @@ from triton.runtime.jit import JITFunction
 from ntpseg.kernels import chunks
 from ntpseg.kernels.combine import Weights
 from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
+from ntpseg.kernels.hard_table import hard_table, rank_hard
 from ntpseg.kernels.partials import RowStates
+from ntpseg.kernels.placing import place_results, take_rows
+from ntpseg.kernels.planning import Layout, make_rows, mark
+from ntpseg.kernels.rescale import rescale
 from ntpseg.kernels.table import TABLE
 
 _POINTERS = {
@@ -90,6 +94,7 @@ def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
                 for negatives, hard in ((5, 2), (32, 16)):
                     for filtered in (0.0, 2.0**-12):
                         _run(dtype, width, negatives, hard, filtered, architecture)
+            _run_around(dtype)
     finally:
         JITFunction.run = original
     return list(found.values())
@@ -125,6 +130,27 @@ def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: fl
         ):
             chunks.WORKSPACE_BYTES = workspace
             run_segment(segment, weight, result, Setting(chunk, filtered, fused, TABLE[architecture]))
+
+
+def _run_around(dtype: torch.dtype) -> None:
+    """What runs before and after the engine."""
+    layout = Layout(heads=2, batch=3, time=40, shift=1, ignore_index=-100, low=0, classes=640)
+    labels = torch.zeros(3, 40, dtype=torch.int64)
+    hard = torch.zeros(3, 5, dtype=torch.int64)
+    count = torch.ones(())
+    for weights in (None, torch.ones(3, 40, dtype=dtype)):
+        marks = mark(labels, weights, layout)
+        cell, rank = rank_hard(hard, hard, labels, marks, layout)
+        for padded, segments in ((False, False), (True, False), (True, True)):
+            for per_head in (None, torch.ones(2)):
+                made = make_rows(
+                    labels, marks, torch.ones(2), count, per_head, layout, 5, 64, padded=padded, segments=segments
+                )
+        hard_table(hard, cell, rank, made.slot, layout, 64, 2)
+    rows = torch.zeros(64, 128, dtype=dtype)
+    take_rows(rows, made.slot)
+    place_results(made.slot, made.index, made.share, made.share, (3, 40, 2), 1, 0)
+    rescale(rows, count)
 
 
 def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
