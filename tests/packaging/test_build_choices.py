@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import setuptools
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +77,15 @@ def test_the_extensions_of_each_choice(build: ModuleType, monkeypatch: pytest.Mo
         extensions = build.native()["ext_modules"]
         assert [extension.name for extension in extensions] == names
         assert all((ROOT / source).exists() for extension in extensions for source in extension.sources)
+
+
+def test_cuda_operators_link_what_they_call(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: [])
+    monkeypatch.setattr(build, "wants_cuda", lambda torch_cuda: True)
+    for torch_cuda, linked in (("13.0", True), (None, False)):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        extension = build.native()["ext_modules"][1]
+        assert ("torch_cuda" in extension.libraries) is linked
 
 
 def test_code_for_the_newest_architecture_goes_on_to_later_ones(build: ModuleType) -> None:
