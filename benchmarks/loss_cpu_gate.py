@@ -1,7 +1,7 @@
 """The loss on the CPU against three plain matrix products, and against PyTorch's own linear cross-entropy.
 
     python benchmarks/loss_cpu_gate.py [--dtype float32 bfloat16] [--threads 2] [--repeats 5] [--clock wall|cpu]
-        [--against products pytorch products_float32]
+        [--against products pytorch products_float32] [--output FILE] [--append]
 
 All contestants run in one process, interleaved, so that another job on the machine slows all of them; a ratio is the
 median over rounds of the ratio within a round. "Products" are ``H W^T``, ``G W`` and ``G^T H`` with whole ``[R, V]``
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--against", nargs="+", choices=OTHERS, default=OTHERS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loss_cpu_gate.json")
+    parser.add_argument("--append", action="store_true", help="make the output a list, of what it holds and this run")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
@@ -176,6 +177,9 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    if settings.append:
+        held = json.loads(settings.output.read_text()) if settings.output.exists() else []
+        report = [*held, report] if isinstance(held, list) else [held, report]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     partial = settings.output.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
