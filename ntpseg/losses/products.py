@@ -16,6 +16,7 @@ _CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 100 << 20, 64
 _GPU_BLOCK_BYTES, _GPU_BLOCK_ROWS = 1 << 30, 2048  # fewer rows starve the products
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's second-level cache
 _WIDENED_BYTES = 4 << 20  # of the part of a weight that a CPU holds in a wider dtype at a time
+_WIDENED_BLOCK_BYTES = 80 << 20  # room for that part, and for what is kept in the operands' dtype besides
 _TILE_STEP = 256
 _CACHE_LINE = 64
 
@@ -56,7 +57,8 @@ class Grid:
         # exp(z - z[y]) leaves the range of float16
         store = torch.float32 if product == torch.float16 else product
         least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
-        budget = budget or (_GPU_BLOCK_BYTES if gpu else _CPU_BLOCK_BYTES)
+        usual = _WIDENED_BLOCK_BYTES if product != operand else _CPU_BLOCK_BYTES
+        budget = budget or (_GPU_BLOCK_BYTES if gpu else usual)
         size = max(budget // (max(classes, 1) * store.itemsize), least)
         size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
         tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
