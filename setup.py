@@ -29,6 +29,8 @@ CPU_SOURCES = [
     "csrc/cpu/loss_amx.cpp",
     "csrc/cpu/loss_binding.cpp",
     "csrc/cpu/loss_rows.cpp",
+    "csrc/cpu/loss_rows_avx2.cpp",
+    "csrc/cpu/loss_rows_avx512.cpp",
     "csrc/cpu/merge.cpp",
     "csrc/cpu/rank_avx2.cpp",
     "csrc/cpu/rank_avx512.cpp",

@@ -5,13 +5,24 @@
 
 namespace ntpseg {
 
-// What this processor and kernel allow: 0 nothing, 1 AVX-512, 2 also AMX with bfloat16.
+// What this processor and kernel allow: 0 nothing, 1 `exponentials_row` (AVX2 with FMA, or AVX-512), 2 also AMX with
+// bfloat16. NTPSEG_CPU_ISA=baseline|avx2|avx512 asks for no more than that; only the last one leaves AMX.
 int loss_level();
 
 // One row of a tile of logits in place: z becomes exp(z - anchor), and the row's maximum (of z - anchor), its column
 // (counted from `column`) and the sum are brought up to date.
-void exponentials_row(
+using ExponentialsRow = void (*)(
     float* z, int64_t length, float anchor, int32_t column, float& top, int64_t& best, float& total);
+
+namespace avx512 {
+void exponentials_row(float*, int64_t, float, int32_t, float&, int64_t&, float&);
+}
+namespace avx2 {
+void exponentials_row(float*, int64_t, float, int32_t, float&, int64_t&, float&);
+}
+
+// The best of them that `loss_level` allows, null where it is 0.
+ExponentialsRow exponentials_row_for_this_cpu();
 
 // bfloat16 matrices are row-major with a leading dimension; R rows, V classes, D features, D a multiple of 32.
 using bfloat16 = uint16_t;

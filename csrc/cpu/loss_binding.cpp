@@ -30,7 +30,8 @@ void loss_exponentials(
   const int64_t rows = tile.size(0), length = tile.size(1), stride = tile.stride(0);
   for (const auto* vector : {&anchor, &top, &total}) check_tensor(*vector, "a row vector", 1, ScalarType::Float);
   check_tensor(best, "best", 1, ScalarType::Long);
-  STD_TORCH_CHECK(loss_level() >= 1, "needs AVX-512");
+  const ExponentialsRow exponentials_row = exponentials_row_for_this_cpu();
+  STD_TORCH_CHECK(exponentials_row != nullptr, "needs AVX2 with FMA, or AVX-512");
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       exponentials_row(

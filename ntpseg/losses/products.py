@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +15,28 @@ from ntpseg.ops import loss_cpu
 _CPU_BLOCK_BYTES, _CPU_BLOCK_ROWS = 100 << 20, 64
 _GPU_BLOCK_BYTES, _GPU_BLOCK_ROWS = 1 << 30, 2048  # fewer rows starve the products
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's second-level cache
+_WIDENED_BYTES = 4 << 20  # of the part of a weight that a CPU holds in a wider dtype at a time
+_WIDENED_BLOCK_BYTES = 80 << 20  # room for that part, and for what is kept in the operands' dtype besides
 _TILE_STEP = 256
 _CACHE_LINE = 64
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this processor multiplies bfloat16; without, PyTorch does it one number at a time."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # not oneDNN's answer, which says yes to any AVX-512 and then converts to float32 inside the product
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
+        return False
+
+
+def product_dtype(operand: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which operands are multiplied: their own, or float32 where that is faster by far."""
+    narrow = operand == torch.float16 or (operand == torch.bfloat16 and not has_bfloat16_units())
+    return torch.float32 if narrow and device.type == "cpu" else operand
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,7 @@ class Grid:
 
     rows: int  # of a block
     classes: int  # of a tile
+    product: torch.dtype  # of the hidden states of a block
     store: torch.dtype  # of a block's exponentials
     device: torch.device
 
@@ -29,14 +53,16 @@ class Grid:
     def choose(rows: int, classes: int, operand: torch.dtype, device: torch.device, budget: int | None) -> Grid:
         """From a budget of bytes for a block, never from V / D: that starves the products where V is large."""
         gpu = device.type != "cpu"
+        product = product_dtype(operand, device)
         # exp(z - z[y]) leaves the range of float16
-        store = torch.float32 if operand == torch.float16 else operand
+        store = torch.float32 if product == torch.float16 else product
         least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
-        budget = budget or (_GPU_BLOCK_BYTES if gpu else _CPU_BLOCK_BYTES)
+        usual = _WIDENED_BLOCK_BYTES if product != operand else _CPU_BLOCK_BYTES
+        budget = budget or (_GPU_BLOCK_BYTES if gpu else usual)
         size = max(budget // (max(classes, 1) * store.itemsize), least)
         size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
         tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
-        return Grid(size, max(tile, _TILE_STEP), store, device)
+        return Grid(size, max(tile, _TILE_STEP), product, store, device)
 
     def block(self, classes: int) -> Tensor:
         """Room for the exponentials of one block."""
@@ -48,17 +74,19 @@ class Grid:
 
 
 def logits(hidden: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
-    """``hidden @ matrix.T`` written to `out`, accumulated in its dtype.
+    """``hidden @ matrix.T`` written to `out`, accumulated in its dtype; `hidden` is in `Grid.product`.
 
     PyTorch has no CPU product of bfloat16 into float32: there the result is rounded to bfloat16 on the way.
     """
-    if hidden.dtype == out.dtype:
+    if hidden.dtype == out.dtype == matrix.dtype:
         return torch.mm(hidden, matrix.t(), out=out)
+    if hidden.dtype == out.dtype:
+        for part, wide in _widened(matrix, out.dtype):
+            torch.mm(hidden, wide.t(), out=out[:, part])
+        return out
     if hidden.is_cuda:
         return torch.mm(hidden, matrix.t(), out_dtype=out.dtype, out=out)
-    if hidden.dtype == torch.bfloat16:
-        return out.copy_(torch.mm(hidden, matrix.t()))
-    return torch.mm(hidden.to(out.dtype), matrix.to(out.dtype).t(), out=out)
+    return out.copy_(torch.mm(hidden, matrix.t()))
 
 
 def row_dots(hidden: Tensor, matrix: Tensor, token: Tensor, work: torch.dtype) -> Tensor:
@@ -95,8 +123,12 @@ def hidden_gradient(
         product = loss_cpu.hidden_gradient(block, matrix, hidden, unit.dtype)
     elif _mixed(block, unit.dtype) and block.dtype == matrix.dtype:
         product = torch.mm(block, matrix, out_dtype=unit.dtype)
+    elif block.dtype == matrix.dtype:
+        product = block @ matrix
     else:
-        product = block @ matrix.to(block.dtype)
+        product = block.new_zeros(len(block), matrix.shape[1])
+        for part, wide in _widened(matrix, block.dtype):
+            product.addmm_(block[:, part], wide)
     out.copy_(product * unit.unsqueeze(1))
 
 
@@ -137,6 +169,16 @@ def weight_gradient(
             out[low : low + grid.classes].add_(product)
         else:
             out.index_add_(0, classes[low : low + grid.classes], product.to(out.dtype))
+
+
+def _widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`matrix` in another dtype, some rows at a time on a CPU: all of it would not fit beside a block."""
+    step = max(len(matrix), 1)
+    if matrix.device.type == "cpu":
+        step = max(_WIDENED_BYTES // (matrix.shape[1] * dtype.itemsize) // _TILE_STEP * _TILE_STEP, _TILE_STEP)
+    for low in range(0, len(matrix), step):
+        part = slice(low, min(low + step, len(matrix)))
+        yield part, matrix[part].to(dtype)
 
 
 def _mixed(operand: Tensor, work: torch.dtype) -> bool:

@@ -52,7 +52,7 @@ def rows_loss(
             d_weight[matrix].zero_()
         for low in range(start, stop, grid.rows):
             part = slice(low, min(low + grid.rows, stop))
-            hidden, head = rows.hidden[part], matrices[matrix]
+            hidden, head = rows.hidden[part].to(grid.product), matrices[matrix]
             real = rows.target[part] >= 0
             target = rows.target[part].clamp_min(0)
             block = None if store is None else store[: len(target)]
@@ -86,7 +86,7 @@ def rows_loss(
 
     if d_hidden is not None:
         d_hidden = shard.sum(d_hidden).to(kept)
-    del store  # before the copy in another dtype
+    store = block = None  # before the copy in another dtype
     if d_weight is not None:
         d_weight = d_weight.reshape(weight.shape).to(kept)
     return RowsResult(prediction, nll, margin, tcl, het, lse, d_hidden, d_weight)

@@ -1,13 +1,12 @@
 """The loss's native passes for the CPU (csrc/cpu/loss_*.cpp), and when they can be used.
 
-They serve float32 (one pass over a tile of logits, AVX-512) and bfloat16 (products on AMX tiles with float32
-accumulators, the pass over the logits as their epilogue). Everything else, every other processor and a package without
-its extension run on plain PyTorch.
+They serve float32 (one pass over a tile of logits, with AVX2 or AVX-512) and bfloat16 (products on AMX tiles with
+float32 accumulators, the pass over the logits as their epilogue). Everything else, every other processor and a package
+without its extension run on plain PyTorch.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -17,14 +16,9 @@ from ntpseg.ops.extension import usable
 
 
 def level() -> int:
-    """0: plain PyTorch; 1: AVX-512, serves float32; 2: AMX as well, serves bfloat16."""
+    """0: plain PyTorch; 1: AVX2 with FMA, or AVX-512, serves float32; 2: AMX as well, serves bfloat16."""
     if os.environ.get("NTPSEG_DISABLE_NATIVE") == "1" or not usable("cpu"):
         return 0
-    return _processor_level()
-
-
-@functools.cache
-def _processor_level() -> int:
     if not hasattr(torch.ops.ntpseg, "loss_cpu_level"):  # an extension of an earlier build
         return 0
     return int(torch.ops.ntpseg.loss_cpu_level(torch.empty(0)))

@@ -8,20 +8,39 @@ from loss_cases import draw, error
 
 from ntpseg.ops import loss_cpu
 
-tiles = pytest.mark.skipif(loss_cpu.level() < 1, reason="needs AVX-512 and the extension")
 blocks = pytest.mark.skipif(loss_cpu.level() < 2, reason="needs AMX with bfloat16 and the extension")
 SHAPES = [(1, 32, 1), (5, 32, 31), (33, 64, 97), (64, 96, 512), (150, 32, 1031), (700, 64, 600), (31, 544, 1056)]
 
 
-@tiles
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 300])
-def test_a_pass_over_a_tile(length: int) -> None:
+@pytest.fixture(params=["avx512", "avx2"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run on this instruction set, or the best below it that the processor has."""
+    monkeypatch.setenv("NTPSEG_CPU_ISA", request.param)
+    if loss_cpu.level() < 1:
+        pytest.skip("needs AVX2 with FMA and the extension")
+    return request.param
+
+
+def test_the_level_follows_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    for asked in ("baseline", "avx2", "avx512"):
+        monkeypatch.setenv("NTPSEG_CPU_ISA", asked)
+        levels.append(loss_cpu.level())
+    assert levels[0] == 0 and levels[1] <= 1 and levels == sorted(levels)
+    monkeypatch.setenv("NTPSEG_DISABLE_NATIVE", "1")
+    assert loss_cpu.level() == 0
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 300])
+def test_a_pass_over_a_tile(length: int, isa: str) -> None:
     whole = torch.randn(9, 400) * 10
     tile = whole[:, 7 : 7 + length]
     anchor, gap = torch.randn(9), tile.clone()
     gap -= anchor.unsqueeze(1)
     top, best, total = torch.full((9,), 2.0), torch.full((9,), 3), torch.ones(9)
+    around = whole[:, :7].clone(), whole[:, 7 + length :].clone()
     loss_cpu.exponentials_(tile, anchor, top, best, total, 100)
+    assert torch.equal(whole[:, :7], around[0]) and torch.equal(whole[:, 7 + length :], around[1])
     assert torch.allclose(tile.double(), gap.double().exp(), rtol=1e-6, atol=0)
     expected, where = gap.max(1)
     assert torch.equal(top, expected.clamp_min(2.0))
@@ -29,8 +48,41 @@ def test_a_pass_over_a_tile(length: int) -> None:
     assert torch.allclose(total.double(), 1 + gap.double().exp().sum(1), rtol=1e-5)
 
 
-@tiles
-def test_extremes_and_ties() -> None:
+def test_exponentials_are_within_two_units_in_the_last_place(isa: str) -> None:
+    tile = torch.linspace(-87.3, 88.7, 16 * 5001).reshape(16, 5001)
+    tile[0] = torch.logspace(-30, 1, 5001)
+    exact = tile.double().exp()
+    anchor, top, total = torch.zeros(3, 16)
+    loss_cpu.exponentials_(tile, anchor, top, torch.zeros(16, dtype=torch.int64), total, 0)
+    unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+    assert float(((tile.double() - exact).abs() / unit).max()) < 2
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 16, 20])
+def test_extremes_in_whole_vectors_and_in_the_tail(at: int, isa: str) -> None:
+    extremes = torch.tensor([-torch.inf, -500.0, -104.0, -100.0, 88.7, 89.0, 1e38, torch.inf, torch.nan])
+    for value in extremes.tolist():
+        tile = torch.zeros(1, 21)
+        tile[0, at] = value
+        top, best, total = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        loss_cpu.exponentials_(tile, torch.zeros(1), top, best, total, 3)
+        expected = torch.tensor(value).exp()
+        assert torch.isclose(tile[0, at], expected, rtol=1e-6, atol=2e-45, equal_nan=True)
+        assert torch.isclose(total, 20 + expected, rtol=1e-6, equal_nan=True)
+        first_zero = 3 if at else 4  # the maximum passes over not-a-number
+        assert (float(top), int(best)) == ((value, at + 3) if value > 0 else (0.0, first_zero))
+
+
+@pytest.mark.parametrize("columns", [(2, 13), (13, 2, 34), (9, 25), (32, 34)])
+def test_the_first_of_equal_maxima_is_taken(columns: tuple[int, ...], isa: str) -> None:
+    tile = torch.randn(1, 35).clamp_max(1)
+    tile[0, list(columns)] = 2.0
+    top, best, total = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    loss_cpu.exponentials_(tile, torch.zeros(1), top, best, total, 0)
+    assert (float(top), int(best)) == (2.0, min(columns))
+
+
+def test_extremes_and_ties(isa: str) -> None:
     tile = torch.tensor([[-torch.inf, -500.0, 80.0, 80.0], [torch.nan, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     top, best, total = torch.full((3,), -torch.inf), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
     loss_cpu.exponentials_(tile, torch.zeros(3), top, best, total, 0)
