@@ -51,7 +51,7 @@ def main() -> None:
     settings = parser.parse_args()
     hidden, weight, labels, (low, high) = states(settings.run, settings.samples)
     options = LossOptions(vocab_range=(low, high), backend="torch")
-    rows = plan_rows(hidden, labels, high - low, options, per_head_weight=weight.dim() == 3).rows
+    rows, _ = plan_rows(hidden, labels, high - low, options, per_head_weight=weight.dim() == 3)
     matrix = weight[low:high] if weight.dim() == 2 else weight[0, low:high]
     needed = (rows.hidden @ matrix.t()).softmax(1) >= settings.threshold
     needed[torch.arange(len(needed)), rows.target] = True
