@@ -123,6 +123,37 @@ def test_a_step_in_a_cuda_graph() -> None:
     assert torch.equal(hidden.grad, wanted_hidden) and torch.equal(weight.grad, wanted_weight)
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_factor_is_not_rounded_to_bf16(retain: bool) -> None:
+    """1/3 in bf16 is 0.2 % off: gradients of a scaled loss must not be further from the truth than those of the loss."""
+    inputs = _inputs()
+    _, *truth = _step("reference", inputs, LossOptions(), torch.float64)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs[:2]]
+    out = ntp_loss(*leaves, inputs[2], het=inputs[3], backend="triton")
+    if retain:
+        once = torch.autograd.grad(out.loss / 3, leaves, retain_graph=True)
+        kept = [gradient.clone() for gradient in once]
+    (out.loss / 3).backward()
+    for leaf, exact in zip(leaves, truth, strict=True):
+        error = (leaf.grad.double() * 3 - exact).norm() / exact.norm()
+        assert error < 3.5e-3
+        bias = (leaf.grad.double() * 3 * exact).sum() / exact.square().sum() - 1
+        assert abs(bias) < 5e-4
+    if retain:
+        assert all(torch.equal(a, b) for a, b in zip(once, kept, strict=True)), "a later backward changed a gradient"
+
+
+@pytest.mark.parametrize("width", [250, 51])
+def test_unaligned_rows(width: int) -> None:
+    hidden, weight, labels, het = _inputs()
+    inputs = (hidden[..., :width], weight[..., :width], labels, het)
+    wanted, *truth = _step("reference", inputs, LossOptions(), torch.float64)
+    found, *got = _step("triton", inputs, LossOptions())
+    torch.testing.assert_close(found.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6)
+    for ours, exact in zip(got, truth, strict=True):
+        assert float((ours.double() - exact).norm() / exact.norm()) < 3.5e-3
+
+
 def test_bf16_loss_is_exact_where_rounded_logits_are_not() -> None:
     """Large logits: the loss error stays at fp32's, whatever the rounding of bf16 logits would do."""
     inputs = _inputs()

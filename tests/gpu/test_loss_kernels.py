@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ntpseg.kernels import chunks
 from ntpseg.kernels.engine import Setting
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
@@ -165,6 +166,18 @@ def test_chunks_sum_the_weight_gradient_in_fp32() -> None:
     whole, cut = _run(rows, weight), _run(rows, weight, setting=Setting(chunk_bytes=3008 * 2 * 128))
     assert torch.equal(whole.nll, cut.nll)
     assert _distance(cut.d_weight, wanted.d_weight) < 1.05 * _distance(whole.d_weight, wanted.d_weight) + 1e-4
+
+
+@pytest.mark.parametrize("filtered", [0.0, 1e-9])
+def test_chunks_sum_the_weight_gradient_beside_itself(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = _rows(2048, 256, 3000, BF16)
+    wanted = _truth(rows, weight)
+    setting = Setting(chunk_bytes=3008 * 2 * 128, gradient_filter=filtered)
+    in_fp32 = _run(rows, weight, setting=setting)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1)
+    beside = _run(rows, weight, setting=setting)
+    assert (beside.d_weight != in_fp32.d_weight).float().mean() < 0.05
+    assert _distance(beside.d_weight, wanted.d_weight) < 1.02 * _distance(in_fp32.d_weight, wanted.d_weight) + 1e-5
 
 
 def test_gradient_filter() -> None:

@@ -1,0 +1,94 @@
+"""Planning by kernels on a GPU: the same rows as in plain PyTorch, and no more synchronisation than it promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ntpseg.losses import LossOptions
+from ntpseg.losses.placement import RowPlan
+from ntpseg.losses.rows import plan_rows
+from ntpseg.losses.rows_by_kernels import KernelPlan, plan_by_kernels
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = (7, 500, 3)
+
+
+def _arguments(per_head: bool) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict]:
+    make = torch.Generator("cuda").manual_seed(0)
+    keys = {"device": "cuda", "generator": make}
+    batch, time, heads = SHAPE
+    labels = torch.randint(0, 900, (batch, time), **keys)
+    labels[torch.rand(batch, time, **keys) < 0.4] = -100
+    hidden = torch.randn(*SHAPE, 72, **keys).bfloat16()
+    more = {
+        "per_head_weight": per_head,
+        "het_position": torch.randint(-1, time, (batch, 90), **keys),
+        "het_token": torch.randint(0, 900, (batch, 90), **keys),
+        "token_weights": torch.rand(batch, time, **keys),
+    }
+    return (hidden, labels, 900), more
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(max_rows=2500, head_weights=(1.0, 0.5, 0.0))], ids=str)
+def test_equals_plain(options: LossOptions, per_head: bool) -> None:
+    arguments, more = _arguments(per_head)
+    rows, alone = plan_rows(*arguments, options, **more)
+    plain = RowPlan(rows, alone, SHAPE, 1)
+    found = plan_by_kernels(*arguments, options, **more)
+    assert rows.segments == found.rows.segments
+    real = rows.index >= 0
+    for name in ("target", "reach", "het", "index"):
+        assert torch.equal(getattr(rows, name), getattr(found.rows, name)), name
+    assert torch.equal(rows.hidden[real], found.rows.hidden[real])
+    torch.testing.assert_close(rows.share, found.rows.share, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows.het_share, found.rows.het_share, rtol=1e-6, atol=0)
+    _assert_returns(plain, found, real)
+
+
+def _assert_returns(plain: RowPlan, found: KernelPlan, real: torch.Tensor) -> None:
+    prediction = torch.where(real, torch.arange(len(real), device="cuda"), -1)
+    nll, margin = torch.rand(2, len(real), device="cuda").masked_fill(~real, 0.0)
+    for a, b in zip(plain.results(prediction, nll, margin, 5), found.results(prediction, nll, margin, 5), strict=True):
+        assert torch.equal(a, b)
+    gradient = torch.randn(len(real), 72, device="cuda").bfloat16() * real.unsqueeze(1)
+    assert torch.equal(plain.gradient(gradient), found.gradient(gradient))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(max_rows=2500, head_weights=(1.0, 0.5, 0.0))], ids=str)
+def test_synchronises_once_or_never(options: LossOptions, per_head: bool) -> None:
+    arguments, more = _arguments(per_head)
+    plan_by_kernels(*arguments, options, **more)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan_by_kernels(*arguments, options, **more)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(found) == (0 if options.max_rows else 1), found
+
+
+def test_a_wrong_label_is_caught_on_the_device_where_nothing_is_counted() -> None:
+    code = """
+import torch
+from ntpseg import ntp_loss
+from ntpseg.losses import LossOptions
+hidden, weight = torch.randn(2, 9, 1, 64, device="cuda"), torch.randn(50, 64, device="cuda")
+labels = torch.full((2, 9), 50, device="cuda")
+ntp_loss(hidden, weight, labels, options=LossOptions(max_rows=18, backend="triton"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "ssert" in done.stderr, done.stderr[-2000:]
