@@ -125,7 +125,7 @@ def test_a_step_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("retain", [False, True])
 def test_a_factor_is_not_rounded_to_bf16(retain: bool) -> None:
-    """1/3 in bf16 is 0.2 % off: gradients of a scaled loss must not be further from the truth than those of the loss."""
+    """1/3 in bf16 is 0.2 % off: gradients of a scaled loss must be no further from the truth than those of the loss."""
     inputs = _inputs()
     _, *truth = _step("reference", inputs, LossOptions(), torch.float64)
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:2]]

@@ -24,7 +24,7 @@ SHAPE = (7, 500, 3)
 def _arguments(per_head: bool) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict]:
     make = torch.Generator("cuda").manual_seed(0)
     keys = {"device": "cuda", "generator": make}
-    batch, time, heads = SHAPE
+    batch, time, _ = SHAPE
     labels = torch.randint(0, 900, (batch, time), **keys)
     labels[torch.rand(batch, time, **keys) < 0.4] = -100
     hidden = torch.randn(*SHAPE, 72, **keys).bfloat16()
