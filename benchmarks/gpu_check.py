@@ -76,17 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def steps(environment: dict[str, str]) -> list[tuple[str, float, list[str]]]:
     """Name, limit in seconds and command of each."""
     python = sys.executable
+    tests = [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
     found = [("environment", 25.0, [python, "-c", _ENVIRONMENT])]
     if not list((ROOT / "ntpseg").glob("_C_cuda*.so")):
         found.append(("build", 150.0, [python, "setup.py", "-q", "build_ext", "--inplace"]))
     found += [
-        ("tests", 100.0, [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]),
+        ("tests", 70.0, [*tests, "-m", "not slow"]),
     ]
     limits = {"loss": 225.0, "train": 45.0, "attention": 40.0, "topn": 20.0, "decode": 35.0}
     bench = [python, "-m", "benchmarks"]
     found += [(name, limit, [*bench, name, "--quick", "--device", "cuda"]) for name, limit in limits.items()]
     found += [
         ("profile", 55.0, [python, "-m", "benchmarks.profile_loss", "--quick"]),
+        ("sanitizer", 30.0, [*tests, "-m", "slow"]),  # last, so that it gets whatever time is left
         ("report", REPORT, [*bench, "report"]),
     ]
     return found

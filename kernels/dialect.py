@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 NO_TOKEN = tl.constexpr(2147483647)
 # An anchor above every logit: exp2 of the difference is exactly zero, so the dense part of the row vanishes.
 FAR_ANCHOR = tl.constexpr(1.0e30)
+
+
+def _mend_interpreter() -> None:
+    """Lets a scalar be the bound of a loop: a one-element array there, which is no ``int`` to NumPy 2.5 and later.
+
+    Triton 3.9 does the same in its own interpreter; 3.6 does not.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
+if INTERPRETED:
+    _mend_interpreter()
 
 
 @triton.jit

@@ -217,5 +217,5 @@ def touch_up(
         HALF=e is not None and e.dtype == torch.float16,
         ROWS=step,
         COLUMNS=size,
-        num_warps=2,
+        num_warps=4,
     )

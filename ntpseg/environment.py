@@ -32,6 +32,8 @@ def describe() -> dict[str, dict[str, str]]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, ntpseg and what it works with; "not installed" where a package is missing."""
+    import torch
+
     import ntpseg
 
     found = {"ntpseg": ntpseg.__version__, "python": platform.python_version(), "platform": platform.platform()}
@@ -40,6 +42,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["torch"] = torch.__version__  # PyPI's wheel leaves its build (+cu130) out of the metadata
     return found
 
 
@@ -73,10 +76,14 @@ def devices() -> dict[str, str]:
 def backends() -> dict[str, str]:
     """What `ntp_loss`, the ranking op, attention and ZeRO can use here."""
     found = {"loss reference": "usable", "loss torch": "usable", "loss triton": _triton()}
+    import torch
+
     from ntpseg.ops import extension_status
 
     for line in extension_status().splitlines():
         device, _, detail = line.partition(": ")
+        if (device, detail) == ("cuda", "native") and not torch.cuda.is_available():
+            detail = "native, but there is no CUDA device"
         found[f"ranking op, {device}"] = detail
     found["attention sdpa, eager, causal_blocks"] = "usable"
     found["attention flash_attention_2"] = _module("flash_attn", cuda=True)
