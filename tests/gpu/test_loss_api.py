@@ -125,20 +125,18 @@ def test_a_step_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("retain", [False, True])
 def test_a_factor_is_not_rounded_to_bf16(retain: bool) -> None:
-    """1/3 in bf16 is 0.2 % off: gradients of a scaled loss must be no further from the truth than those of the loss."""
+    """1/3 in bf16 is 0.2 % too large, and so would be all gradients."""
     inputs = _inputs()
-    _, *truth = _step("reference", inputs, LossOptions(), torch.float64)
+    _, *whole = _step("triton", inputs, LossOptions())
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:2]]
     out = ntp_loss(*leaves, inputs[2], het=inputs[3], backend="triton")
     if retain:
         once = torch.autograd.grad(out.loss / 3, leaves, retain_graph=True)
         kept = [gradient.clone() for gradient in once]
     (out.loss / 3).backward()
-    for leaf, exact in zip(leaves, truth, strict=True):
-        error = (leaf.grad.double() * 3 - exact).norm() / exact.norm()
-        assert error < 3.5e-3
-        bias = (leaf.grad.double() * 3 * exact).sum() / exact.square().sum() - 1
-        assert abs(bias) < 5e-4
+    for leaf, gradient in zip(leaves, whole, strict=True):
+        found, wanted = 3 * leaf.grad.double(), gradient.double()
+        assert abs((found * wanted).sum() / wanted.square().sum() - 1) < 5e-4
     if retain:
         assert all(torch.equal(a, b) for a, b in zip(once, kept, strict=True)), "a later backward changed a gradient"
 
