@@ -199,17 +199,18 @@ __device__ int select_row(SelectShared<kThreads>& shared, const uint32_t (&keys)
   if (threadIdx.x < 3) shared.candidate[kept + threadIdx.x] = 0;  // exceeds nothing; fills the last four
   __syncthreads();
 
-  // A warp compares all candidates with its own slice of them, whose loads are broadcasts. The difference's sign costs
-  // an instruction less than the comparison.
-  const int slice = (kept + 4 * kWarps - 1) / (4 * kWarps) * 4;
-  const int start = warp * slice, stop = min(kept, start + slice);
-  if (start < stop) {
+  // As many threads as there are for it share a candidate's comparisons, four in turn each. The difference's sign costs
+  // an instruction less than the comparison. t / kept is t * inverse >> 20 for all t up to 1024.
+  const uint32_t inverse = (1u << 20) / static_cast<uint32_t>(kept) + 1;
+  const int sharers = max(1, static_cast<int>(kThreads * inverse >> 20));
+  const int sharer = static_cast<int>(threadIdx.x * inverse >> 20);
+  if (sharer < sharers) {
 #pragma unroll 1
-    for (int i = lane; i < kept; i += 32) {
+    for (int i = static_cast<int>(threadIdx.x) - sharer * kept; i < kept; i += kThreads) {
       const unsigned long long mine = shared.candidate[i];
       uint32_t exceeding = 0;
 #pragma unroll 1
-      for (int j = start; j < stop; j += 4) {
+      for (int j = 4 * sharer; j < kept; j += 4 * sharers) {
         const auto* pairs = reinterpret_cast<const ulonglong2*>(shared.candidate + j);
         for (const ulonglong2 pair : {pairs[0], pairs[1]}) {
           exceeding += static_cast<uint32_t>((mine - pair.x) >> 32) >> 31;
