@@ -27,6 +27,7 @@ __device__ __forceinline__ int count_before(const MergeShared& shared, int i, in
   const bool is_held = i < kMaxN;
   const int first = is_held ? kMaxN : 0;
   int low = first, high = first + (is_held ? fresh : held);
+#pragma unroll 1
   while (low < high) {
     const int middle = (low + high) / 2;
     const bool before = is_held ? precedes(shared, middle, i) : !precedes(shared, i, middle);
@@ -39,7 +40,7 @@ __device__ __forceinline__ int count_before(const MergeShared& shared, int i, in
 // The fresh entries lie at shared.{key, position, token}[kMaxN ..]; `fresh` is how many, and each position at most
 // once. rank_at has room for a.length bytes. The lock makes visits of one sample by several blocks take turns; in
 // whichever order they come, the outcome is the same. Rows are read and written past the first-level cache, which
-// other multiprocessors do not see.
+// other multiprocessors do not see. No loop is unrolled: each turns once or twice, and its copies would all be fetched.
 template <int kThreads>
 __device__ void merge_row(
     const RecordArguments& a, MergeShared& shared, uint8_t* rank_at, int64_t sample, int epoch, int fresh) {
@@ -49,6 +50,7 @@ __device__ void merge_row(
   // The low word is enough to spread samples over the locks, and a 64-bit remainder is slow.
   int32_t* lock = a.control + 1 + static_cast<uint32_t>(sample) % static_cast<uint32_t>(a.locks);
   // Positions without a fresh entry keep whatever their byte was: who reads one looks whether it names its position.
+#pragma unroll 1
   for (int i = threadIdx.x; i < fresh; i += kThreads) rank_at[shared.position[kMaxN + i]] = static_cast<uint8_t>(i);
   if (threadIdx.x < 2 * kMaxN / 32 + 1) shared.dropped[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
@@ -58,6 +60,7 @@ __device__ void merge_row(
   __syncthreads();
 
   int held = 0;
+#pragma unroll 1
   for (int base = 0; base < a.n; base += kThreads) {
     const int i = base + static_cast<int>(threadIdx.x);
     int position = -1;
@@ -76,10 +79,12 @@ __device__ void merge_row(
 
   // Entry e of the two lists together is at index e, or in the second half.
   const auto at = [held](int e) { return e < held ? e : kMaxN + e - held; };
+#pragma unroll 1
   for (int e = threadIdx.x; e < total; e += kThreads) {
     shared.merged[at(e)] = (e < held ? e : e - held) + count_before(shared, at(e), held, fresh);
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < held; i += kThreads) {
     const int position = shared.position[i];
     if (position >= a.length) continue;
@@ -91,9 +96,11 @@ __device__ void merge_row(
   __syncthreads();
   const auto kept_before = [&shared](int place) {
     int kept = place;
+#pragma unroll 1
     for (int word = 0; word < place / 32; ++word) kept -= __popc(shared.dropped[word]);
     return kept - __popc(shared.dropped[place / 32] & ((1u << place % 32) - 1));
   };
+#pragma unroll 1
   for (int e = threadIdx.x; e < total; e += kThreads) {
     const int i = at(e), merged = shared.merged[i], place = kept_before(merged);
     if (place >= a.n || shared.dropped[merged / 32] >> merged % 32 & 1) continue;
@@ -101,6 +108,7 @@ __device__ void merge_row(
     __stcg(row + a.n + place, shared.position[i]);
     __stcg(row + 2 * a.n + place, shared.token[i]);
   }
+#pragma unroll 1
   for (int i = kept_before(total) + static_cast<int>(threadIdx.x); i < a.n; i += kThreads) {
     __stcg(row + i, __float_as_int(-INFINITY));
     __stcg(row + a.n + i, -1);

@@ -10,8 +10,8 @@
 namespace ntpseg {
 namespace {
 
-// What a thread's columns hold, `none` beyond the row's end. A vector is taken whole: rows that are read as vectors have
-// a multiple of four columns.
+// What a thread's columns hold, `none` beyond the row's end. A vector is taken whole: rows that are read as vectors
+// have a multiple of four columns.
 template <class T>
 __device__ __forceinline__ T load(const T* from, bool inside, T none) {
   return inside ? __ldcs(from) : none;
@@ -105,8 +105,10 @@ __device__ __forceinline__ int select_from(
   return select_row<kThreads, kItems>(shared, keys, a.n);
 }
 
+// The bounds' second number: threads on a multiprocessor that registers must suffice for, as many as go without spills.
 template <int kThreads, int kItems>
-__global__ __launch_bounds__(kThreads, kItems == 16 ? 1280 / kThreads : 1024 / kThreads) void topn_kernel(TopnArguments a, bool vectors) {
+__global__ __launch_bounds__(kThreads, (kItems == 16 ? 1280 : 1024) / kThreads) void topn_kernel(
+    TopnArguments a, bool vectors) {
   __shared__ SelectShared<kThreads> shared;
   const int64_t row = blockIdx.x;
   const int candidates = select_from<kThreads, kItems>(a, row, vectors, shared);

@@ -176,13 +176,6 @@ inline void __nanosleep(unsigned) {
   std::abort();
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* given = emulator::exchange_in_warp(mask, predicate != 0);
-  unsigned ballot = 0;
-  for (int i = 0; i < 32; ++i) ballot |= (mask >> i & 1) && given[i] ? 1u << i : 0;
-  return ballot;
-}
-
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
   return static_cast<T>(emulator::exchange_in_warp(mask, static_cast<uint64_t>(value))[from]);
@@ -244,7 +237,6 @@ inline float smaller(float x, float y) { return isnan(x) ? y : isnan(y) ? x : st
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
 struct cudaLaunchConfig_t {
