@@ -83,11 +83,12 @@ def test_topn_at_every_block_shape(emulator: ctypes.CDLL, rows: int, length: int
     agree(emulator, deviation, is_error, n)
 
 
-def test_topn_of_many_rows(emulator: ctypes.CDLL) -> None:
-    deviation = torch.randn(321, 2100)
+@pytest.mark.parametrize("length", [2100, 2101])
+def test_topn_of_many_rows(emulator: ctypes.CDLL, length: int) -> None:
+    deviation = torch.randn(321, length)
     deviation[::2] = deviation[::2].round()
     deviation[::5] = 2.5
-    agree(emulator, deviation, torch.rand(321, 2100) < torch.rand(321, 1), 64)
+    agree(emulator, deviation, torch.rand(321, length) < torch.rand(321, 1), 64)
 
 
 def bits(*patterns: int) -> Tensor:
