@@ -21,12 +21,12 @@ TITLES = {
     "train": "A whole training step",
 }
 _HOW = """Every figure is taken beside a reference made of the plain matrix products of the same operands (for the
-ranking: of copies), in one process, in turns; a ratio is the median over rounds of the ratio within a round, so that
-other load on the machine falls on both. "Noise" is the same ratio of the reference to itself. A contestant is timed
-only after its result was held against float64 (decoding: against a plain float32 forward pass). Extra memory is the
-peak during a step beyond what was there before it. Peers' cross-entropies compute CE alone; "+ terms" adds TCL and HET
-to them in plain PyTorch. `ntpseg bench` measures, `ntpseg bench report` writes this section from the rows in
-`benchmarks/results/`."""
+ranking: of copies, on a GPU of the `torch.topk` composition), in one process, in turns; a ratio is the median over
+rounds of the ratio within a round, so that other load on the machine falls on both. "Noise" is the same ratio of the
+reference to itself. A contestant is timed only after its result was held against float64 (decoding: against a plain
+float32 forward pass). Extra memory is the peak during a step beyond what was there before it. Peers' cross-entropies
+compute CE alone; "+ terms" adds TCL and HET to them in plain PyTorch. `ntpseg bench` measures, `ntpseg bench report`
+writes this section from the rows in `benchmarks/results/`."""
 _CAPTION = "Ratio to the reference in brackets; smaller is better."
 
 

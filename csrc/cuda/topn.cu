@@ -10,92 +10,118 @@
 namespace ntpseg {
 namespace {
 
-// Loads a thread's columns as keys, 0 where there is no error. Vectors of four need rows that start aligned.
-template <int kThreads, int kItems>
-__device__ void load_keys(const TopnArguments& a, int64_t row, bool vectors, uint32_t (&keys)[kItems]) {
-  const float* deviation = a.deviation + row * a.length;
-  const uint8_t* is_error = a.is_error + row * a.length;
-#pragma unroll
-  for (int i = 0; i < kItems; i += 4) {
-    const int column = column_of<kThreads>(i);
-    float value[4] = {};
-    uint8_t error[4] = {};
-    if (vectors) {
-      if (column < a.length) {
-        const float4 v = __ldcs(reinterpret_cast<const float4*>(deviation + column));
-        const uchar4 e = __ldcs(reinterpret_cast<const uchar4*>(is_error + column));
-        value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-        error[0] = e.x, error[1] = e.y, error[2] = e.z, error[3] = e.w;
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (column + j < a.length) {
-          value[j] = __ldcs(deviation + column + j);
-          error[j] = __ldcs(is_error + column + j);
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) keys[i + j] = error[j] ? key_of(value[j]) : 0;
-  }
+// What a thread's columns hold, `none` beyond the row's end. A vector is taken whole: rows that are read as vectors
+// have a multiple of four columns.
+template <class T>
+__device__ __forceinline__ T load(const T* from, bool inside, T none) {
+  return inside ? __ldcs(from) : none;
 }
 
-template <int kThreads, int kItems>
-__device__ void load_keys(const RecordArguments& a, int64_t row, bool vectors, uint32_t (&keys)[kItems]) {
-  const float* deviation = a.deviation + row * a.length;
-  const int64_t* prediction = a.prediction + row * a.length;
-  const int64_t* labels = a.labels + row * a.length;
+// Loads a thread's columns as keys, 0 where there is no error. kVectors needs rows that start aligned. Nothing is
+// looked at before all is asked for, and no branch parts the loads, so that they travel together.
+template <bool kVectors, int kThreads, int kItems>
+__device__ __forceinline__ void load_keys(const TopnArguments& a, int64_t row, uint32_t (&keys)[kItems]) {
+  const float* deviation = a.deviation + row * a.length + 4 * threadIdx.x;
+  const uint8_t* is_error = a.is_error + row * a.length + 4 * threadIdx.x;
+  float value[kItems];
+  uint32_t errors[kItems / 4];  // a byte each
 #pragma unroll
   for (int i = 0; i < kItems; i += 4) {
-    const int column = column_of<kThreads>(i);
-    float value[4] = {};
-    int64_t predicted[4] = {-1, -1, -1, -1}, label[4] = {};
-    if (vectors) {
-      if (column < a.length) {
-        const float4 v = __ldcs(reinterpret_cast<const float4*>(deviation + column));
-        value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+    const int ahead = i * kThreads, column = column_of<kThreads>(i);
+    if (kVectors) {
+      const bool inside = column < a.length;
+      const float4 v = load(reinterpret_cast<const float4*>(deviation + ahead), inside, make_float4(0, 0, 0, 0));
+      value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
+      errors[i / 4] = load(reinterpret_cast<const uint32_t*>(is_error + ahead), inside, 0u);
+    } else {
+      errors[i / 4] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool inside = column + j < a.length;
+        value[i + j] = load(deviation + ahead + j, inside, 0.0f);
+        errors[i / 4] |= static_cast<uint32_t>(load(is_error + ahead + j, inside, uint8_t{0})) << 8 * j;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) keys[i] = errors[i / 4] & 0xffu << i % 4 * 8 ? key_of(value[i]) : 0;
+}
+
+// As above. Tokens fill four registers a column: where a thread has many columns it asks for four at a time, which from
+// all of a multiprocessor's threads still covers the memory's latency.
+template <bool kVectors, int kThreads, int kItems>
+__device__ __forceinline__ void load_keys(const RecordArguments& a, int64_t row, uint32_t (&keys)[kItems]) {
+  constexpr int kTogether = kItems > 8 ? 4 : kItems;
+  const float* deviation = a.deviation + row * a.length + 4 * threadIdx.x;
+  const int64_t* prediction = a.prediction + row * a.length + 4 * threadIdx.x;
+  const int64_t* labels = a.labels + row * a.length + 4 * threadIdx.x;
+#pragma unroll
+  for (int first = 0; first < kItems; first += kTogether) {
+    float value[kTogether];
+    int64_t predicted[kTogether], label[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; i += 4) {
+      const int ahead = (first + i) * kThreads, column = column_of<kThreads>(first + i);
+      if (kVectors) {
+        const bool inside = column < a.length;
+        const float4 v = load(reinterpret_cast<const float4*>(deviation + ahead), inside, make_float4(0, 0, 0, 0));
+        value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
-          const longlong2 p = __ldcs(reinterpret_cast<const longlong2*>(prediction + column + j));
-          const longlong2 y = __ldcs(reinterpret_cast<const longlong2*>(labels + column + j));
-          predicted[j] = p.x, predicted[j + 1] = p.y;
-          label[j] = y.x, label[j + 1] = y.y;
+          const longlong2 none = make_longlong2(-1, -1);
+          const longlong2 p = load(reinterpret_cast<const longlong2*>(prediction + ahead + j), inside, none);
+          const longlong2 y = load(reinterpret_cast<const longlong2*>(labels + ahead + j), inside, none);
+          predicted[i + j] = p.x, predicted[i + j + 1] = p.y;
+          label[i + j] = y.x, label[i + j + 1] = y.y;
         }
-      }
-    } else {
+      } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (column + j < a.length) {
-          value[j] = __ldcs(deviation + column + j);
-          predicted[j] = prediction[column + j];
-          label[j] = labels[column + j];
+        for (int j = 0; j < 4; ++j) {
+          const bool inside = column + j < a.length;
+          value[i + j] = load(deviation + ahead + j, inside, 0.0f);
+          predicted[i + j] = load(prediction + ahead + j, inside, int64_t{-1});
+          label[i + j] = load(labels + ahead + j, inside, int64_t{-1});
         }
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const bool error = predicted[j] >= 0 && label[j] != a.ignore_index && predicted[j] != label[j];
-      keys[i + j] = error ? key_of(value[j]) : 0;
+    for (int i = 0; i < kTogether; ++i) {
+      const bool error = predicted[i] >= 0 && label[i] != a.ignore_index && predicted[i] != label[i];
+      keys[first + i] = error ? key_of(value[i]) : 0;
     }
   }
 }
 
-template <int kThreads, int kItems>
-__global__ __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 768 / kThreads) void topn_kernel(TopnArguments a, bool vectors) {
-  __shared__ SelectShared shared;
-  const int64_t row = blockIdx.x;
+template <int kThreads, int kItems, class Arguments>
+__device__ __forceinline__ int select_from(
+    const Arguments& a, int64_t row, bool vectors, SelectShared<kThreads>& shared) {
+  clear<kThreads>(shared);
   uint32_t keys[kItems];
-  load_keys<kThreads, kItems>(a, row, vectors, keys);
-  const int candidates = select_row<kThreads, kItems>(shared, keys, a.n);
+  if (vectors) {
+    load_keys<true, kThreads, kItems>(a, row, keys);
+  } else {
+    load_keys<false, kThreads, kItems>(a, row, keys);
+  }
+  return select_row<kThreads, kItems>(shared, keys, a.n);
+}
+
+// The bounds' second number: threads on a multiprocessor that registers must suffice for, as many as go without spills.
+template <int kThreads, int kItems>
+__global__ __launch_bounds__(kThreads, (kItems == 16 ? 1280 : 1024) / kThreads) void topn_kernel(
+    TopnArguments a, bool vectors) {
+  __shared__ SelectShared<kThreads> shared;
+  const int64_t row = blockIdx.x;
+  const int candidates = select_from<kThreads, kItems>(a, row, vectors, shared);
   float* value = a.value + row * a.n;
   int32_t* index = a.index + row * a.n;
+#pragma unroll 1
   for (int i = threadIdx.x; i < candidates; i += kThreads) {
     const int place = shared.place[i];
     if (place >= a.n) continue;
     value[place] = value_of(composite_key(shared.candidate[i]));
     index[place] = composite_column(shared.candidate[i]);
   }
+#pragma unroll 1
   for (int i = candidates + threadIdx.x; i < a.n; i += kThreads) {
     value[i] = -INFINITY;
     index[i] = -1;
@@ -103,18 +129,19 @@ __global__ __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 768 / kThreads) vo
 }
 
 template <int kThreads, int kItems>
-__global__ __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 768 / kThreads) void record_kernel(RecordArguments a, bool vectors) {
-  __shared__ SelectShared shared;
+__global__ __launch_bounds__(kThreads, 1024 / kThreads) void record_kernel(RecordArguments a, bool vectors) {
+  __shared__ SelectShared<kThreads> shared;
   __shared__ MergeShared merge;
   const int64_t row = blockIdx.x;
+  // Asked for with the columns and looked at after them.
   const int64_t sample = a.sample_ids[row];
+  const int epoch = static_cast<int>(*a.epoch);
+  const int candidates = select_from<kThreads, kItems>(a, row, vectors, shared);
   if (sample < 0 || sample >= a.samples) {
     if (threadIdx.x == 0) atomicAdd(a.control, 1);
     return;
   }
-  uint32_t keys[kItems];
-  load_keys<kThreads, kItems>(a, row, vectors, keys);
-  const int candidates = select_row<kThreads, kItems>(shared, keys, a.n);
+#pragma unroll 1
   for (int i = threadIdx.x; i < candidates; i += kThreads) {
     const int place = shared.place[i];
     if (place >= a.n) continue;
@@ -124,7 +151,8 @@ __global__ __launch_bounds__(kThreads, kThreads == 1024 ? 1 : 768 / kThreads) vo
     merge.token[kMaxN + place] = static_cast<int>(a.prediction[row * a.length + column]);
   }
   __syncthreads();
-  merge_row<kThreads>(a, merge, sample, min(candidates, a.n));
+  static_assert(sizeof shared.bins >= kThreads * kItems);
+  merge_row<kThreads>(a, merge, reinterpret_cast<uint8_t*>(shared.bins), sample, epoch, min(candidates, a.n));
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -157,8 +185,9 @@ int enqueue(const Arguments& a, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel_for<kThreads, kItems>(a), a, loads_vectors(a));
 }
 
-// Few rows are a matter of latency: as many threads as can share a row. Many are a matter of throughput: small blocks,
-// several to a multiprocessor, so that one loads while another sifts.
+// Few rows are a matter of latency: more threads share a row, though not as many as could, for what every warp does
+// whatever it holds would then outweigh the rest. Many are a matter of throughput: small blocks, several to a
+// multiprocessor, so that one loads while another sifts.
 constexpr int64_t kFewRows = 320;
 
 template <class Arguments>
@@ -168,7 +197,8 @@ int launch(const Arguments& a, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
   if (a.length <= 512) return enqueue<128, 4>(a, stream);
   if (a.length <= 1024) return enqueue<256, 4>(a, stream);
-  if (a.length <= 4096 && a.rows <= kFewRows) return enqueue<1024, 4>(a, stream);
+  if (a.length <= 2048) return enqueue<256, 8>(a, stream);
+  if (a.length <= 4096 && a.rows <= kFewRows) return enqueue<512, 8>(a, stream);
   if (a.length <= 4096) return enqueue<256, 16>(a, stream);
   return enqueue<1024, 16>(a, stream);
 }

@@ -33,6 +33,12 @@ using std::min;
 struct float4 { float x, y, z, w; };
 struct uchar4 { unsigned char x, y, z, w; };
 struct longlong2 { long long x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uchar4 make_uchar4(unsigned char x, unsigned char y, unsigned char z, unsigned char w) { return {x, y, z, w}; }
+inline longlong2 make_longlong2(long long x, long long y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
@@ -170,13 +176,6 @@ inline void __nanosleep(unsigned) {
   std::abort();
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* given = emulator::exchange_in_warp(mask, predicate != 0);
-  unsigned ballot = 0;
-  for (int i = 0; i < 32; ++i) ballot |= (mask >> i & 1) && given[i] ? 1u << i : 0;
-  return ballot;
-}
-
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
   return static_cast<T>(emulator::exchange_in_warp(mask, static_cast<uint64_t>(value))[from]);
@@ -189,11 +188,10 @@ T __shfl_up_sync(unsigned mask, T value, int step) {
 }
 
 template <class T>
-unsigned __match_all_sync(unsigned mask, T value, int* same) {
+T __reduce_max_sync(unsigned mask, T value) {
   const uint64_t* given = emulator::exchange_in_warp(mask, static_cast<uint64_t>(value));
-  *same = 1;
-  for (int i = 0; i < 32; ++i) *same &= !(mask >> i & 1) || given[i] == static_cast<uint64_t>(value);
-  return *same ? mask : 0;
+  for (int i = 0; i < 32; ++i) value = mask >> i & 1 ? std::max(value, static_cast<T>(given[i])) : value;
+  return value;
 }
 
 template <class T>
@@ -207,7 +205,7 @@ T __reduce_add_sync(unsigned mask, T value) {
 template <class T>
 T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }
 template <class T>
-T atomicMax(T* at, T value) { return std::exchange(*at, std::max(*at, value)); }
+T atomicOr(T* at, T value) { return std::exchange(*at, *at | value); }
 template <class T>
 T atomicExch(T* at, T value) { return std::exchange(*at, value); }
 template <class T>
@@ -232,10 +230,13 @@ inline float __uint_as_float(unsigned x) { return reinterpret_bits<float>(x); }
 inline float __int_as_float(int x) { return reinterpret_bits<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+// As PTX has it: a NaN of either kind gives way to the other operand. The C library's keeps a signalling one.
+inline float smaller(float x, float y) { return isnan(x) ? y : isnan(y) ? x : std::min(x, y); }
+#define fminf smaller
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
 struct cudaLaunchConfig_t {
