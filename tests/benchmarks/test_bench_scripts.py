@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import examples
 from benchmarks.harness.environment import ROOT
 
 
@@ -44,3 +45,11 @@ def test_loss_cpu_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(output.read_text())
     assert found["shape"] == {"R": 64, "D": 16, "V": 128, "m": 2}
     assert found["results"]["float32"]["ratio"]["products"] > 0
+
+
+def test_figures_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--codes", "300", "--tokens", "16", "--batch", "2", "--steps", "3"]
+    monkeypatch.setitem(examples.RUNS, "llamagen_like", ("llamagen_like.py", small))
+    examples.main(["--only", "llamagen_like", "--output", str(tmp_path / "found.json")])
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["steps"] == 3 and row["difference"] < 1e-4 and row["commit"] and row["loss_last"] > 0
