@@ -72,14 +72,6 @@ def cuda_libraries(nvcc: str) -> list[str]:
     return re.findall(r'"-L([^"]+)"', dry.stderr)
 
 
-def stream_libraries(torch_cuda: str | None) -> list[str]:
-    """Return PyTorch's library that knows the current stream.
-
-    libtorch names it, but a linker that keeps only what is used drops libtorch. A PyTorch without CUDA has none.
-    """
-    return ["torch_cuda"] if torch_cuda else []
-
-
 def gencodes(archs: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = archs[-1].rstrip("abcdef")
@@ -133,7 +125,8 @@ def native() -> dict[str, object]:
                 extra_compile_args={"cxx": [*flags["cxx"], "-DUSE_CUDA"]},
                 library_dirs=cuda_libraries(str(find_nvcc())),
                 # The static runtime works beside whichever PyTorch brings: both use the device's primary context.
-                libraries=[*stream_libraries(torch.version.cuda), "cudart_static", "dl", "rt", "pthread"],
+                # libtorch names torch_cuda, but a linker that keeps only what is used drops libtorch.
+                libraries=[*(["torch_cuda"] if torch.version.cuda else []), "cudart_static", "dl", "rt", "pthread"],
             )
         )
     return {

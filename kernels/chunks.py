@@ -92,7 +92,7 @@ def plan_chunks(
         return Chunks(rows, 1)
     if in_fp32 >= LEAST_ROWS or not weight_sum:
         return _divided(rows, max(in_fp32, LEAST_ROWS))
-    beside = classes * width + SLICE_BYTES
+    beside = bytes_of_sum(Chunks(rows, 2, beside=True), classes, width)
     most = (WORKSPACE_BYTES - beside) // each
     if most < LEAST_ROWS_BESIDE:
         most = LEAST_ROWS

@@ -127,7 +127,8 @@ def run_segment(
         dtype,
         fused=fused,
         block_classes=block_classes,
-        weight_sum=result.d_weight is not None and result.d_weight.dtype != torch.float32,
+        # with a shard by what all ranks know, whatever this one's own part of the weight is to get
+        weight_sum=dtype == torch.bfloat16 and (shard is not None or result.d_weight is not None),
         chunk_bytes=setting.chunk_bytes,
     )
     stride = row_stride(classes)

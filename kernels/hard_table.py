@@ -81,7 +81,7 @@ def rank_hard(position: Tensor, token: Tensor, labels: Tensor, marks: Marks, lay
         ``[B, n]`` int32: cell of head 0 of each entry (-1 = does not count), and its rank.
     """
     batch, slots = position.shape
-    cell, rank = torch.empty(2, batch, slots, dtype=torch.int32, device=position.device)
+    cell, rank = (torch.empty(batch, slots, dtype=torch.int32, device=position.device) for _ in range(2))
     size = 4096 if INTERPRETED else 256
     counting_kernel[(triton.cdiv(cell.numel(), size),)](
         position,

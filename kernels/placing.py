@@ -13,13 +13,27 @@ from torch import Tensor
 from ntpseg.kernels.dialect import INTERPRETED
 
 
-@triton.jit(do_not_specialize=["rows"])
-def take_rows_kernel(source, index_ptr, out, rows, width, stride, ROWS: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "heads", "time"])
+def take_rows_kernel(
+    source,
+    index_ptr,
+    out,
+    rows,
+    width,
+    heads,
+    time,
+    sample_stride,
+    time_stride,
+    head_stride,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1) * BD + tl.arange(0, BD)
     index = tl.load(index_ptr + row, mask=row < rows, other=-1).to(tl.int64)
     columns = (feature < width)[None, :]
-    value = tl.load(source + index[:, None] * stride + feature[None, :], mask=(index >= 0)[:, None] & columns, other=0)
+    place = index // heads // time * sample_stride + index // heads % time * time_stride + index % heads * head_stride
+    value = tl.load(source + place[:, None] + feature[None, :], mask=(index >= 0)[:, None] & columns, other=0)
     tl.store(out + row[:, None] * width + feature[None, :], value, mask=(row < rows)[:, None] & columns)
 
 
@@ -27,30 +41,38 @@ def take_rows(source: Tensor, index: Tensor) -> Tensor:
     """Rows of `source`, zero rows where the index is -1.
 
     Args:
-        source: ``[N, D]``, last dimension contiguous, any dtype.
+        source: ``[B, T, k, D]``, whose rows count in this order, or ``[N, D]``; any float dtype and strides, but a copy
+            is made where features do not lie side by side.
         index: ``[R]`` integer, contiguous.
 
     Returns:
         ``[R, D]`` contiguous.
     """
-    rows, width = len(index), source.shape[1]
+    rows, width = len(index), source.shape[-1]
     out = source.new_empty(rows, width)
     if out.numel() == 0:
         return out
-    if out.dtype == torch.bfloat16:  # nothing is computed; and the interpreter rounds what it takes for numbers
-        take_rows_into(source.view(torch.int16), index, out.view(torch.int16))
-    else:
-        take_rows_into(source, index, out)
-    return out
-
-
-def take_rows_into(source: Tensor, index: Tensor, out: Tensor) -> None:
-    """`take_rows` to ``[R, D]`` contiguous `out`."""
-    rows, width = out.shape
+    if source.dim() == 2:
+        source = source.unsqueeze(1).unsqueeze(0)
+    if source.stride(3) != 1:
+        source = source.contiguous()
+    # nothing is computed; and the interpreter rounds what it takes for bf16 numbers
+    bits = (source.view(torch.int16), out.view(torch.int16)) if out.dtype == torch.bfloat16 else (source, out)
     size, depth = (512, 1024) if INTERPRETED else (4, 1024)
     take_rows_kernel[(triton.cdiv(rows, size), triton.cdiv(width, depth))](
-        source, index, out, rows, width, source.stride(0), ROWS=size, BD=depth, num_warps=4
+        bits[0],
+        index,
+        bits[1],
+        rows,
+        width,
+        source.shape[2],
+        source.shape[1],
+        *source.stride()[:3],
+        ROWS=size,
+        BD=depth,
+        num_warps=4,
     )
+    return out
 
 
 @triton.jit(do_not_specialize=["places", "heads", "time", "shift", "low"])

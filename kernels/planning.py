@@ -253,10 +253,13 @@ def make_rows(
         segments: with `padded`, whether each head has ``count / k`` rows of its own.
     """
     device = labels.device
-    whole = torch.full((3, count), -1, dtype=torch.int64, device=device) if padded else None
-    index, target, source = torch.empty(3, count, dtype=torch.int64, device=device) if whole is None else whole
+    # one allocation each, as in `ntpseg.kernels.partials`
+    index, target, source = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(3))
+    if padded:
+        for each in (index, target, source):
+            each.fill_(-1)
     room = torch.zeros if padded else torch.empty
-    share, ntp_share = room(2, count, dtype=torch.float32, device=device)
+    share, ntp_share = (room(count, dtype=torch.float32, device=device) for _ in range(2))
     het_share = torch.empty((), dtype=torch.float32, device=device)
     reach = room(count, dtype=torch.int32, device=device)
     slot = torch.empty(layout.cells, dtype=torch.int32, device=device)

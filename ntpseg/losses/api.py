@@ -68,7 +68,8 @@ def ntp_loss(
             in their denominators.
         group: ranks that share the vocabulary: `weight` is this rank's shard ``[V_rank, D]`` (or ``[k, V_rank, D]``),
             in the order of the ranks; every other argument is the same on all of them, ids count over the whole
-            vocabulary, and each gets the whole gradient of `hidden`. Torch backend only.
+            vocabulary, and each gets the whole gradient of `hidden`. All must want a gradient of `hidden` or none, and
+            run on devices of one kind. Every call gathers the sizes of the shards, which synchronises.
         options: all of the above that is no tensor, and more (`LossOptions`), in one object. Keywords that are
             also in it must then be left at their defaults.
 

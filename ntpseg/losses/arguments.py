@@ -58,7 +58,7 @@ def checked_shapes(
     batch, time, heads, width = hidden.shape
     if heads < 1 or width < 1:
         raise ValueError(f"hidden must have k >= 1 heads and D >= 1 features, got {_shown(hidden)}")
-    if weight.dtype not in _FLOATS or weight.dim() not in (2, 3) or weight.shape[-1] != width or not weight.shape[-2]:
+    if weight.dtype not in _FLOATS or weight.dim() not in (2, 3) or weight.shape[-1] != width or not vocabulary:
         raise ValueError(f"weight must be a float [V, {width}] or [{heads}, V, {width}] tensor, got {_shown(weight)}")
     if weight.dim() == 3 and weight.shape[0] != heads:
         raise ValueError(f"weight must hold one matrix for each of the {heads} heads of hidden, got {_shown(weight)}")

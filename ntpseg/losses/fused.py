@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -51,42 +53,46 @@ def fused_loss(
     options = LossOptions.from_text(settings)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     low = options.vocab_range[0] if options.vocab_range else 0
-    plan = plan_batch(
-        hidden,
-        labels,
-        classes,
-        options,
-        per_head_weight=weight.dim() == 3,
-        het_position=het_position,
-        het_token=het_token,
-        token_weights=token_weights,
-        num_rows=num_rows,
-        num_het=num_het,
-    )
-    rows = plan.rows
-    shard = {"shard": Shard.named(group, first, weight.shape[-2], classes)} if group else {}
-    found = load_backend(options.backend)(
-        rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, **shard
-    )
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    # kernels go to the current device, whatever the tensors are on
+    with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
+        plan = plan_batch(
+            hidden,
+            labels,
+            classes,
+            options,
+            per_head_weight=weight.dim() == 3,
+            het_position=het_position,
+            het_token=het_token,
+            token_weights=token_weights,
+            num_rows=num_rows,
+            num_het=num_het,
+        )
+        rows = plan.rows
+        shard = {"shard": Shard.named(group, first, weight.shape[-2], classes)} if group else {}
+        found = load_backend(options.backend)(
+            rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, **shard
+        )
 
-    tcl = (rows.share * found.tcl).sum()
-    het = found.het.sum() * rows.het_share
-    nktp = (rows.share * found.nll).sum()
-    z = (rows.share * found.lse.square()).sum()
-    parts = torch.stack([(plan.ntp_share * found.nll).sum(), nktp, tcl, het, z])
-    loss = nktp + options.tcl_weight * tcl + options.het_weight * het + options.z_loss * z
+        tcl = (rows.share * found.tcl).sum()
+        het = found.het.sum() * rows.het_share
+        nktp = (rows.share * found.nll).sum()
+        z = (rows.share * found.lse.square()).sum()
+        parts = torch.stack([(plan.ntp_share * found.nll).sum(), nktp, tcl, het, z])
+        loss = nktp + options.tcl_weight * tcl + options.het_weight * het + options.z_loss * z
 
-    d_hidden = hidden.new_empty(0, dtype=gradient_dtype(hidden.dtype))
-    if found.d_hidden is not None:
-        d_hidden = plan.gradient(found.d_hidden)
-    d_weight = weight.new_empty(0, dtype=gradient_dtype(weight.dtype)) if found.d_weight is None else found.d_weight
-    return (
-        loss.to(work),
-        parts.to(work),
-        *plan.results(found.prediction, found.nll, found.margin, low),
-        d_hidden,
-        d_weight,
-    )
+        d_hidden = hidden.new_empty(0, dtype=gradient_dtype(hidden.dtype))
+        if found.d_hidden is not None:
+            d_hidden = plan.gradient(found.d_hidden)
+        d_weight = weight.new_empty(0, dtype=gradient_dtype(weight.dtype)) if found.d_weight is None else found.d_weight
+        return (
+            loss.to(work),
+            parts.to(work),
+            *plan.results(found.prediction, found.nll, found.margin, low),
+            d_hidden,
+            d_weight,
+        )
 
 
 loss_op = register_loss(fused_loss)

@@ -40,7 +40,7 @@ class RowPlan:
         row = (slot % (batch * time)) * heads + slot // (batch * time)
         d_hidden = d_rows.new_zeros(cells + 1, d_rows.shape[1])
         d_hidden[torch.where(self.rows.index < 0, cells, row)] = d_rows
-        return d_hidden[:-1].view(*self.shape, -1)
+        return d_hidden[:-1].view(*self.shape, d_rows.shape[1])
 
     def _slots(self) -> tuple[int, Tensor]:
         """Number of cells and the cell of each row; padding rows land in one cell more, which is cut off."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -19,13 +18,12 @@ def plan_batch(hidden: Tensor, labels: Tensor, classes: int, options: LossOption
     Returns:
         A `RowPlan`, or a `ntpseg.losses.rows_by_kernels.KernelPlan`, which offers the same.
     """
-    if options.backend == "triton" and hidden.dtype != torch.float64:
+    if options.backend == "triton" and hidden.dtype != torch.float64 and labels.numel():
         from ntpseg.kernels.dialect import INTERPRETED
         from ntpseg.losses.rows_by_kernels import plan_by_kernels
 
         if hidden.is_cuda or INTERPRETED:
-            with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
-                return plan_by_kernels(hidden, labels, classes, options, **keywords)
+            return plan_by_kernels(hidden, labels, classes, options, **keywords)
     rows, ntp_share = plan_rows(hidden, labels, classes, options, **keywords)
     batch, time, heads, _ = hidden.shape
     return RowPlan(rows, ntp_share, (batch, time, heads), int(options.shift))

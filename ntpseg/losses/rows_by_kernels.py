@@ -31,7 +31,7 @@ class KernelPlan:
 
     def gradient(self, d_rows: Tensor) -> Tensor:
         """See `RowPlan.gradient`."""
-        return take_rows(d_rows, self.slot).view(*self.shape, -1)
+        return take_rows(d_rows, self.slot).view(*self.shape, d_rows.shape[1])
 
 
 def plan_by_kernels(
@@ -48,7 +48,7 @@ def plan_by_kernels(
     num_het: Tensor | None = None,
 ) -> KernelPlan:
     """See `ntpseg.losses.rows.plan_rows` for the arguments and errors; not for float64."""
-    batch, time, heads, width = hidden.shape
+    batch, time, heads, _ = hidden.shape
     low = options.vocab_range[0] if options.vocab_range else 0
     layout = Layout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)
     labels = labels.contiguous()
@@ -80,7 +80,7 @@ def plan_by_kernels(
     else:
         table = hard_table(het_token, *hard, made.slot, layout, count, most)
     rows = Rows(
-        hidden=take_rows(hidden.reshape(-1, width), made.source),
+        hidden=take_rows(hidden, made.source),
         target=made.target,
         share=made.share,
         reach=made.reach,

@@ -1,8 +1,8 @@
 """Registration of the loss as one custom operator, ``ntpseg::ntp_loss``: schema, fake, autograd.
 
 The implementation is handed in, so that this layer does not import the one above it. The gradients are made in the
-forward pass (they are linear in the one incoming number) and only scaled in the backward pass, out of place: a second
-backward over a retained graph finds them intact.
+forward pass (they are linear in the one incoming number) and only scaled in the backward pass, out of place where the
+graph is kept: a second backward over it finds them intact.
 """
 
 from __future__ import annotations
@@ -79,17 +79,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * grad`` in `dtype`, the factor not rounded to the gradient's dtype first.
 
-    Where autograd drops the graph, nobody else sees the saved gradient: on a GPU it is scaled in place, at no cost
-    where the factor is one. On the CPU a factor of one hands the gradient over as it is: autograd then takes the tensor
-    itself, or, where a retained graph still holds it, copies it. While tracing, the compiler fuses what is below.
+    Where autograd drops the graph, nobody else sees the saved gradient: a factor of one hands it over as it is, and on
+    a GPU, where that cannot be seen from the host, it is scaled in place. While tracing, the compiler fuses what is
+    below.
     """
-    if type(grad) is Tensor and gradient.dtype == dtype:
+    plain = type(grad) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    if plain and gradient.dtype == dtype:
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
         if gradient.device.type == "cpu":
             # a 0-dim factor on the CPU keeps its precision by itself
-            return gradient if float(grad) == 1.0 else gradient * grad
+            return gradient if not kept and float(grad) == 1.0 else gradient * grad
         rescale = _rescale()
-        if gradient.is_cuda and rescale is not None:
-            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if gradient.is_cuda and grad.dtype == torch.float32 and rescale is not None:
             return rescale(gradient.clone() if kept else gradient, grad)
     return (gradient.to(grad.dtype) * grad).to(dtype)
 

@@ -15,6 +15,7 @@ from loss_cases import PARTS, Case, draw
 
 from ntpseg import NumItems, ntp_loss
 from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.losses import LossOptions
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 
@@ -88,6 +89,36 @@ def test_autocast_and_views() -> None:
     exact, _, d_weight = case.run("reference", torch.float64)
     assert abs(out.loss - exact.loss) < 2e-2 * exact.loss
     assert (weight.grad.double() - d_weight).norm() < 3e-2 * d_weight.norm()
+
+
+def test_any_strides() -> None:
+    case = draw(dtype=F32, k=2, width=16)
+    wanted, d_hidden, d_weight = case.run("reference")
+    far = torch.randn(16, 2, 9, 2).permute(1, 2, 3, 0)  # features far apart
+    later = torch.randn(2, 20, 2, 16)[:, 11:]  # samples apart
+    wide = torch.randn(17, 32)[:, ::2]
+    turned = torch.randn(16, 17).t()
+    for place in (far, later):
+        for room in (wide, turned):
+            hidden = place.copy_(case.hidden).detach().requires_grad_()
+            weight = room.copy_(case.weight).detach().requires_grad_()
+            assert not hidden.is_contiguous() and not weight.is_contiguous()
+            out = case.loss(hidden, weight, "triton")
+            got = torch.autograd.grad(out.loss, (hidden, weight))
+            torch.testing.assert_close(out.loss, wanted.loss, rtol=3e-6, atol=0)
+            torch.testing.assert_close(got[0], d_hidden, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got[1], d_weight, rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_batch_gives_zero() -> None:
+    weight = torch.randn(17, 8, requires_grad=True)
+    for shape in ((0, 5), (2, 0)):
+        hidden = torch.randn(*shape, 2, 8, requires_grad=True)
+        for keywords in ({}, {"max_rows": 3}):
+            options = LossOptions(backend="triton", **keywords)
+            out = ntp_loss(hidden, weight, torch.zeros(shape, dtype=torch.int64), options=options)
+            out.loss.backward()
+            assert out.loss == 0 and out.prediction.shape == shape and not weight.grad.any()
 
 
 def test_second_backward_and_frozen_operands() -> None:

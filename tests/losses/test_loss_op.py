@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from loss_cases import draw, error
@@ -69,3 +71,30 @@ def test_compiles_once_for_changing_lengths() -> None:
         case = draw(2, time, 2, 8, 19, dtype=torch.float32, slots=0)
         plain = ntp_loss(case.hidden, weight, case.labels, options=options).loss
         assert error(compiled(case.hidden, case.labels), plain) < 1e-6
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_backward_again_over_a_kept_graph(offload: bool) -> None:
+    """A [B, T, D] leaf gets a view of what the operator hands over: the saved gradient must not be that."""
+    case = draw(dtype=torch.float32, k=1)
+    hidden, weight = case.hidden[:, :, 0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x) if offload else contextlib.nullcontext()
+    with hooks:
+        loss = case.loss(hidden, weight).loss
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    torch.nn.utils.clip_grad_norm_([hidden, weight], 1e9)
+    for times in (2, 3, 4):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(hidden.grad, times * once[0])
+        torch.testing.assert_close(weight.grad, times * once[1])
+
+
+def test_batched_incoming_gradients() -> None:
+    case = draw(dtype=torch.float32)
+    weight = case.weight.clone().requires_grad_()
+    loss = case.loss(case.hidden, weight).loss
+    factors = torch.tensor([1.0, -0.5])
+    (batched,) = torch.autograd.grad(loss, weight, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(batched, factors.view(2, 1, 1) * one)
