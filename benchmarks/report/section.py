@@ -128,7 +128,15 @@ def _machine(rows: Sequence[Row]) -> Iterator[str]:
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    where = f"CPU threads: {first['threads']}" if "threads" in first else f"Driver {first['driver']}"
+    threads: dict[int, list[str]] = {}
+    for row in rows:
+        names = threads.setdefault(row.get("threads", 0), [])
+        if row["benchmark"] not in names:
+            names.append(row["benchmark"])
+    where = f"Driver {first['driver']}"
+    if "threads" in first:
+        each = "; ".join(f"{count} ({', '.join(names)})" for count, names in threads.items())
+        where = f"CPU threads: {each if len(threads) > 1 else next(iter(threads))}"
     yield f'{where}; {versions}. Commit {commits} ("+": with uncommitted changes).'
     loads = [row["clock"]["load"] for row in rows if "clock" in row]
     if loads and first["kind"] == "cpu":
