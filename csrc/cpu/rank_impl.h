@@ -94,6 +94,8 @@ static int32_t cut(int32_t* key, int32_t* column, int64_t& size, int64_t n) {
 
 // Writes to order[i] the place of element i. The buffer is in column order, so among equals the earlier precedes.
 static void count_places(const int32_t* key, int64_t size, int32_t* order) {
+  Lanes lane;
+  for (int64_t i = 0; i < kWidth; ++i) lane[i] = static_cast<int32_t>(i);
   for (int64_t first = 0; first < size; first += kWidth) {
     const Lanes own = *reinterpret_cast<const Lanes*>(key + first);
     Lanes place{};
@@ -101,7 +103,7 @@ static void count_places(const int32_t* key, int64_t size, int32_t* order) {
     for (int64_t j = 0; j < first; ++j) place -= key[j] >= own;
     for (int64_t j = last; j < size; ++j) place -= key[j] > own;
     for (int64_t j = first; j < last; ++j) {
-      for (int64_t i = first; i < last; ++i) place[i - first] += key[j] > key[i] || (key[j] == key[i] && j < i);
+      place -= (key[j] > own) | ((key[j] == own) & (lane > static_cast<int32_t>(j - first)));
     }
     *reinterpret_cast<Lanes*>(order + first) = place;
   }
