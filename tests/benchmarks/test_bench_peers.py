@@ -116,6 +116,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_adapters_compute_the_mean(name: str, stand_ins: None) -> None:
+    if name.startswith("torch") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this PyTorch has no linear cross-entropy")
     it = Operands.make(Shape(16, 16, 40, 1, 2, "peaked", "float32"), CPU)
     call = PEERS[name].load()
     assert max(loss._Judge(it).errors(loss.cross_entropy(it, call), "CE").values()) < 1e-5
