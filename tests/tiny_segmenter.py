@@ -97,7 +97,7 @@ def shared() -> tuple[list[Record], Any, Path]:
 
 def write_manifest(path: Path, records: list[Record]) -> None:
     """The records as a plain CSV manifest."""
-    from ntpseg.evaluation.files import write_csv
+    from ntpseg.utils.files import write_csv
 
     rows = [[r.image, r.mask, r.text, r.split, r.case, r.subject] for r in records]
     write_csv(path, ["image", "mask", "text", "split", "case", "subject"], rows)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ntpseg.data import Record, load_records, prepare, read_image, read_mask, resize_mask
-from ntpseg.evaluation.files import write_json
 from ntpseg.evaluation.metrics import concatenate, segmentation_metrics
 from ntpseg.evaluation.summary import summarise
+from ntpseg.utils.files import write_json
 
 
 def split(path: Path, name: str, limit: int | None = None) -> list[Record]:

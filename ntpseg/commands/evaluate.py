@@ -37,13 +37,13 @@ def evaluate(
     """Decode a split, score it, and write summary.json, cases.csv and the masks."""
     from rich.console import Console
 
-    from ntpseg.commands.progress import stages, without_loading_bars
     from ntpseg.data import load_records
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
     from ntpseg.evaluation.rundir import data_of, run_directory
     from ntpseg.evaluation.tables import summary_table
     from ntpseg.generation import DecodingOptions, Segmenter
+    from ntpseg.utils.progress import disable_loading_bars, stage_progress
 
     options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
     checks = EvaluationOptions(text_check=text_check)
@@ -57,10 +57,10 @@ def evaluate(
         raise ValueError(f"split is {split!r}; {data} has no case with a mask in it")
     if limit is not None and limit < len(records):
         records = [records[i * len(records) // limit] for i in range(limit)]
-    without_loading_bars()
+    disable_loading_bars()
     segmenter = Segmenter.from_pretrained(model, options, device=device)
     console = Console()
-    with stages(console) as progress:
+    with stage_progress(console) as progress:
         result = run(segmenter, records, checks, progress=progress)
     result.summary = {"data": str(data), "split": split, **result.summary}
     target = out or root / "eval" / split

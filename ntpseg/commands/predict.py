@@ -32,30 +32,24 @@ def predict(
     """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
     from rich.console import Console
 
-    from ntpseg.commands.progress import stages, without_loading_bars
-    from ntpseg.evaluation.files import write_csv
     from ntpseg.generation import DecodingOptions, Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
+    from ntpseg.utils.files import write_csv
+    from ntpseg.utils.progress import counter, disable_loading_bars, stage_progress
 
     options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
     console = Console()
-    without_loading_bars()
+    disable_loading_bars()
     if not image.exists():
         raise ValueError(f"image is {image}, which does not exist")
     if image.is_dir():
         jobs = folder_jobs(image, text, texts)
         segmenter = Segmenter.from_pretrained(model, options, device=device)
         rows = []
-        with stages(console) as progress:
-            done = 0
-
-            def count(new: int) -> None:
-                nonlocal done
-                done += new
-                progress("decoding", done, len(jobs))
-
-            found = segmenter.segment_all([job.image for job in jobs], [job.text for job in jobs], count)
-            for job, prediction in zip(jobs, found, strict=True):
+        with stage_progress(console) as progress:
+            advance = counter(progress, "decoding", len(jobs))
+            predictions = segmenter.segment_all([job.image for job in jobs], [job.text for job in jobs], advance)
+            for job, prediction in zip(jobs, predictions, strict=True):
                 mask = out / f"{job.name}.png"
                 _write(job, prediction, mask, overlay and overlay / f"{job.name}.png")
                 area, sure = prediction.mask.mean(), prediction.confidence.mean()
@@ -79,7 +73,7 @@ def predict(
 
 def _write(job: Job, prediction: Prediction, mask: Path, overlay: Path | None) -> None:
     from ntpseg.data import read_image
-    from ntpseg.evaluation.files import write_png
+    from ntpseg.data.images import write_png
     from ntpseg.generation.overlay import draw
 
     write_png(mask, prediction.mask)

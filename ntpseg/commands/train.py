@@ -35,12 +35,11 @@ def train(
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers.utils import logging
-
     from ntpseg.training import load_config
     from ntpseg.training import train as run_training
+    from ntpseg.utils.progress import disable_loading_bars
 
-    logging.disable_progress_bar()
+    disable_loading_bars()
     settings = load_config(config, overrides or ())
     if deepspeed is not None:
         settings.deepspeed = deepspeed

@@ -10,7 +10,6 @@ import csv
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ntpseg.data.demo_structures import STRUCTURES, Structure
 from ntpseg.data.tables import write_excel
+from ntpseg.utils.files import atomic_folder
 
 # Hounsfield units at black and white, one window a channel: lung, soft tissue, bone.
 WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-200.0, 1000.0))
@@ -147,17 +147,8 @@ def build(
         raise ValueError(f"size, block, min_area_mm2 are {size}, {block}, {min_area_mm2}; need >= 16, >= 1, > 0")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ValueError(f"dest is {dest}, which exists and is not empty; name a new folder")
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-    try:
-        os.chmod(work, 0o755)
-        _write(work, size, structures, block, min_area_mm2, np.random.default_rng(seed), source)
-        if dest.exists():
-            dest.rmdir()
-        work.rename(dest)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with atomic_folder(dest, replace=False) as folder:
+        _write(folder, size, structures, block, min_area_mm2, np.random.default_rng(seed), source)
     return dest
 
 

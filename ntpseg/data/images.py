@@ -1,11 +1,15 @@
-"""Reading images and masks of every pixel format in use, and bringing them to a model's size."""
+"""Reading and writing images and masks of every pixel format in use, and bringing them to a model's size."""
 
 from __future__ import annotations
 
+import io
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ntpseg.utils.files import atomic_write
 
 Path_ = str | PathLike[str]
 
@@ -133,3 +137,16 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     enlarging = height > mask.shape[0] or width > mask.shape[1]
     how = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BOX
     return np.asarray(soft.resize((width, height), how)) >= 0.5
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """The PNG file of a uint8 or bool array ``[H, W]`` or ``[H, W, 3]``; a bool mask becomes 0 and 255."""
+    pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write what `encode_png` gives; the file appears complete or not at all."""
+    atomic_write(path, encode_png(image))

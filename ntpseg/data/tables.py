@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from ntpseg.utils.files import atomic_open
 
 Rows = list[dict[str, str]]
 
@@ -54,6 +55,5 @@ def write_excel(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
     sheet.append(list(header))
     for row in rows:
         sheet.append(list(row))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    book.save(temporary)
-    os.replace(temporary, path)
+    with atomic_open(path) as file:
+        book.save(file)

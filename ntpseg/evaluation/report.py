@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ntpseg.evaluation.curves import curves
-from ntpseg.evaluation.files import write_text
 from ntpseg.evaluation.pictures import Case, confidence_map, data_uri, scale_bar, shrunk
 from ntpseg.evaluation.rundir import splits, training_log
 from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
+from ntpseg.utils.files import write_text
 
 GROUP_ROWS = 40
 PAIRED_IMAGES = 4

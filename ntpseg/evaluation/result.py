@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntpseg.evaluation.files import write_bytes, write_csv, write_json, write_png
+from ntpseg.data.images import encode_png
 from ntpseg.evaluation.metrics import COUNTS, METRICS
+from ntpseg.utils.files import atomic_folder, atomic_open, remove_folder, write_csv, write_json
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -53,15 +52,14 @@ class Evaluation:
         ``file`` of the table says which case each one is.
         """
         names = file_names([r.case for r in self.records])
-        for folder in ("masks", "masks_other"):
-            shutil.rmtree(directory / folder, ignore_errors=True)
-        for name, mask in zip(names, self.masks, strict=True):
-            write_png(directory / "masks" / f"{name}.png", mask)
-        for i, mask in zip(self.checked, self.other_masks, strict=False):
-            write_png(directory / "masks_other" / f"{names[i]}.png", mask)
-        buffer = io.BytesIO()
-        np.save(buffer, self.confidence.astype(np.float16))
-        write_bytes(directory / "confidence.npy", buffer.getvalue())
+        _write_masks(directory / "masks", dict(zip(names, self.masks, strict=True)))
+        if self.other_masks:
+            others = dict(zip((names[i] for i in self.checked), self.other_masks, strict=True))
+            _write_masks(directory / "masks_other", others)
+        else:
+            remove_folder(directory / "masks_other")
+        with atomic_open(directory / "confidence.npy") as file:
+            np.save(file, self.confidence.astype(np.float16))
         columns, rows = self._table(names)
         write_csv(directory / "cases.csv", columns, rows)
         write_json(directory / "summary.json", self.summary)
@@ -85,6 +83,12 @@ class Evaluation:
                 row += [self.other_text[n], f"{self.other_dice[n]:.6g}"]
             rows.append(row)
         return columns, rows
+
+
+def _write_masks(folder: Path, masks: dict[str, np.ndarray]) -> None:
+    with atomic_folder(folder) as building:
+        for name, mask in masks.items():
+            (building / f"{name}.png").write_bytes(encode_png(mask))
 
 
 def file_names(cases: Sequence[str]) -> list[str]:

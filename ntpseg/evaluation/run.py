@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ntpseg.evaluation.metrics import concatenate, dice_scores, segmentation_met
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
 from ntpseg.evaluation.textcheck import other_texts
+from ntpseg.utils.progress import StageCallback, counter
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -45,7 +46,7 @@ def evaluate(
     records: Sequence[Record],
     options: EvaluationOptions | None = None,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: StageCallback | None = None,
 ) -> Evaluation:
     """Decode every record's mask and score it at the image's own size.
 
@@ -74,7 +75,7 @@ class _Run:
         segmenter: Segmenter,
         cases: list[Record],
         options: EvaluationOptions,
-        progress: Callable[[str, int, int], None],
+        progress: StageCallback,
     ) -> None:
         self.segmenter, self.cases, self.options, self.progress = segmenter, cases, options, progress
         self.texts, self.subjects = [r.text for r in cases], [r.subject for r in cases]
@@ -119,14 +120,7 @@ class _Run:
         return result
 
     def _decode(self, stage: str, codes: np.ndarray, texts: Sequence[str]) -> Any:
-        done = 0
-
-        def count(new: int) -> None:
-            nonlocal done
-            done += new
-            self.progress(stage, done, len(texts))
-
-        return self.segmenter.decode(codes, texts, count)
+        return self.segmenter.decode(codes, texts, counter(self.progress, stage, len(texts)))
 
     def _own_size(self, codes: np.ndarray, chosen: Sequence[int]) -> list[np.ndarray]:
         from ntpseg.data import resize_mask

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ntpseg.utils.files import read_jsonl
 
 
 def run_directory(model: Path) -> Path:
@@ -34,19 +35,8 @@ def data_of(run: Path) -> tuple[Path, str]:
 
 
 def training_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``trainer_log.jsonl``; a last line that was cut off is left out."""
-    file = run / "trainer_log.jsonl"
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    """The rows of ``trainer_log.jsonl``; a line that was cut off is left out."""
+    return [row for row in read_jsonl(run / "trainer_log.jsonl") if "step" in row]
 
 
 def splits(run: Path) -> list[str]:

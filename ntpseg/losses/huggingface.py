@@ -89,7 +89,7 @@ def _labelled_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from ntpseg.memory import HardTokens
-    from ntpseg.transformers_names import CACHE
+    from ntpseg.utils.transformers_compat import CACHE
 
     outputs = model.model(*args, **kwargs)
     result = model.get_output_embeddings()(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ntpseg.utils.lazy import lazy_exports
 
 _EXPORTS = {
     "NTPSegConfig": "ntpseg.models.config",
@@ -25,12 +26,7 @@ __all__ = [
     "preset_config",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'ntpseg.models' has no attribute {name!r}")
-
+__getattr__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle as Bundle

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntpseg.models.attention import explained_attention
+from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +46,9 @@ class Bundle:
     def save_tokenizers(self, directory: str | Path) -> None:
         """Write ``text/``, ``vision/`` and ``sequence.json`` alone (a sharded model is saved by its trainer)."""
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
         self.text.save_pretrained(str(path / "text"))
         self.vision.save_pretrained(path / "vision")
-        partial = path / "sequence.json.part"
-        partial.write_text(json.dumps(self.sequence.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path / "sequence.json")
+        write_json(path / "sequence.json", self.sequence.to_dict())
 
     @classmethod
     def from_pretrained(

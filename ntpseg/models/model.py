@@ -20,7 +20,7 @@ from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
 from ntpseg.models.lean import make_lean
-from ntpseg.transformers_names import CACHE
+from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
 

@@ -2,7 +2,7 @@
 
 A cache lies in ``DIR/<key>/``. The key is a hash of everything that its content depends on: pixels and sentences,
 both tokenizers, the augmentation, the seed. It is built under another name, flushed, and renamed, so a folder of
-that name is whole; its size is checked all the same, and a damaged one is built anew.
+that name is complete; its size is checked all the same, and a damaged one is built anew.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +20,11 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from ntpseg.tokenizers.files import atomic_write, flush_to_disk, remove_stale
 from ntpseg.tokenizers.pairs import Pair, check_variants, in_threads, prepared, require_masks, variants_of
-from ntpseg.tokenizers.progress import progress_bar
 from ntpseg.tokenizers.text import encode_text, text_fingerprint
 from ntpseg.tokenizers.vision import VisionTokenizer
+from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json
+from ntpseg.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 _VERSION = 1
 _META = "meta.json"
 _ARRAYS = ("image_codes", "mask_codes", "text_ids", "text_offsets")
-_BUILDING = ".building-"
 _PICTURES_PER_BATCH = 256
 
 
@@ -114,30 +110,16 @@ class TokenCache:
             augmentation = None
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
-        remove_stale(root, _BUILDING)
+        remove_stale_folders(root)
         key = cache_key(dataset, vision, text, variants=variants, augmentation=augmentation, seed=seed)
         if (root / key).exists():
             try:
                 return cls.open(root, key)
             except ValueError:
-                broken = Path(tempfile.mkdtemp(dir=root, prefix=_BUILDING))
-                # Another process may have moved it out of the way first.
-                with contextlib.suppress(OSError):
-                    os.replace(root / key, broken / "broken")
-                shutil.rmtree(broken, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(dir=root, prefix=_BUILDING))
-        try:
-            _write(building, dataset, vision, text, variants, augmentation, seed, progress)
-            os.chmod(building, root.stat().st_mode & 0o777)
-            try:
-                os.rename(building, root / key)
-            except OSError:
-                if not (root / key).is_dir():
-                    raise
-            else:
-                flush_to_disk(root)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+                remove_folder(root / key)
+        # Where another process has been quicker, its cache has the same content.
+        with contextlib.suppress(FileExistsError), atomic_folder(root / key, replace=False) as folder:
+            _write(folder, dataset, vision, text, variants, augmentation, seed, progress)
         return cls.open(root, key)
 
     @classmethod
@@ -242,7 +224,7 @@ def _write(
 
     batch: list[list[Pair]] = []
     most = max(1, _PICTURES_PER_BATCH // each)
-    with progress_bar("tokenising", len(dataset), progress) as advance:
+    with progress_bar("tokenising", len(dataset), enabled=progress) as advance:
         for number, pairs in enumerate(in_threads(load, range(len(dataset)), ahead=2 * most), start=1):
             batch.append(pairs)
             if len(batch) == most or number == len(dataset):
@@ -255,8 +237,6 @@ def _write(
     rows = [ids[sentence] for row in texts for sentence in row]
     np.save(path / "text_ids.npy", np.array([i for row in rows for i in row], dtype=np.uint32))
     np.save(path / "text_offsets.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
-    atomic_write(path / "texts.json", json.dumps(texts, ensure_ascii=False).encode())
-    for name in _ARRAYS:
-        flush_to_disk(path / f"{name}.npy")
+    (path / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-    atomic_write(path / _META, json.dumps({"version": _VERSION, "bytes": sizes}, indent=2).encode())
+    write_json(path / _META, {"version": _VERSION, "bytes": sizes})

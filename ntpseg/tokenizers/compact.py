@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ntpseg.tokenizers.files import atomic_write
 from ntpseg.tokenizers.patch_vq import PatchVQ
 from ntpseg.tokenizers.vision import check_codes, check_images
+from ntpseg.utils.files import atomic_write, write_json
 
 MODEL_TYPE = "ntpseg_compact_vq"
 FACTORS = (4, 8, 16)
@@ -173,10 +173,9 @@ class CompactVQ(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors."""
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         atomic_write(path / "model.safetensors", save(weights))
-        atomic_write(path / "config.json", json.dumps(self._config(), indent=2).encode())
+        write_json(path / "config.json", self._config())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CompactVQ:

@@ -11,7 +11,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import kmeans
 
 from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
 from ntpseg.tokenizers.patch_vq import PatchVQ, fill_quantizer, make_quantizer
-from ntpseg.tokenizers.progress import progress_bar
+from ntpseg.utils.progress import progress_bar
 
 _KMEANS_ITERATIONS = 15
 _CODEBOOK_BATCH = 4096
@@ -49,7 +49,8 @@ def train_compact_vq(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(options.seed)
         model = CompactVQ(images.shape[-1], images.shape[1], options).to(images.device)
-        with progress_bar("vision tokenizer", 2 * (options.steps + options.codebook_steps), progress) as advance:
+        total = 2 * (options.steps + options.codebook_steps)
+        with progress_bar("vision tokenizer", total, enabled=progress) as advance:
             _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
             _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
             patches = _patches(masks, options.factor)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ntpseg.tokenizers.files import atomic_write
 from ntpseg.tokenizers.vision import check_codes, check_images
+from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE
@@ -144,7 +144,7 @@ class Emu3Vision:
         path = Path(directory)
         self.model.save_pretrained(path)
         settings = {"image_size": self.image_size, "image_mean": list(self.mean), "image_std": list(self.std)}
-        atomic_write(path / _OWN_FILE, json.dumps(settings, indent=2).encode())
+        write_json(path / _OWN_FILE, settings)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, image_size: int | None = None) -> Emu3Vision:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntpseg.tokenizers.progress import progress_bar
+from ntpseg.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from ntpseg.data import Augmentation, Record
@@ -107,7 +107,7 @@ def stack_pairs(
         return variants_of(pair, variants, augmentation if variants else None, (seed, index))
 
     images, masks = [], []
-    with progress_bar("reading images", len(records), progress) as advance:
+    with progress_bar("reading images", len(records), enabled=progress) as advance:
         for pairs in in_threads(load, range(len(records))):
             images += [image for image, _, _ in pairs]
             masks += [mask for _, mask, _ in pairs]

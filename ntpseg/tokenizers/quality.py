@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ntpseg.tokenizers.pairs import in_threads, prepared, require_masks
-from ntpseg.tokenizers.progress import progress_bar
 from ntpseg.tokenizers.vision import VisionTokenizer
+from ntpseg.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -117,7 +117,7 @@ def measure(
     lowest: list[tuple[float, int, RoundTrip]] = []
     numbers: list[tuple[float, float, float, int, int]] = []
     usage = [np.zeros(n, np.int64) for n in (vision.image_codes, vision.mask_codes)]
-    with progress_bar("round trips", len(records), progress) as advance:
+    with progress_bar("round trips", len(records), enabled=progress) as advance:
         for index, trip in enumerate(_round_trips(vision, records)):
             numbers.append((trip.dice, trip.dice_resized, trip.psnr, trip.overlap, trip.area))
             for counts, codes in zip(usage, (trip.image_codes, trip.mask_codes), strict=True):

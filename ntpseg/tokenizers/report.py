@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ntpseg.tokenizers.files import atomic_write
 from ntpseg.tokenizers.quality import RoundTrip, TokenizerQuality
 from ntpseg.tokenizers.vision import VisionTokenizer
+from ntpseg.utils.files import write_text
 
 _LEAST_SIDE = 192
 _MISSED, _ADDED = (64, 200, 120), (255, 96, 64)
@@ -42,8 +42,7 @@ def write_report(path: Path, vision: VisionTokenizer, quality: TokenizerQuality,
         rows=rows,
         histogram=_histogram(quality.dice),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, html.encode())
+    write_text(path, html)
 
 
 def _facts(vision: VisionTokenizer) -> list[tuple[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ntpseg.utils.lazy import lazy_exports
 
 _EXPORTS = {
     "RunConfig": "ntpseg.training.config",
@@ -17,12 +18,7 @@ _EXPORTS = {
 
 __all__ = ["Collator", "NTPSegTrainer", "RunConfig", "TokenDataset", "config_names", "load_config", "train"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'ntpseg.training' has no attribute {name!r}")
-
+__getattr__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
     from ntpseg.training.config import RunConfig as RunConfig

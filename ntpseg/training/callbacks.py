@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ntpseg.utils.files import read_jsonl, write_jsonl
+
 _SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
 
 
@@ -73,10 +75,7 @@ class JsonLog(TrainerCallback):
         """Drop the lines that a killed run wrote after the checkpoint from which it goes on."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
-        partial = self.path.with_suffix(".part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_jsonl(self.path, [line for line in read_log(self.path) if line["step"] <= state.global_step])
 
     def on_log(
         self,
@@ -93,14 +92,5 @@ class JsonLog(TrainerCallback):
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a trainer_log.jsonl; a last line that was cut off in the middle is left out."""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+    """The logs of a trainer_log.jsonl."""
+    return [row for row in read_jsonl(path) if "step" in row]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from ntpseg.utils.files import atomic_open
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokenMemory
@@ -52,11 +53,8 @@ def memory_file(checkpoint: Path, rank: int) -> Path:
 
 def save_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
     """Write a rank's memory, whole or not at all."""
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    path = memory_file(checkpoint, rank)
-    partial = path.with_suffix(".part")
-    torch.save(memory.state_dict(), partial)
-    os.replace(partial, path)
+    with atomic_open(memory_file(checkpoint, rank)) as file:
+        torch.save(memory.state_dict(), file)
 
 
 def load_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:

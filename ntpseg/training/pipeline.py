@@ -17,6 +17,7 @@ from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.dataset import Collator, TokenDataset
 from ntpseg.training.hardware import end_processes, keep_freed_memory, rank
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
+from ntpseg.utils.files import publish_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -163,9 +164,7 @@ def _claim(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> No
             raise ValueError(f"output is {str(run)!r}, which is not a run (no config.yaml) and is not overwritten")
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    partial = saved.with_suffix(".part")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(saved)
+    write_text(saved, dump_config(config))
 
 
 def _save(trainer: NTPSegTrainer, prepared: Prepared, run: Path) -> None:
@@ -179,6 +178,4 @@ def _save(trainer: NTPSegTrainer, prepared: Prepared, run: Path) -> None:
         return
     (partial / "training_args.bin").unlink(missing_ok=True)
     bundle.save_tokenizers(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.replace(final)
+    publish_folder(partial, final)

@@ -14,13 +14,13 @@ from ntpseg.data.problems import Problem, summary
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
 from ntpseg.tokenizers.compact_training import train_compact_vq
-from ntpseg.tokenizers.files import atomic_write
 from ntpseg.tokenizers.pairs import stack_pairs
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ntpseg.tokenizers.vision import VisionTokenizer, load_vision_tokenizer
 from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
+from ntpseg.utils.files import write_json, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         "sequence": sequence.to_dict(),
         "pairs": {"training": len(training), "validation": len(validation)},
     }
-    atomic_write(done, (json.dumps(keys, indent=2) + "\n").encode())
+    write_json(done, keys)
     return Prepared(text, vision, sequence, first, second)
 
 
@@ -110,9 +110,7 @@ def _tell_left_out(problems: Sequence[Problem], run: Path) -> None:
     console = Console(stderr=True)
     console.print(problem_table(problems, title="Left out", limit=50))
     console.print(summary(problems), highlight=False)
-    run.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in problems)
-    atomic_write(run / "left_out.jsonl", lines.encode())
+    write_jsonl(run / "left_out.jsonl", [dataclasses.asdict(p) for p in problems])
 
 
 def _augmentation(config: RunConfig) -> Augmentation | None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ntpseg.data import prepare, read_image, read_mask, resize_mask
+from ntpseg.data.images import write_png
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -203,3 +204,11 @@ def test_resize_mask_there_and_back() -> None:
     assert small.shape == (16, 16)
     back = resize_mask(small, 32, 48)
     assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) > 0.97
+
+
+def test_mask_png_is_0_and_255(tmp_path: Path) -> None:
+    mask = np.zeros((5, 7), bool)
+    mask[1, 2] = True
+    write_png(tmp_path / "m.png", mask)
+    back = np.asarray(Image.open(tmp_path / "m.png"))
+    assert back.shape == (5, 7) and set(np.unique(back)) == {0, 255} and back[1, 2] == 255

@@ -1,0 +1,50 @@
+"""Checks of arguments that are one number or one name, with errors in one grammar: "X must be ..., got ..."."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise a `ValueError` unless `value` is an integer (not a bool) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a `ValueError` unless `value` is a finite number (not a bool) within its limits.
+
+    Args:
+        name: the argument, as the user knows it.
+        value: its value.
+        minimum, maximum: limits that `value` may reach.
+        above, below: limits that `value` may not reach.
+    """
+    limits: tuple[tuple[str, float | None, Callable[[Any, Any], bool]], ...] = (
+        (">=", minimum, operator.ge),
+        (">", above, operator.gt),
+        ("<=", maximum, operator.le),
+        ("<", below, operator.lt),
+    )
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or any(limit is not None and not holds(value, limit) for _, limit, holds in limits):
+        wanted = " and ".join(f"{sign} {limit:g}" for sign, limit, _ in limits if limit is not None)
+        raise ValueError(f"{name} must be a number{wanted and ' '}{wanted}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise a `ValueError` unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

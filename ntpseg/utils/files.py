@@ -1,0 +1,163 @@
+"""Atomic writes: a file or folder appears complete under its name, and survives a crash, or is not there at all.
+
+Everything is written under a temporary name in the same folder, flushed to the disk (``fsync`` of the file or of the
+whole tree), renamed, and the rename is flushed too (``fsync`` of the containing folder).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY_FOLDER = ".building-"
+_STALE_SECONDS = 24 * 3600
+
+
+@contextmanager
+def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open `path` for binary writing; it is replaced when the block ends, and left as it was when the block raises.
+
+    The folder is made if absent. The new file has the permissions that the umask gives.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, see `atomic_open`."""
+    with atomic_open(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
+    """Make the folder `path` from what the block writes into the folder that it is given.
+
+    Args:
+        path: the folder to make; the folder around it is made if absent.
+        replace: an existing `path` is removed. If False, only an empty one is.
+
+    Raises:
+        FileExistsError: `replace` is False and, at the end of the block, `path` exists and is not empty.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{path.name}."))
+    try:
+        yield temporary
+        # mkdtemp makes folders that only their owner can enter.
+        os.chmod(temporary, 0o777 & ~_umask())
+        publish_folder(temporary, path, replace=replace)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(source: Path, path: Path, *, replace: bool = True) -> None:
+    """Flush the complete folder `source` and rename it to `path`; arguments and errors as in `atomic_folder`."""
+    for root, _, names in os.walk(source):
+        for name in names:
+            fsync_path(Path(root, name))
+        fsync_path(Path(root))
+    if replace:
+        remove_folder(path)
+    try:
+        os.rename(source, path)
+    except OSError as error:
+        if path.exists():
+            raise FileExistsError(f"{path} must be a new or an empty folder, got one with content") from error
+        raise
+    fsync_path(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, so that no other process meets it half empty: renamed first, then deleted."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY_FOLDER) as trash, suppress(FileNotFoundError):
+        os.rename(path, Path(trash, path.name))
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_stale_folders(directory: Path) -> None:
+    """Remove what a killed `atomic_folder` left in `directory` more than a day ago."""
+    for path in directory.glob(f"{TEMPORARY_FOLDER}*"):
+        try:
+            old = time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8."""
+    atomic_write(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file with one per line; [] without the file. A line cut off by a killed process is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a comma-separated table with a header line."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
