@@ -58,12 +58,12 @@ def train(
     from ntpseg.data import Augmentation
     from ntpseg.tokenizers.compact import CompactVQOptions
     from ntpseg.tokenizers.compact_training import train_compact_vq
-    from ntpseg.tokenizers.pairs import stack_pairs
+    from ntpseg.tokenizers.preprocess import stack_pairs
     from ntpseg.tokenizers.text import train_text_tokenizer
+    from ntpseg.utils.checks import check_multiple
 
     options = CompactVQOptions(factor=factor, image_codes=image_codes, mask_codes=mask_codes, steps=steps, seed=seed)
-    if size % factor:
-        raise ValueError(f"size is {size}; it must be a multiple of the factor, {factor}")
+    check_multiple("size", size, "factor", factor)
     records = _records(data, layout, skip_bad, "train")
     text = train_text_tokenizer([r.text for r in records], text_vocab_size)
     images, masks = stack_pairs(
@@ -169,13 +169,13 @@ def _records(data: Path, layout: str, skip_bad: bool, split: str) -> list[Record
     splits = sorted({r.split for r in records})
     records = [r for r in records if r.split == split]
     if not records:
-        raise ValueError(f"split is {split!r}; it must be one that the data has: {', '.join(splits)}")
+        raise ValueError(f"split must be one of {', '.join(splits)}, the splits of the data, got {split!r}")
     return records
 
 
 def _vision(directory: Path, size: int | None, device: str | None) -> tuple[VisionTokenizer, Path]:
     """The vision tokenizer in `directory`, its vision/ or its model/vision/; and where that is."""
-    from ntpseg.tokenizers.vision import load_vision_tokenizer
+    from ntpseg.tokenizers.auto import load_vision_tokenizer
 
     for candidate in (directory / "model" / "vision", directory / "vision", directory):
         if (candidate / "config.json").is_file():
@@ -183,7 +183,7 @@ def _vision(directory: Path, size: int | None, device: str | None) -> tuple[Visi
             vision.to(_device(device))
             return vision, candidate
     raise ValueError(
-        f"--tokenizers is {str(directory)!r}; it must hold a vision tokenizer, in vision/, model/vision/ or itself"
+        f"--tokenizers must hold a vision tokenizer, in vision/, model/vision/ or itself, got {str(directory)!r}"
     )
 
 

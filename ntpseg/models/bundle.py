@@ -70,9 +70,9 @@ class Bundle:
             ValueError: no bundle there, or the attention implementation cannot be used.
         """
         from ntpseg.models.model import NTPSegModel
+        from ntpseg.tokenizers.auto import load_vision_tokenizer
         from ntpseg.tokenizers.sequence import SequenceFormat
         from ntpseg.tokenizers.text import load_text_tokenizer
-        from ntpseg.tokenizers.vision import load_vision_tokenizer
 
         path = bundle_directory(directory)
         sequence = SequenceFormat.from_dict(json.loads((path / "sequence.json").read_text(encoding="utf-8")))

@@ -20,7 +20,7 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from ntpseg.tokenizers.pairs import Pair, check_variants, in_threads, prepared, require_masks, variants_of
+from ntpseg.tokenizers.preprocess import Pair, augment_pair, check_masks, check_variants, parallel_map, preprocess
 from ntpseg.tokenizers.text import encode_text, text_fingerprint
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _VERSION = 1
 _META = "meta.json"
 _ARRAYS = ("image_codes", "mask_codes", "text_ids", "text_offsets")
-_PICTURES_PER_BATCH = 256
+_IMAGES_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class TokenCache:
 
     def text_ids(self, index: int, variant: int = 0) -> list[int]:
         """Ids of a sentence, without special tokens."""
-        at = index * (1 + self.variants) + variant
-        return self._text_ids[self._text_offsets[at] : self._text_offsets[at + 1]].tolist()
+        row = index * (1 + self.variants) + variant
+        return self._text_ids[self._text_offsets[row] : self._text_offsets[row + 1]].tolist()
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
         # A memory map would be pickled with its content: a data loader's worker opens the file instead.
@@ -104,7 +104,7 @@ class TokenCache:
         Raises:
             ValueError: no record, a record without mask, an unreadable file, or variants without augmentation.
         """
-        require_masks(dataset)
+        check_masks(dataset)
         check_variants(variants, augmentation)
         if not variants:
             augmentation = None
@@ -131,17 +131,19 @@ class TokenCache:
         """
         path = Path(directory) / key
         if not path.is_dir():
-            raise ValueError(f"token cache {key!r} is not in {str(directory)!r}; build it first")
+            raise ValueError(f"key must be that of a token cache in {str(directory)!r}, got {key!r}; build it first")
         try:
             meta = json.loads((path / _META).read_text(encoding="utf-8"))
             for name, size in meta["bytes"].items():
-                found = (path / name).stat().st_size
-                if found != size:
-                    raise ValueError(f"{name} has {found} bytes, not {size}")
+                actual = (path / name).stat().st_size
+                if actual != size:
+                    raise ValueError(f"{name} must have {size} bytes, got {actual}")
             image, mask, ids, offsets = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
             texts = json.loads((path / "texts.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"token cache {str(path)!r} is damaged ({error}); it must be built again") from error
+            raise ValueError(
+                f"token cache {str(path)!r} must be complete, got a damaged one ({error}); build it again"
+            ) from error
         return cls(Path(directory), key, image, mask, texts, ids, offsets)
 
 
@@ -169,7 +171,7 @@ def cache_key(
         settings["augmentation"] = asdict(augmentation) if augmentation else None
         settings["seed"] = seed
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for content in in_threads(_record_digest, dataset):
+    for content in parallel_map(_record_digest, dataset):
         digest.update(content)
     return digest.hexdigest()[:32]
 
@@ -210,24 +212,24 @@ def _write(
     texts: list[list[str]] = []
 
     def load(index: int) -> list[Pair]:
-        pair = prepared(dataset[index], vision.image_size, vision.channels)
-        return variants_of(pair, variants, augmentation, (seed, index))
+        pair = preprocess(dataset[index], vision.image_size, vision.channels)
+        return augment_pair(pair, variants, augmentation, (seed, index))
 
     def encode(batch: list[list[Pair]], start: int) -> None:
         flat = [pair for pairs in batch for pair in pairs]
-        images = torch.from_numpy(np.stack([image for image, _, _ in flat]))
-        masks = torch.from_numpy(np.stack([mask for _, mask, _ in flat]))
+        images = torch.from_numpy(np.stack([pair.image for pair in flat]))
+        masks = torch.from_numpy(np.stack([pair.mask for pair in flat]))
         codes = {"image_codes": vision.encode_image(images), "mask_codes": vision.encode_mask(masks)}
         for name, array in arrays.items():
             array[start : start + len(batch)] = codes[name].cpu().numpy().reshape(len(batch), *array.shape[1:])
-        texts.extend([sentence for _, _, sentence in pairs] for pairs in batch)
+        texts.extend([pair.text for pair in pairs] for pairs in batch)
 
     batch: list[list[Pair]] = []
-    most = max(1, _PICTURES_PER_BATCH // each)
+    batch_size = max(1, _IMAGES_PER_BATCH // each)
     with progress_bar("tokenising", len(dataset), enabled=progress) as advance:
-        for number, pairs in enumerate(in_threads(load, range(len(dataset)), ahead=2 * most), start=1):
+        for number, pairs in enumerate(parallel_map(load, range(len(dataset)), prefetch=2 * batch_size), start=1):
             batch.append(pairs)
-            if len(batch) == most or number == len(dataset):
+            if len(batch) == batch_size or number == len(dataset):
                 encode(batch, number - len(batch))
                 advance(len(batch))
                 batch = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ntpseg.tokenizers.patch_vq import PatchVQ
 from ntpseg.tokenizers.vision import check_codes, check_images
+from ntpseg.utils.checks import check_choice, check_integer, check_multiple, check_number
 from ntpseg.utils.files import atomic_write, write_json
 
 MODEL_TYPE = "ntpseg_compact_vq"
@@ -28,7 +29,7 @@ FACTORS = (4, 8, 16)
 class CompactVQOptions:
     """Size and training of a `CompactVQ`.
 
-    Args:
+    Attributes:
         factor: pixels per code along each side: 4, 8 or 16.
         image_codes: size of the image codebook.
         mask_codes: size of the mask codebook, all background and all foreground included.
@@ -59,9 +60,8 @@ class CompactVQOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.factor not in FACTORS:
-            raise ValueError(f"factor is {self.factor}; it must be one of {', '.join(map(str, FACTORS))}")
-        least = {
+        check_choice("factor", self.factor, FACTORS)
+        minimum = {
             "image_codes": 2,
             "mask_codes": 4,
             "dim": 1,
@@ -73,11 +73,9 @@ class CompactVQOptions:
             "codebook_steps": 0,
             "max_images": 1,
         }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        for name, value in minimum.items():
+            check_integer(name, getattr(self, name), value)
+        check_number("learning_rate", self.learning_rate, above=0)
 
 
 class CompactVQ(nn.Module):
@@ -97,10 +95,8 @@ class CompactVQ(nn.Module):
     def __init__(self, image_size: int, channels: int, options: CompactVQOptions | None = None) -> None:
         super().__init__()
         options = options or CompactVQOptions()
-        if image_size < options.factor or image_size % options.factor:
-            raise ValueError(f"image_size is {image_size}; it must be a multiple of the factor, {options.factor}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; it must be 1 or 3")
+        check_multiple("image_size", image_size, "factor", options.factor)
+        check_choice("channels", channels, (1, 3))
         self.options = options
         self.image_size = image_size
         self.channels = channels
@@ -191,7 +187,7 @@ class CompactVQ(nn.Module):
             model.load_state_dict(load_file(path / "model.safetensors"))
         except Exception as error:
             raise ValueError(
-                f"vision tokenizer directory {str(path)!r} cannot be loaded ({error}); "
-                "it must hold config.json and model.safetensors as CompactVQ.save_pretrained wrote them"
+                f"vision tokenizer directory must hold what CompactVQ.save_pretrained wrote, got {str(path)!r}, "
+                f"which cannot be loaded ({error})"
             ) from error
         return model

@@ -54,26 +54,26 @@ def train_compact_vq(
             _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
             _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
             patches = _patches(masks, options.factor)
-            ends = (torch.zeros_like(patches[0]), torch.ones_like(patches[0]))
+            constant = (torch.zeros_like(patches[0]), torch.ones_like(patches[0]))
             # Most patches are all background. It and all foreground have their codes; boundaries need the rest.
             mean = patches.mean(1)
             mixed = patches[(mean > 0) & (mean < 1)]
-            _fit_codebook(model.mask, mixed if len(mixed) else patches, ends, options, generator, advance)
+            _fit_codebook(model.mask, mixed if len(mixed) else patches, constant, options, generator, advance)
             _fit_decoder(model.mask, masks, _mask_loss, options, generator, advance)
     return model.eval().requires_grad_(False)
 
 
 def _check(images: Tensor, masks: Tensor) -> None:
     if images.dim() != 4 or not len(images) or images.shape[2] != images.shape[3]:
-        raise ValueError(f"images has shape {tuple(images.shape)}; it must be (N, C, S, S) with N of at least 1")
-    expected = (len(images), 1, *images.shape[2:])
-    if tuple(masks.shape) != expected:
-        raise ValueError(f"masks has shape {tuple(masks.shape)}; it must be {expected}")
+        raise ValueError(f"images must be [N, C, S, S] with N >= 1, got {list(images.shape)}")
+    expected = [len(images), 1, *images.shape[2:]]
+    if list(masks.shape) != expected:
+        raise ValueError(f"masks must be {expected}, got {list(masks.shape)}")
     low, high = float(images.min()), float(images.max())
     if not (low >= -1.001 and high <= 1.001):
-        raise ValueError(f"images spans {low:.4g} .. {high:.4g}; it must lie in -1 .. 1")
+        raise ValueError(f"images must be within [-1, 1], got values from {low:.4g} to {high:.4g}")
     if not bool(((masks == 0) | (masks == 1)).all()):
-        raise ValueError(f"masks holds values other than 0 and 1 (up to {float(masks.max()):.4g}); it must be binary")
+        raise ValueError(f"masks must be binary, 0 or 1, got values up to {float(masks.max()):.4g}")
 
 
 def _patches(x: Tensor, factor: int) -> Tensor:
@@ -91,16 +91,16 @@ def _mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
 def _fit_codebook(
     branch: PatchVQ,
     patches: Tensor,
-    given: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
     options: CompactVQOptions,
     generator: torch.Generator,
     advance: Advance,
 ) -> None:
-    """Principal axes of the patches, then k-means, then EMA over fresh patches; codes 0, 1, ... are `given`."""
+    """Principal axes of the patches, then k-means, then EMA over fresh patches; `fixed` patches are codes 0, 1, ..."""
     codes, dim = branch.codebook.shape
 
     def draw(count: int) -> Tensor:
-        """Patches without replacement; where there are fewer than codes, some twice (spare codes are harmless)."""
+        """Patches without replacement; where there are fewer than codes, some twice (unused codes are harmless)."""
         order = torch.randperm(len(patches), generator=generator)[:count]
         if len(order) < codes:
             order = order.repeat(-(-codes // len(order)))
@@ -110,26 +110,26 @@ def _fit_codebook(
     mean = sample.mean(0)
     centred = sample - mean
     axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1).T[:dim]
-    is_mask = bool(given)
+    is_mask = bool(fixed)
     branch.set_axes(axes, mean, gain=_MASK_GAIN if is_mask else 1.0, centre=0.5 if is_mask else 0.0)
 
     def project(x: Tensor) -> Tensor:
         return (x - mean) @ axes.T
 
-    def seeds(samples: Tensor, count: int) -> Tensor:
-        return _spread(samples[0], count, generator)[None]
+    def initial_means(samples: Tensor, count: int) -> Tensor:
+        return _kmeans_plus_plus(samples[0], count, generator)[None]
 
-    means, uses = kmeans(project(sample)[None], codes - len(given), _KMEANS_ITERATIONS, sample_fn=seeds)
-    quantizer = make_quantizer(dim, codes - len(given)).to(patches.device).train()
-    fill_quantizer(quantizer, means[0], uses[0] * (_CODEBOOK_BATCH / len(sample)))
+    means, counts = kmeans(project(sample)[None], codes - len(fixed), _KMEANS_ITERATIONS, sample_fn=initial_means)
+    quantizer = make_quantizer(dim, codes - len(fixed)).to(patches.device).train()
+    fill_quantizer(quantizer, means[0], counts[0] * (_CODEBOOK_BATCH / len(sample)))
     for _ in range(options.codebook_steps):
         quantizer(project(draw(_CODEBOOK_BATCH))[None])
         advance(1)
-    rows = [project(patch)[None] for patch in given]
+    rows = [project(patch)[None] for patch in fixed]
     fill_quantizer(branch.quantizer, torch.cat([*rows, quantizer.codebook]))
 
 
-def _spread(samples: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _kmeans_plus_plus(samples: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """k-means++ seeds (Arthur and Vassilvitskii 2007), float [count, dim]: drawn by squared distance to those before.
 
     Uniform seeds waste codes on copies of the commonest patch, black air.

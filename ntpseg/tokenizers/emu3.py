@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ntpseg.tokenizers.vision import check_codes, check_images
+from ntpseg.utils.checks import check_multiple
 from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
     from transformers import Emu3VQVAE
 
-_OWN_FILE = "ntpseg_vision.json"
+_SETTINGS_FILE = "ntpseg_vision.json"
 _PROCESSOR_FILE = "preprocessor_config.json"
 # Pixels of one forward pass, frames included: bounds the activations of the full-size model to a few gigabytes.
 _BATCH_PIXELS = 2**20
@@ -53,14 +54,13 @@ class Emu3Vision:
         config = model.config
         self.factor = 2 ** (len(config.channel_multiplier) - 1)
         # The model would round any other size down without a word.
-        if image_size < self.factor or image_size % self.factor:
-            raise ValueError(f"image_size is {image_size}; it must be a multiple of the factor, {self.factor}")
+        check_multiple("image_size", image_size, "factor", self.factor)
         self.channels = config.in_channels
         self.mean = tuple(mean) if mean is not None else (0.5,) * self.channels
         self.std = tuple(std) if std is not None else (0.5,) * self.channels
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels or (name == "std" and min(values) <= 0):
-                raise ValueError(f"{name} is {values}; it must hold {self.channels} numbers, positive ones if std")
+                raise ValueError(f"{name} must hold {self.channels} numbers (std: > 0), got {values}")
         self.model = model.eval().requires_grad_(False)
         self.image_size = image_size
         self.image_grid = self.mask_grid = (image_size // self.factor,) * 2
@@ -144,7 +144,7 @@ class Emu3Vision:
         path = Path(directory)
         self.model.save_pretrained(path)
         settings = {"image_size": self.image_size, "image_mean": list(self.mean), "image_std": list(self.std)}
-        write_json(path / _OWN_FILE, settings)
+        write_json(path / _SETTINGS_FILE, settings)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, image_size: int | None = None) -> Emu3Vision:
@@ -159,13 +159,13 @@ class Emu3Vision:
         from transformers import Emu3VQVAE
 
         path = Path(directory)
-        own = json.loads((path / _OWN_FILE).read_text("utf-8")) if (path / _OWN_FILE).is_file() else {}
-        settings = own or (json.loads((path / _PROCESSOR_FILE).read_text("utf-8")) if _has(path) else {})
-        size = own.get("image_size", image_size)
+        saved = _read_json(path / _SETTINGS_FILE)
+        settings = saved or _read_json(path / _PROCESSOR_FILE)
+        size = saved.get("image_size", image_size)
         if size is None:
-            raise ValueError("image_size is None; an Emu3VQVAE takes any size, so it must be given")
+            raise ValueError("image_size must be given, since an Emu3VQVAE takes any size, got None")
         if image_size is not None and image_size != size:
-            raise ValueError(f"image_size is {image_size}; it must be {size}, what {path / _OWN_FILE} says")
+            raise ValueError(f"image_size must be {size}, as in {path / _SETTINGS_FILE}, got {image_size}")
         try:
             loaded: Any = Emu3VQVAE.from_pretrained(
                 path, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -173,18 +173,18 @@ class Emu3Vision:
             model, report = loaded
         except Exception as error:
             raise ValueError(
-                f"vision tokenizer directory {str(path)!r} cannot be loaded ({error}); "
-                "it must hold config.json and model.safetensors of an Emu3VQVAE"
+                "vision tokenizer directory must hold config.json and model.safetensors of an Emu3VQVAE, "
+                f"got {str(path)!r}, which cannot be loaded ({error})"
             ) from error
-        absent = sorted(report["missing_keys"])
-        if absent:
+        missing = sorted(report["missing_keys"])
+        if missing:
             # transformers only warns, and goes on with random weights.
             raise ValueError(
-                f"vision tokenizer directory {str(path)!r} lacks {len(absent)} weights, {absent[0]!r} first; "
-                "it must hold all weights of an Emu3VQVAE"
+                f"vision tokenizer directory must hold all weights of an Emu3VQVAE, got {str(path)!r}, "
+                f"which lacks {len(missing)} weights, {missing[0]!r} first"
             )
         return cls(model, size, settings.get("image_mean"), settings.get("image_std"))
 
 
-def _has(path: Path) -> bool:
-    return (path / _PROCESSOR_FILE).is_file()
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""How much of a picture survives a vision tokenizer: mask Dice ceiling, image PSNR, use of the codebooks."""
+"""What a vision tokenizer preserves of an image and a mask: mask Dice ceiling, image PSNR, use of the codebooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.tokenizers.pairs import in_threads, prepared, require_masks
+from ntpseg.tokenizers.preprocess import check_masks, parallel_map, preprocess
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.progress import progress_bar
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _BATCH = 64
 # The peak signal of images in [-1, 1] is 2. A perfect reconstruction has no finite PSNR: it counts as 16-bit rounding.
 _PEAK = 2.0
-_LEAST_ERROR = (_PEAK / 2**16) ** 2
+_MIN_ERROR = (_PEAK / 2**16) ** 2
 
 
 @dataclass(frozen=True)
-class RoundTrip:
+class Reconstruction:
     """One record at the tokenizer's size, and what became of it.
 
     Attributes:
@@ -54,7 +54,7 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class TokenizerQuality:
-    """Round trips of N records.
+    """Reconstructions of N records.
 
     Attributes:
         dice: float64 [N], mask Dice at the image's own size, resizing included: what a model scores that predicts
@@ -63,7 +63,7 @@ class TokenizerQuality:
         pooled: Dice over all pixels of all records, at their own sizes.
         psnr: float64 [N], dB, of the image at the tokenizer's size.
         image_usage, mask_usage: int64 [codes], how often each code occurred.
-        examples: the round trips that were to be kept.
+        examples: the reconstructions that were to be kept.
     """
 
     dice: np.ndarray
@@ -72,7 +72,7 @@ class TokenizerQuality:
     psnr: np.ndarray
     image_usage: np.ndarray
     mask_usage: np.ndarray
-    examples: list[RoundTrip] = field(repr=False)
+    examples: list[Reconstruction] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
         """Means and counts, ready for JSON."""
@@ -92,8 +92,8 @@ class TokenizerQuality:
 
 def perplexity(usage: np.ndarray) -> float:
     """``exp(entropy)`` of counts [codes]: the number of codes that evenly used ones would be."""
-    share = usage[usage > 0] / usage.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    probability = usage[usage > 0] / usage.sum()
+    return float(np.exp(-(probability * np.log(probability)).sum()))
 
 
 def measure(
@@ -104,28 +104,28 @@ def measure(
     Args:
         vision: the tokenizer.
         records: each with a mask.
-        examples: round trips to keep, evenly over the records.
-        worst: round trips of the lowest Dice to keep besides.
+        examples: reconstructions to keep, evenly over the records.
+        worst: reconstructions of the lowest Dice to keep besides.
         progress: show a progress bar.
 
     Raises:
         ValueError: no record, a record without mask, or an unreadable file.
     """
-    require_masks(records)
+    check_masks(records)
     even = set(np.linspace(0, len(records) - 1, min(examples, len(records))).round().astype(int).tolist())
-    drawn: list[RoundTrip] = []
-    lowest: list[tuple[float, int, RoundTrip]] = []
+    even_examples: list[Reconstruction] = []
+    lowest: list[tuple[float, int, Reconstruction]] = []
     numbers: list[tuple[float, float, float, int, int]] = []
     usage = [np.zeros(n, np.int64) for n in (vision.image_codes, vision.mask_codes)]
-    with progress_bar("round trips", len(records), enabled=progress) as advance:
-        for index, trip in enumerate(_round_trips(vision, records)):
-            numbers.append((trip.dice, trip.dice_resized, trip.psnr, trip.overlap, trip.area))
-            for counts, codes in zip(usage, (trip.image_codes, trip.mask_codes), strict=True):
+    with progress_bar("reconstructions", len(records), enabled=progress) as advance:
+        for index, result in enumerate(_reconstruct(vision, records)):
+            numbers.append((result.dice, result.dice_resized, result.psnr, result.overlap, result.area))
+            for counts, codes in zip(usage, (result.image_codes, result.mask_codes), strict=True):
                 counts += np.bincount(codes.ravel(), minlength=len(counts))
             if index in even:
-                drawn.append(trip)
+                even_examples.append(result)
             else:
-                lowest = sorted([*lowest, (trip.dice, index, trip)], key=lambda entry: entry[:2])[:worst]
+                lowest = sorted([*lowest, (result.dice, index, result)], key=lambda entry: entry[:2])[:worst]
             advance(1)
     dice, resized, psnr, overlap, area = (np.array(column) for column in zip(*numbers, strict=True))
     return TokenizerQuality(
@@ -135,19 +135,19 @@ def measure(
         psnr=psnr,
         image_usage=usage[0],
         mask_usage=usage[1],
-        examples=drawn + [trip for *_, trip in lowest],
+        examples=even_examples + [result for *_, result in lowest],
     )
 
 
-def _round_trips(vision: VisionTokenizer, records: Sequence[Record]) -> Iterator[RoundTrip]:
+def _reconstruct(vision: VisionTokenizer, records: Sequence[Record]) -> Iterator[Reconstruction]:
     from ntpseg.data import read_mask, resize_mask
 
     def load(record: Record) -> tuple[Record, np.ndarray, np.ndarray, np.ndarray]:
         assert record.mask is not None
-        image, mask, _ = prepared(record, vision.image_size, vision.channels)
+        image, mask, _ = preprocess(record, vision.image_size, vision.channels)
         return record, image, mask, read_mask(record.mask)
 
-    loaded = in_threads(load, records, ahead=2 * _BATCH)
+    loaded = parallel_map(load, records, prefetch=2 * _BATCH)
     while batch := list(itertools.islice(loaded, _BATCH)):
         images = torch.from_numpy(np.stack([image for _, image, _, _ in batch]))
         masks = torch.from_numpy(np.stack([mask for _, _, mask, _ in batch]))
@@ -156,11 +156,11 @@ def _round_trips(vision: VisionTokenizer, records: Sequence[Record]) -> Iterator
         arrays = (t.cpu().numpy() for t in (*codes, *decoded))
         for (record, image, mask, truth), *row in zip(batch, *arrays, strict=True):
             image_codes, mask_codes, decoded_image, decoded_mask = row
-            own = resize_mask(decoded_mask[0], *truth.shape)
+            predicted = resize_mask(decoded_mask[0], *truth.shape)
             small, small_truth = decoded_mask > 0.5, mask > 0.5
-            overlap, area = int((own & truth).sum()), int(own.sum() + truth.sum())
-            error = max(float(np.square(decoded_image - image).mean()), _LEAST_ERROR)
-            yield RoundTrip(
+            overlap, area = int((predicted & truth).sum()), int(predicted.sum() + truth.sum())
+            error = max(float(np.square(decoded_image - image).mean()), _MIN_ERROR)
+            yield Reconstruction(
                 case=record.case,
                 text=record.text,
                 image=image,

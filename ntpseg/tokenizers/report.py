@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ntpseg.tokenizers.quality import RoundTrip, TokenizerQuality
+from ntpseg.tokenizers.quality import Reconstruction, TokenizerQuality
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.files import write_text
 
-_LEAST_SIDE = 192
+_MIN_SIDE = 192
 _MISSED, _ADDED = (64, 200, 120), (255, 96, 64)
 
 
@@ -27,13 +27,13 @@ def write_report(path: Path, vision: VisionTokenizer, quality: TokenizerQuality,
     )
     rows = [
         {
-            "case": trip.case,
-            "text": trip.text,
-            "dice": f"{trip.dice:.3f}",
-            "psnr": f"{trip.psnr:.1f}",
-            "pictures": _pictures(trip),
+            "case": example.case,
+            "text": example.text,
+            "dice": f"{example.dice:.3f}",
+            "psnr": f"{example.psnr:.1f}",
+            "pictures": _pictures(example),
         }
-        for trip in quality.examples
+        for example in quality.examples
     ]
     html = environment.get_template("report.html").render(
         title=title,
@@ -58,15 +58,15 @@ def _facts(vision: VisionTokenizer) -> list[tuple[str, Any]]:
     ]
 
 
-def _pictures(trip: RoundTrip) -> list[tuple[str, str]]:
+def _pictures(example: Reconstruction) -> list[tuple[str, str]]:
     """Caption and data URI of each tile of an example."""
-    mask, decoded = trip.mask[0] > 0.5, trip.decoded_mask[0] > 0.5
+    mask, decoded = example.mask[0] > 0.5, example.decoded_mask[0] > 0.5
     grey = np.repeat((mask & decoded)[..., None] * np.uint8(150), 3, axis=2)
     grey[mask & ~decoded] = _MISSED
     grey[decoded & ~mask] = _ADDED
     return [
-        ("image", _data_uri(_grey(trip.image))),
-        ("reconstruction", _data_uri(_grey(trip.decoded_image))),
+        ("image", _data_uri(_grey(example.image))),
+        ("reconstruction", _data_uri(_grey(example.decoded_image))),
         ("mask", _data_uri(mask * np.uint8(255))),
         ("reconstruction", _data_uri(decoded * np.uint8(255))),
         ("difference", _data_uri(grey)),
@@ -82,7 +82,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 def _data_uri(pixels: np.ndarray) -> str:
     picture = Image.fromarray(pixels)
     # Whole multiples of the size, so that a pixel stays a square that can be counted.
-    factor = -(-_LEAST_SIDE // picture.width)
+    factor = -(-_MIN_SIDE // picture.width)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)

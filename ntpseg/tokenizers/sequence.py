@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntpseg.tokenizers.vocabulary import LAYOUTS, Layout, Vocabulary
+from ntpseg.tokenizers.vocabulary import SEQUENCE_LAYOUTS, SequenceLayout, Vocabulary
 
 IGNORE_INDEX = -100
 Ids = NDArray[np.int64]
@@ -29,7 +29,7 @@ class _Encodes(Protocol):
 class SequenceFormat:
     """The sequence of one sample.
 
-    Args:
+    Attributes:
         vocabulary: the ids.
         image_grid: rows and columns of the image codes.
         mask_grid: rows and columns of the mask codes.
@@ -43,7 +43,7 @@ class SequenceFormat:
     vocabulary: Vocabulary
     image_grid: tuple[int, int]
     mask_grid: tuple[int, int]
-    layout: Layout | None = None
+    layout: SequenceLayout | None = None
     image_size_ids: tuple[int, ...] = ()
     mask_size_ids: tuple[int, ...] = ()
 
@@ -52,20 +52,20 @@ class SequenceFormat:
             object.__setattr__(self, "layout", self.vocabulary.layout)
         if self.layout != self.vocabulary.layout:
             raise ValueError(
-                f"layout is {self.layout!r}; it must be the vocabulary's layout, {self.vocabulary.layout!r} "
-                f"(one of {', '.join(LAYOUTS)})"
+                f"layout must be the vocabulary's layout, {self.vocabulary.layout!r} "
+                f"(one of {', '.join(SEQUENCE_LAYOUTS)}), got {self.layout!r}"
             )
         for name in ("image_grid", "mask_grid"):
             grid = tuple(int(n) for n in getattr(self, name))
             if len(grid) != 2 or min(grid) < 1:
-                raise ValueError(f"{name} is {grid}; it must be two positive numbers, rows and columns")
+                raise ValueError(f"{name} must be two numbers >= 1, rows and columns, got {grid}")
             object.__setattr__(self, name, grid)
         for name in ("image_size_ids", "mask_size_ids"):
             object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
             if bool(getattr(self, name)) != (self.layout == "emu3"):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; layout 'emu3' needs the text ids of the grid's size "
-                    "(SequenceFormat.for_tokenizer fills them in), layout 'ntpseg' has none"
+                    f"{name} must be the text ids of the grid's size in layout 'emu3' (SequenceFormat.for_tokenizer "
+                    f"fills them in) and empty in layout 'ntpseg', got {getattr(self, name)}"
                 )
 
     @classmethod
@@ -111,7 +111,7 @@ class SequenceFormat:
     def forced(self, index: int) -> int | None:
         """The id forced at target index 0 .. num_target - 1, or None where a mask code is free."""
         if not 0 <= index < self.num_target:
-            raise ValueError(f"index is {index}; it must be between 0 and {self.num_target - 1}")
+            raise ValueError(f"index must be within [0, {self.num_target}), got {index}")
         token = int(self._forced[index])
         return None if token < 0 else token
 
@@ -126,12 +126,10 @@ class SequenceFormat:
         size: int = getattr(self.vocabulary, f"{kind}_codes")
         array = np.asarray(codes)
         if array.shape != grid or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"{kind}_codes is {array.dtype} of shape {array.shape}; it must be integers of shape {grid}"
-            )
+            raise ValueError(f"{kind}_codes must be integers {list(grid)}, got {array.dtype} {list(array.shape)}")
         array = array.astype(np.int64)
         if array.min() < 0 or array.max() >= size:
-            raise ValueError(f"{kind}_codes spans {array.min()} .. {array.max()}; it must lie in 0 .. {size - 1}")
+            raise ValueError(f"{kind}_codes must be within [0, {size}), got values from {array.min()} to {array.max()}")
         return array
 
     def prompt(self, text_ids: list[int], image_codes: ArrayLike) -> Ids:
@@ -147,7 +145,9 @@ class SequenceFormat:
         v = self.vocabulary
         text = np.asarray(text_ids, dtype=np.int64).reshape(-1)
         if text.size and (text.min() < 0 or text.max() >= v.text_size):
-            raise ValueError(f"text_ids spans {text.min()} .. {text.max()}; it must lie in 0 .. {v.text_size - 1}")
+            raise ValueError(
+                f"text_ids must be within [0, {v.text_size}), got values from {text.min()} to {text.max()}"
+            )
         image = self._codes(image_codes, "image") + v.image_range[0]
         if self.layout == "ntpseg":
             parts: list[Any] = [[v.bos], text, [v.boi], image.ravel(), [v.eoi, v.bom]]
@@ -185,8 +185,8 @@ class SequenceFormat:
         order = np.cumsum(cell, axis=-1, dtype=np.int64)
         if order.size and order.max() > self.grid_positions:
             raise ValueError(
-                f"input_ids holds {order.max()} codes in one row; it must hold at most {self.grid_positions} "
-                f"(image grid {self.image_grid}, mask grid {self.mask_grid})"
+                f"input_ids must hold at most {self.grid_positions} codes in a row (image grid {self.image_grid}, "
+                f"mask grid {self.mask_grid}), got {order.max()}"
             )
         return np.where(cell, order, 0)
 
@@ -198,12 +198,12 @@ class SequenceFormat:
         """
         ids = np.asarray(target_ids, dtype=np.int64)
         if ids.shape != (self.num_target,):
-            raise ValueError(f"target_ids has shape {ids.shape}; it must be ({self.num_target},)")
+            raise ValueError(f"target_ids must be [{self.num_target}], got {list(ids.shape)}")
         codes = ids[self._forced < 0] - self.vocabulary.mask_range[0]
         if codes.min() < 0 or codes.max() >= self.vocabulary.mask_codes:
             bad = ids[self._forced < 0][(codes < 0) | (codes >= self.vocabulary.mask_codes)][0]
             lo, hi = self.vocabulary.mask_range
-            raise ValueError(f"target_ids holds {bad} where a mask code is due; it must lie in {lo} .. {hi - 1}")
+            raise ValueError(f"target_ids must be within [{lo}, {hi}) where a mask code is expected, got {bad}")
         return codes.reshape(self.mask_grid)
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,10 +33,10 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int = 512) -> PreT
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     if vocab_size <= _ALPHABET:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {_ALPHABET + 1} (256 bytes, end of text)")
+        raise ValueError(f"vocab_size must be >= {_ALPHABET + 1} (256 bytes, end of text), got {vocab_size}")
     captions = [c for c in captions if c.strip()]
     if not captions:
-        raise ValueError("captions is empty; it must hold at least one sentence")
+        raise ValueError("captions must hold at least one sentence, got none")
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.decoder = decoders.ByteLevel()
@@ -73,13 +73,13 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
     path = Path(directory)
     if not path.is_dir():
-        raise ValueError(f"text tokenizer directory {str(path)!r} does not exist; it must be a local directory")
+        raise ValueError(f"text tokenizer directory must be a local directory, got {str(path)!r}, which does not exist")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"text tokenizer directory {str(path)!r} cannot be loaded ({error}); "
-            "it must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with merges.txt)"
+            "text tokenizer directory must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with "
+            f"merges.txt), got {str(path)!r}, which cannot be loaded ({error})"
         ) from error
 
 

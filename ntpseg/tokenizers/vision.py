@@ -1,8 +1,7 @@
-"""What a vision tokenizer offers, whichever it is, and how a directory becomes one."""
+"""The interface of a vision tokenizer, and the checks of its arguments."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,58 +62,19 @@ class VisionTokenizer(Protocol):
         ...
 
 
-def load_vision_tokenizer(directory: str | Path, image_size: int | None = None) -> VisionTokenizer:
-    """Load a vision tokenizer from a local directory: ours (`CompactVQ`) or Hugging Face's `Emu3VQVAE`.
-
-    Args:
-        directory: holds config.json and model.safetensors.
-        image_size: side of the square input in pixels. A directory that this package wrote knows it; Emu3's own, which
-            takes any size, needs it.
-
-    Raises:
-        ValueError: no such directory, an unknown kind of model, or an image size that is missing or contradicts it.
-    """
-    path = Path(directory)
-    config = path / "config.json"
-    if not config.is_file():
-        raise ValueError(f"vision tokenizer directory {str(path)!r} has no config.json; it must hold a saved tokenizer")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{config} is not valid JSON ({error}); it must be a model's configuration") from error
-    tokenizer: VisionTokenizer
-    if model_type == "ntpseg_compact_vq":
-        from ntpseg.tokenizers.compact import CompactVQ
-
-        tokenizer = CompactVQ.from_pretrained(path)
-        if image_size is not None and image_size != tokenizer.image_size:
-            raise ValueError(
-                f"image_size is {image_size}; it must be {tokenizer.image_size}, what the tokenizer was trained at"
-            )
-    elif model_type == "emu3_vqgan":
-        from ntpseg.tokenizers.emu3 import Emu3Vision
-
-        tokenizer = Emu3Vision.from_pretrained(path, image_size=image_size)
-    else:
-        raise ValueError(
-            f"{config} says model_type {model_type!r}; it must be 'ntpseg_compact_vq' or 'emu3_vqgan' "
-            "(a whole Emu3 model holds its Emu3VQVAE as `vqmodel`: save that one by itself)"
-        )
-    return tokenizer
-
-
 def check_images(x: Tensor, channels: int, size: int, name: str) -> None:
     """Raise a `ValueError` unless `x` is float [B, channels, size, size]."""
     if x.dim() != 4 or tuple(x.shape[1:]) != (channels, size, size) or not torch.is_floating_point(x):
         raise ValueError(
-            f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be float of shape (B, {channels}, {size}, {size})"
+            f"{name} must be a float [B, {channels}, {size}, {size}] tensor, got {x.dtype} {list(x.shape)}"
         )
 
 
 def check_codes(codes: Tensor, grid: tuple[int, int], size: int, name: str) -> None:
     """Raise a `ValueError` unless `codes` is integer [B, *grid] in ``[0, size)``."""
     if codes.dim() != 3 or tuple(codes.shape[1:]) != grid or torch.is_floating_point(codes):
-        shape = f"(B, {grid[0]}, {grid[1]})"
-        raise ValueError(f"{name} is {codes.dtype} of shape {tuple(codes.shape)}; it must be integers of shape {shape}")
+        shape = f"[B, {grid[0]}, {grid[1]}]"
+        raise ValueError(f"{name} must be an integer {shape} tensor, got {codes.dtype} {list(codes.shape)}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= size):
-        raise ValueError(f"{name} spans {int(codes.min())} .. {int(codes.max())}; it must lie in 0 .. {size - 1}")
+        low, high = int(codes.min()), int(codes.max())
+        raise ValueError(f"{name} must be within [0, {size}), got values from {low} to {high}")

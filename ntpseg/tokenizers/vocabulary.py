@@ -15,8 +15,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Layout = Literal["ntpseg", "emu3"]
-LAYOUTS: tuple[Layout, ...] = ("ntpseg", "emu3")
+from ntpseg.utils.checks import check_choice, check_integer
+
+SequenceLayout = Literal["ntpseg", "emu3"]
+SEQUENCE_LAYOUTS: tuple[SequenceLayout, ...] = ("ntpseg", "emu3")
 
 EMU3_TEXT_SIZE = 151_643
 EMU3_CODES = 32_768
@@ -36,7 +38,7 @@ _OWN_SPECIALS = 5
 class Vocabulary:
     """The ids of a model: how many text ids and codes there are, and where each special token lies.
 
-    Args:
+    Attributes:
         text_size: number of text ids, ``len(text_tokenizer)`` (byte-pair ranks alone in layout ``emu3``).
         image_codes: size of the image codebook.
         mask_codes: size of the mask codebook; equal to `image_codes` when the codebook is shared.
@@ -51,21 +53,18 @@ class Vocabulary:
     image_codes: int
     mask_codes: int
     shared_codebook: bool = False
-    layout: Layout = "ntpseg"
+    layout: SequenceLayout = "ntpseg"
 
     def __post_init__(self) -> None:
         for name in ("text_size", "image_codes", "mask_codes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+            check_integer(name, getattr(self, name), 1)
+        check_choice("layout", self.layout, SEQUENCE_LAYOUTS)
         if self.shared_codebook and self.mask_codes != self.image_codes:
             raise ValueError(
-                f"mask_codes is {self.mask_codes}; sharing a codebook, it must equal image_codes ({self.image_codes})"
+                f"mask_codes must equal image_codes, {self.image_codes}, in a shared codebook, got {self.mask_codes}"
             )
         if self.layout == "emu3" and not self.shared_codebook:
-            raise ValueError("shared_codebook is False; layout 'emu3' has one codebook, so it must be True")
+            raise ValueError("shared_codebook must be True in layout 'emu3', which has one codebook, got False")
 
     @classmethod
     def emu3(cls, codes: int = EMU3_CODES, text_size: int = EMU3_TEXT_SIZE) -> Vocabulary:
@@ -147,7 +146,7 @@ class Vocabulary:
 
     def _emu3_only(self, name: str, offset: int) -> int:
         if self.layout != "emu3":
-            raise ValueError(f"layout is {self.layout!r}; {name} exists in layout 'emu3' only")
+            raise ValueError(f"layout must be 'emu3' for {name}, got {self.layout!r}")
         return self.text_size + offset
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ntpseg.data import Augmentation, Record, problem_table, usable_records
 from ntpseg.data.problems import Problem, summary
+from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
 from ntpseg.tokenizers.compact_training import train_compact_vq
-from ntpseg.tokenizers.pairs import stack_pairs
+from ntpseg.tokenizers.preprocess import stack_pairs
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
-from ntpseg.tokenizers.vision import VisionTokenizer, load_vision_tokenizer
+from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
 from ntpseg.utils.files import write_json, write_jsonl

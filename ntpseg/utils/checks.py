@@ -43,6 +43,12 @@ def check_number(
         raise ValueError(f"{name} must be a number{wanted and ' '}{wanted}, got {value!r}")
 
 
+def check_multiple(name: str, value: int, factor_name: str, factor: int) -> None:
+    """Raise a `ValueError` unless `value` is a positive multiple of `factor`, which the user knows as `factor_name`."""
+    if value < factor or value % factor:
+        raise ValueError(f"{name} must be a multiple of {factor_name}, {factor}, got {value}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise a `ValueError` unless `value` is one of `choices`."""
     choices = tuple(choices)

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
 from ntpseg.tokenizers.compact_training import train_compact_vq
-from ntpseg.tokenizers.vision import VisionTokenizer, load_vision_tokenizer
+from ntpseg.tokenizers.vision import VisionTokenizer
 
 TINY = CompactVQOptions(image_codes=16, mask_codes=8, steps=4, batch_size=4, width=8, codebook_steps=2)
 
@@ -131,7 +132,7 @@ def test_damaged_directories_are_named(compact, tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_vision_tokenizer(tmp_path)
     compact.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="image_size is 32; it must be 64"):
+    with pytest.raises(ValueError, match=r"image_size must be 64, .* got 32"):
         load_vision_tokenizer(tmp_path, image_size=32)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -139,29 +140,32 @@ def test_damaged_directories_are_named(compact, tmp_path):
         load_vision_tokenizer(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "emu3"}))
-    with pytest.raises(ValueError, match="says model_type 'emu3'"):
+    with pytest.raises(ValueError, match=r"model_type of .* got 'emu3'"):
         load_vision_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="got invalid JSON"):
         load_vision_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.encode_image(torch.zeros(1, 3, 64, 64)), r"must be float of shape \(B, 1, 64, 64\)"),
-        (lambda m: m.encode_mask(torch.zeros(1, 1, 64, 64, dtype=torch.bool)), "x is torch.bool"),
-        (lambda m: m.decode_mask(torch.full((1, 8, 8), 64)), r"codes spans 64 .. 64; it must lie in 0 .. 63"),
-        (lambda m: m.decode_image(torch.zeros(1, 64, dtype=torch.long)), r"integers of shape \(B, 8, 8\)"),
-        (lambda m: CompactVQ(30, 1), "image_size is 30; it must be a multiple of the factor, 8"),
-        (lambda m: CompactVQ(32, 2), "channels is 2"),
-        (lambda m: CompactVQOptions(factor=7), "factor is 7; it must be one of 4, 8, 16"),
-        (lambda m: CompactVQOptions(mask_codes=2), "mask_codes is 2; it must be at least 4"),
-        (lambda m: CompactVQOptions(learning_rate=0.0), "learning_rate is 0.0"),
-        (lambda m: train_compact_vq(torch.zeros(2, 1, 8, 8), torch.zeros(3, 1, 8, 8)), "masks has shape"),
-        (lambda m: train_compact_vq(torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)), "N of at least 1"),
-        (lambda m: train_compact_vq(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 255.0)), "it must be binary"),
-        (lambda m: train_compact_vq(torch.full((1, 1, 8, 8), 9.0), torch.zeros(1, 1, 8, 8)), r"lie in -1 .. 1"),
+        (lambda m: m.encode_image(torch.zeros(1, 3, 64, 64)), r"must be a float \[B, 1, 64, 64\] tensor"),
+        (lambda m: m.encode_mask(torch.zeros(1, 1, 64, 64, dtype=torch.bool)), "x must be .* got torch.bool"),
+        (
+            lambda m: m.decode_mask(torch.full((1, 8, 8), 64)),
+            r"codes must be within \[0, 64\), got .* 64 to 64",
+        ),
+        (lambda m: m.decode_image(torch.zeros(1, 64, dtype=torch.long)), r"integer \[B, 8, 8\]"),
+        (lambda m: CompactVQ(30, 1), "image_size must be a multiple of factor, 8, got 30"),
+        (lambda m: CompactVQ(32, 2), "channels must be one of 1, 3, got 2"),
+        (lambda m: CompactVQOptions(factor=7), "factor must be one of 4, 8, 16, got 7"),
+        (lambda m: CompactVQOptions(mask_codes=2), "mask_codes must be an integer >= 4, got 2"),
+        (lambda m: CompactVQOptions(learning_rate=0.0), "learning_rate must be a number > 0, got 0.0"),
+        (lambda m: train_compact_vq(torch.zeros(2, 1, 8, 8), torch.zeros(3, 1, 8, 8)), "masks must be"),
+        (lambda m: train_compact_vq(torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)), "N >= 1"),
+        (lambda m: train_compact_vq(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 255.0)), "must be binary"),
+        (lambda m: train_compact_vq(torch.full((1, 1, 8, 8), 9.0), torch.zeros(1, 1, 8, 8)), r"within \[-1, 1\]"),
     ],
 )
 def test_wrong_input_is_named(compact, call, message):

@@ -46,9 +46,9 @@ def test_a_plain_vocab_and_merges_directory_loads(tmp_path):
 
 
 def test_wrong_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size is 256"):
+    with pytest.raises(ValueError, match=r"vocab_size must be >= 257 .* got 256"):
         train_text_tokenizer(CAPTIONS, vocab_size=256)
-    with pytest.raises(ValueError, match="captions is empty"):
+    with pytest.raises(ValueError, match="captions must hold at least one sentence"):
         train_text_tokenizer([" ", ""])
     with pytest.raises(ValueError, match="does not exist"):
         load_text_tokenizer(tmp_path / "none")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ntpseg.data import Augmentation, Record, prepare, read_image, read_mask
 from ntpseg.tokenizers.cache import TokenCache, cache_key
-from ntpseg.tokenizers.pairs import in_threads, stack_pairs
+from ntpseg.tokenizers.preprocess import parallel_map, stack_pairs
 from ntpseg.tokenizers.text import encode_text, train_text_tokenizer
 
 TEXTS = ["The left lung.", "The right lung.", "Beide Lungenflügel."]
@@ -137,7 +137,7 @@ def test_a_damaged_cache_is_refused_and_built_again(tmp_path, records, compact, 
     else:
         for file in path.iterdir():
             file.unlink()
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="got a damaged one"):
         TokenCache.open(root, cache.key)
     again = TokenCache.build(root, records, compact, text, progress=False)
     assert again.key == cache.key
@@ -151,7 +151,7 @@ from pathlib import Path
 from ntpseg.data import Record
 from ntpseg.tokenizers import cache
 from ntpseg.tokenizers.text import load_text_tokenizer
-from ntpseg.tokenizers.vision import load_vision_tokenizer
+from ntpseg.tokenizers.auto import load_vision_tokenizer
 root = Path(sys.argv[1])
 files = sorted(root.glob("i*.png"))
 records = [Record(f, f.with_name("m" + f.name[1:]), "The left lung.", "train", f.stem, f.stem) for f in files]
@@ -227,15 +227,15 @@ def test_wrong_input_is_named(tmp_path, records, compact, text):
     def build(dataset, **options):
         TokenCache.build(tmp_path / "cache", dataset, compact, text, progress=False, **options)
 
-    with pytest.raises(ValueError, match="records is empty"):
+    with pytest.raises(ValueError, match="records must hold"):
         build([])
-    with pytest.raises(ValueError, match=r"1 records have no mask \(c2"):
+    with pytest.raises(ValueError, match=r"must all have a mask, got 1 without one \(c2"):
         build([*records[:2], replace(records[2], mask=None)])
-    with pytest.raises(ValueError, match="variants need an Augmentation"):
+    with pytest.raises(ValueError, match="augmentation must be an Augmentation where variants is 1"):
         build(records, variants=1)
-    with pytest.raises(ValueError, match="variants is -1"):
+    with pytest.raises(ValueError, match="variants must be an integer >= 0, got -1"):
         build(records, variants=-1)
-    with pytest.raises(ValueError, match="token cache 'abc' is not in"):
+    with pytest.raises(ValueError, match=r"key must be that of a token cache in .* got 'abc'"):
         TokenCache.open(tmp_path, "abc")
 
 
@@ -255,9 +255,9 @@ def test_threads_keep_the_order_and_pass_errors_on():
             raise ValueError("forty")
         return i
 
-    assert list(in_threads(slow, range(30), ahead=5)) == list(range(30))
+    assert list(parallel_map(slow, range(30), prefetch=5)) == list(range(30))
     with pytest.raises(ValueError, match="forty"):
-        list(in_threads(slow, range(60), ahead=5))
+        list(parallel_map(slow, range(60), prefetch=5))
 
 
 def test_meta_lists_every_file(tmp_path, records, compact, text):

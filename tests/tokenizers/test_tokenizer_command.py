@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from ntpseg.commands.tokenizer import register
 from ntpseg.data import Record, load_records
+from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.quality import measure, perplexity
 from ntpseg.tokenizers.report import write_report
-from ntpseg.tokenizers.vision import load_vision_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,11 @@ def test_report_takes_a_sample_and_a_trained_model(data, run, trained, tmp_path)
 
 def test_mistakes_are_named(data, run, trained, tmp_path):
     result = run("report", data, "--tokenizers", tmp_path, code=1)
-    assert "it must hold a vision tokenizer" in str(result.exception)
+    assert "must hold a vision tokenizer" in str(result.exception)
     result = run("encode", data, tmp_path, "--tokenizers", trained, "--split", "dev", code=1)
-    assert "split is 'dev'; it must be one that the data has: test, train, val" in str(result.exception)
+    assert "split must be one of test, train, val, the splits of the data, got 'dev'" in str(result.exception)
     result = run("train", data, tmp_path, "--size", 30, code=1)
-    assert "size is 30; it must be a multiple of the factor, 8" in str(result.exception)
+    assert "size must be a multiple of factor, 8, got 30" in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +155,7 @@ def test_figures_are_those_of_a_case_worked_by_hand(tmp_path):
     assert quality.image_usage.tolist() == [4, 4, 0, 0]
     assert quality.mask_usage.tolist() == [0, 0, 0, 8]
     assert quality.summary()["image_perplexity"] == pytest.approx(2.0)
-    assert [trip.case for trip in quality.examples] == ["c0", "c1"]
+    assert [example.case for example in quality.examples] == ["c0", "c1"]
 
 
 def test_perplexity_of_even_use_is_the_number_of_codes():

@@ -38,11 +38,14 @@ def test_dict_round_trip(vocabulary):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text_size": 0, "image_codes": 1, "mask_codes": 1}, "text_size is 0"),
-        ({"text_size": 1, "image_codes": -3, "mask_codes": 1}, "image_codes is -3"),
+        ({"text_size": 0, "image_codes": 1, "mask_codes": 1}, "text_size must be an integer >= 1, got 0"),
+        ({"text_size": 1, "image_codes": -3, "mask_codes": 1}, "image_codes must be an integer >= 1, got -3"),
         ({"text_size": 1, "image_codes": 2, "mask_codes": 3, "shared_codebook": True}, "must equal image_codes"),
-        ({"text_size": 1, "image_codes": 2, "mask_codes": 2, "layout": "emu3"}, "shared_codebook is False"),
-        ({"text_size": 1, "image_codes": 2, "mask_codes": 2, "layout": "gpt"}, "layout is 'gpt'"),
+        ({"text_size": 1, "image_codes": 2, "mask_codes": 2, "layout": "emu3"}, "shared_codebook must be True"),
+        (
+            {"text_size": 1, "image_codes": 2, "mask_codes": 2, "layout": "gpt"},
+            "layout must be one of .* got 'gpt'",
+        ),
     ],
 )
 def test_contradictions_are_named(arguments, message):
@@ -51,5 +54,5 @@ def test_contradictions_are_named(arguments, message):
 
 
 def test_row_ends_exist_in_emu3_only():
-    with pytest.raises(ValueError, match="row_end exists in layout 'emu3' only"):
+    with pytest.raises(ValueError, match="layout must be 'emu3' for row_end"):
         _ = Vocabulary(5, 3, 4).row_end

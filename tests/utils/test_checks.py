@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ntpseg.utils.checks import check_choice, check_integer, check_number
+from ntpseg.utils.checks import check_choice, check_integer, check_multiple, check_number
 
 
 @pytest.mark.parametrize("value", [0, True, 1.0, "1", None])
@@ -30,6 +30,13 @@ def test_numbers(value: object, limits: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         check_number("rate", value, **limits)
     assert str(refused.value) == message
+
+
+def test_multiples() -> None:
+    check_multiple("size", 16, "factor", 8)
+    for value in (0, 4, 12):
+        with pytest.raises(ValueError, match=rf"^size must be a multiple of factor, 8, got {value}$"):
+            check_multiple("size", value, "factor", 8)
 
 
 def test_choices() -> None:

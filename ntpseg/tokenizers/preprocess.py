@@ -1,4 +1,4 @@
-"""Records read, prepared and augmented by a few threads, in order."""
+"""From records to what a tokenizer reads: images and masks read, resized and augmented by a few threads, in order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ntpseg.utils.checks import check_integer
 from ntpseg.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -19,36 +20,49 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Pair = tuple[np.ndarray, np.ndarray, str]
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 64) -> Iterator[Result]:
-    """``map(function, items)`` in threads, at most `ahead` results early; the first error ends it."""
-    waiting: deque[Future[Result]] = deque()
+class Pair(NamedTuple):
+    """A record as the tokenizers read it.
+
+    Attributes:
+        image: float32 [C, S, S] in [-1, 1].
+        mask: float32 [1, S, S] in {0, 1}.
+        text: the sentence.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    text: str
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], prefetch: int = 64) -> Iterator[Result]:
+    """``map(function, items)`` in threads and in order, at most `prefetch` results early; the first error ends it."""
+    pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) >= prefetch:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
 
 
-def require_masks(records: Sequence[Record]) -> None:
+def check_masks(records: Sequence[Record]) -> None:
     """Raise a `ValueError` if there is no record, or one without a mask."""
     if not records:
-        raise ValueError("records is empty; it must hold at least one image with its mask")
+        raise ValueError("records must hold at least one image with its mask, got none")
     without = [r.case for r in records if r.mask is None]
     if without:
-        raise ValueError(f"{len(without)} records have no mask ({', '.join(without[:3])} ...); every one must have one")
+        raise ValueError(f"records must all have a mask, got {len(without)} without one ({', '.join(without[:3])} ...)")
 
 
-def prepared(record: Record, size: int, channels: int) -> Pair:
-    """The record as the tokenizer takes it: float32 [C, S, S] in [-1, 1], float32 [1, S, S] in {0, 1}, the text."""
+def preprocess(record: Record, size: int, channels: int) -> Pair:
+    """Read a record's files and bring them to S = `size` pixels a side and C = `channels`."""
     from ntpseg.data import prepare, read_image, read_mask
 
     assert record.mask is not None
@@ -57,14 +71,14 @@ def prepared(record: Record, size: int, channels: int) -> Pair:
     except ValueError as error:
         raise ValueError(f"record {record.case!r}: {error}") from error
     assert mask is not None
-    return image, mask, record.text
+    return Pair(image, mask, record.text)
 
 
-def variants_of(pair: Pair, count: int, augmentation: Augmentation | None, seed: Sequence[int]) -> list[Pair]:
+def augment_pair(pair: Pair, count: int, augmentation: Augmentation | None, seed: Sequence[int]) -> list[Pair]:
     """The pair itself, then `count` augmented ones; variant v depends on the seed and v alone."""
     if augmentation is None:
         return [pair]
-    return [pair, *(augmentation.apply(*pair, np.random.default_rng([*seed, v])) for v in range(1, count + 1))]
+    return [pair, *(Pair(*augmentation.apply(*pair, np.random.default_rng([*seed, v]))) for v in range(1, count + 1))]
 
 
 def stack_pairs(
@@ -96,28 +110,27 @@ def stack_pairs(
     Raises:
         ValueError: no record, a record without mask, an unreadable file, or variants without augmentation.
     """
-    require_masks(records)
+    check_masks(records)
     check_variants(variants, augmentation)
     if limit is not None and len(records) > limit:
         chosen = np.random.default_rng(seed).permutation(len(records))[:limit]
         records = [records[i] for i in sorted(chosen)]
 
     def load(index: int) -> list[Pair]:
-        pair = prepared(records[index], size, channels)
-        return variants_of(pair, variants, augmentation if variants else None, (seed, index))
+        pair = preprocess(records[index], size, channels)
+        return augment_pair(pair, variants, augmentation if variants else None, (seed, index))
 
     images, masks = [], []
     with progress_bar("reading images", len(records), enabled=progress) as advance:
-        for pairs in in_threads(load, range(len(records))):
-            images += [image for image, _, _ in pairs]
-            masks += [mask for _, mask, _ in pairs]
+        for pairs in parallel_map(load, range(len(records))):
+            images += [pair.image for pair in pairs]
+            masks += [pair.mask for pair in pairs]
             advance(1)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
 
 def check_variants(variants: int, augmentation: Augmentation | None) -> None:
     """Raise a `ValueError` for a negative count, or for variants without an augmentation."""
-    if variants < 0:
-        raise ValueError(f"variants is {variants}; it must not be negative")
+    check_integer("variants", variants, 0)
     if variants and augmentation is None:
-        raise ValueError(f"variants is {variants} and augmentation None; variants need an Augmentation")
+        raise ValueError(f"augmentation must be an Augmentation where variants is {variants}, got None")
