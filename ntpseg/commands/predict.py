@@ -72,8 +72,7 @@ def predict(
 
 
 def _write(job: Job, prediction: Prediction, mask: Path, overlay: Path | None) -> None:
-    from ntpseg.data import read_image
-    from ntpseg.data.images import write_png
+    from ntpseg.data import read_image, write_png
     from ntpseg.generation.overlay import draw
 
     write_png(mask, prediction.mask)

@@ -8,20 +8,21 @@ from dataclasses import dataclass, fields
 import numpy as np
 from PIL import Image
 
-from ntpseg.data.sides import swap_sides
+from ntpseg.data.laterality import swap_laterality
+from ntpseg.utils.checks import check_number
 
 BLACK = -1.0
-ATTEMPTS = 8
+MAX_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """How far a variant may be from its original; every amount is drawn anew for each variant.
 
-    Args:
+    Attributes:
         flip: probability of a horizontal flip, which also swaps left and right in the sentence. Keep it 0 where a
             mirrored image is anatomically wrong (CT slices with heart, liver or spleen) or the text names sides in
-            a way that `swap_sides` does not know.
+            a way that `swap_laterality` does not know.
         rotate_degrees: largest angle either way.
         scale: largest enlargement or reduction: the factor lies between 1 / (1 + scale) and 1 + scale.
         translate: largest shift along each axis, as a fraction of the side.
@@ -45,13 +46,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}; it must be a number that is not negative")
-        if self.flip > 1:
-            raise ValueError(f"flip is {self.flip}; it is a probability and must be at most 1")
-        if self.translate >= 1:
-            raise ValueError(f"translate is {self.translate}; it is a fraction of the side and must be below 1")
+            check_number(field.name, getattr(self, field.name), 0)
+        check_number("flip", self.flip, 0, 1)
+        check_number("translate", self.translate, 0, below=1)
 
     def apply(
         self, image: np.ndarray, mask: np.ndarray, text: str, rng: np.random.Generator
@@ -75,19 +72,22 @@ class Augmentation:
         """
         side = image.shape[-1]
         if image.ndim != 3 or image.shape[1] != side or mask.shape != (1, side, side):
-            raise ValueError(f"image, mask are {image.shape}, {mask.shape}; they must be [C, S, S] and [1, S, S]")
+            shapes = f"{list(image.shape)} and {list(mask.shape)}"
+            raise ValueError(f"image and mask must be [C, S, S] and [1, S, S], got {shapes}")
         if self.flip and rng.random() < self.flip:
-            image, mask, text = image[:, :, ::-1], mask[:, :, ::-1], swap_sides(text)
+            image, mask, text = image[:, :, ::-1], mask[:, :, ::-1], swap_laterality(text)
         if self.rotate_degrees or self.scale or self.translate:
-            image, mask = self._move(image, mask, rng)
-        return self._relight(image, rng), np.array(mask, dtype=np.float32, order="C"), text
+            image, mask = self._transform(image, mask, rng)
+        return self._adjust_intensity(image, rng), np.array(mask, dtype=np.float32, order="C"), text
 
-    def _move(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        full = bool(mask.any())
-        for _ in range(ATTEMPTS):
+    def _transform(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        nonempty = bool(mask.any())
+        for _ in range(MAX_ATTEMPTS):
             matrix = self._matrix(image.shape[-1], rng)
             moved = _warp(mask[0], matrix, 0.0) >= 0.5
-            if moved.any() or not full:
+            if moved.any() or not nonempty:
                 pixels = np.stack([_warp(channel, matrix, BLACK) for channel in image])
                 return pixels, moved[None].astype(np.float32)
         return image, mask
@@ -103,7 +103,7 @@ class Augmentation:
             -sine, cosine, centre + down + sine * centre - cosine * centre,
         )  # fmt: skip
 
-    def _relight(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _adjust_intensity(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         pixels = (image + np.float32(1)) * np.float32(0.5)
         if self.gamma:
             pixels = np.clip(pixels, 0, 1) ** np.float32(_factor(self.gamma, rng))
@@ -123,10 +123,8 @@ def _factor(amount: float, rng: np.random.Generator) -> float:
     return (1 + amount) ** rng.uniform(-1, 1)
 
 
-def _warp(plane: np.ndarray, matrix: tuple[float, ...], outside: float) -> np.ndarray:
+def _warp(plane: np.ndarray, matrix: tuple[float, ...], fill: float) -> np.ndarray:
     # Pillow's bilinear affine map takes half the time of scipy's at these sizes.
     picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    moved = picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=outside
-    )
+    moved = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
     return np.asarray(moved)

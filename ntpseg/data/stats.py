@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ntpseg.data.checks import examine_files
+from ntpseg.data.checks import map_files
 from ntpseg.data.images import read_mask
 from ntpseg.data.records import SPLITS, Record
 
 
 @dataclass(frozen=True, slots=True)
 class SplitStats:
-    """One split in figures.
+    """The statistics of one split.
 
-    Args:
+    Attributes:
         split: "train", "val" or "test".
         pairs: number of records.
         images: number of different image files (one file under several names counts once).
@@ -40,27 +40,27 @@ class SplitStats:
 
 
 def split_stats(records: Sequence[Record]) -> list[SplitStats]:
-    """Figures of every split that has records; opens every mask (unreadable ones are left out of the areas)."""
-    areas = examine_files((record.mask for record in records if record.mask is not None), _area)
+    """Statistics of every split that has records; opens every mask (unreadable ones are left out of the areas)."""
+    areas = map_files(_area, (record.mask for record in records if record.mask is not None))
     known = {record.text for record in records if record.split == "train"}
     stats = []
     for split in SPLITS:
-        own = [record for record in records if record.split == split]
-        if not own:
+        selected = [record for record in records if record.split == split]
+        if not selected:
             continue
-        texts = {record.text for record in own}
-        values = [area for record in own if record.mask and isinstance(area := areas[record.mask], float)]
+        texts = {record.text for record in selected}
+        values = [area for record in selected if record.mask and isinstance(area := areas[record.mask], float)]
         low, middle, high = np.percentile(values, (25, 50, 75)) if values else (np.nan,) * 3
         stats.append(
             SplitStats(
                 split=split,
-                pairs=len(own),
-                images=len({(stat.st_dev, stat.st_ino) for record in own if (stat := record.image.stat())}),
-                subjects=len({record.subject for record in own}),
+                pairs=len(selected),
+                images=len({(stat.st_dev, stat.st_ino) for record in selected if (stat := record.image.stat())}),
+                subjects=len({record.subject for record in selected}),
                 captions=len(texts),
                 unseen=len(texts - known),
                 area=(float(low), float(middle), float(high)),
-                words=float(np.median([len(record.text.split()) for record in own])),
+                words=float(np.median([len(record.text.split()) for record in selected])),
             )
         )
     return stats
@@ -72,7 +72,7 @@ def common_captions(records: Sequence[Record], number: int) -> list[tuple[str, i
 
 
 def shared_subjects(records: Sequence[Record]) -> dict[tuple[str, str], int]:
-    """How many subjects two splits share, for each pair of splits that shares any: a test on them is not a fair one."""
+    """How many subjects two splits share, for each pair of splits that shares any: a test on them is biased."""
     subjects = {split: {record.subject for record in records if record.split == split} for split in SPLITS}
     pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1 :]]
     return {(a, b): number for a, b in pairs if (number := len(subjects[a] & subjects[b]))}

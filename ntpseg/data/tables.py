@@ -32,17 +32,17 @@ def read_table(path: Path) -> Rows:
     except FileNotFoundError:
         raise
     except Exception as error:  # pandas and openpyxl raise many kinds for a file that is not a table
-        raise ValueError(f"cannot read the table {path}: {error}") from error
+        raise ValueError(f"{path} must be a readable table, got: {error}") from error
     frame.columns = [str(name).strip().lower() for name in frame.columns]
     rows = [{str(k): str(v).strip() for k, v in row.items()} for row in frame.fillna("").to_dict("records")]
     return [row for row in rows if any(row.values())]
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Rows:
-    """`read_table`, and ValueError where a row lacks one of `columns` (lower case)."""
+    """`read_table`, and ValueError where a row does not have one of `columns` (lower case)."""
     rows = read_table(path)
-    if rows and (lacking := [name for name in columns if name not in rows[0]]):
-        raise ValueError(f"the table {path} lacks the column {', '.join(lacking)}; it has {', '.join(rows[0])}")
+    if rows and (missing := [name for name in columns if name not in rows[0]]):
+        raise ValueError(f"{path} must have the column {', '.join(missing)}, got {', '.join(rows[0])}")
     return rows
 
 

@@ -20,7 +20,8 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from ntpseg.tokenizers.preprocess import Pair, augment_pair, check_masks, check_variants, parallel_map, preprocess
+from ntpseg.data.records import check_masks
+from ntpseg.tokenizers.preprocess import Pair, augment_pair, check_variants, parallel_map, preprocess
 from ntpseg.tokenizers.text import encode_text, text_fingerprint
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json

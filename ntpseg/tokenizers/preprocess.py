@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntpseg.data.records import check_masks
 from ntpseg.utils.checks import check_integer
 from ntpseg.utils.progress import progress_bar
 
@@ -50,15 +51,6 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], pref
         finally:
             for future in pending:
                 future.cancel()
-
-
-def check_masks(records: Sequence[Record]) -> None:
-    """Raise a `ValueError` if there is no record, or one without a mask."""
-    if not records:
-        raise ValueError("records must hold at least one image with its mask, got none")
-    without = [r.case for r in records if r.mask is None]
-    if without:
-        raise ValueError(f"records must all have a mask, got {len(without)} without one ({', '.join(without[:3])} ...)")
 
 
 def preprocess(record: Record, size: int, channels: int) -> Pair:

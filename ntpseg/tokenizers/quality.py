@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.tokenizers.preprocess import check_masks, parallel_map, preprocess
+from ntpseg.data.records import check_masks
+from ntpseg.tokenizers.preprocess import parallel_map, preprocess
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.progress import progress_bar
 

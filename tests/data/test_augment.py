@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntpseg.data import Augmentation, load_records, swap_sides
+from ntpseg.data import Augmentation, load_records, swap_laterality
 from ntpseg.data.demo_structures import STRUCTURES
 
 STILL = Augmentation(flip=0, rotate_degrees=0, scale=0, translate=0, brightness=0, contrast=0, gamma=0, noise=0)
@@ -48,9 +48,9 @@ def pair(side: int = 32, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
         ),
     ],
 )
-def test_swap_sides(text: str, swapped: str) -> None:
-    assert swap_sides(text) == swapped
-    assert swap_sides(swapped) == text
+def test_swap_laterality(text: str, swapped: str) -> None:
+    assert swap_laterality(text) == swapped
+    assert swap_laterality(swapped) == text
 
 
 words = st.sampled_from(
@@ -62,14 +62,14 @@ words = st.sampled_from(
 @given(st.lists(words, max_size=12))
 def test_swapping_twice_gives_the_text_back(parts: list[str]) -> None:
     text = " ".join(parts)
-    assert swap_sides(swap_sides(text)) == text
+    assert swap_laterality(swap_laterality(text)) == text
 
 
 def test_demo_sentences_change_exactly_where_they_name_a_side() -> None:
     for structure in STRUCTURES:
         for sentence in structure.sentences():
             sided = re.search(r"\b(left|right)\b", sentence) is not None
-            assert (swap_sides(sentence) != sentence) == sided
+            assert (swap_laterality(sentence) != sentence) == sided
 
 
 def test_no_change_is_the_identity() -> None:
@@ -208,8 +208,8 @@ def test_wrong_shapes() -> None:
 @pytest.mark.data
 def test_flipped_captions_of_real_xrays_are_captions_again(shared_data: Path) -> None:
     texts = {record.text for record in load_records(shared_data / "cxr_referring")}
-    assert swap_sides("The left lung.") in texts
+    assert swap_laterality("The left lung.") in texts
     for text in texts:
-        assert swap_sides(swap_sides(text)) == text
+        assert swap_laterality(swap_laterality(text)) == text
         # QaTa's grammar names the left lung first, also after a flip.
-        assert swap_sides(text).find("right lung and") == -1
+        assert swap_laterality(text).find("right lung and") == -1

@@ -134,7 +134,8 @@ def test_fault(good: Path, fault: Callable[[Path], None], kind: str, name: str, 
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [(broken_table, ""), (table_without_column, "lacks the column description; it has image, note")]
+    ("fault", "words"),
+    [(broken_table, ""), (table_without_column, "must have the column description, got image, note")],
 )
 def test_broken_table(good: Path, fault: Callable[[Path], None], words: str) -> None:
     fault(good)
@@ -170,7 +171,7 @@ def test_loading_alone_refuses_what_tables_and_folders_tell(good: Path) -> None:
 def test_nothing_usable_is_an_error_even_with_skip_bad(good: Path) -> None:
     for mask in good.glob("*/labelcol/*"):
         mask.unlink()
-    with pytest.raises(ValueError, match="no usable pair"):
+    with pytest.raises(ValueError, match=r"must hold at least one usable pair .* got none"):
         usable_records(good, skip_bad=True)
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntpseg.data import prepare, read_image, read_mask, resize_mask
-from ntpseg.data.images import write_png
+from ntpseg.data import prepare, read_image, read_mask, resize_mask, write_png
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -186,10 +185,10 @@ def test_prepare_maps_black_and_white_and_keeps_size() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((GREY, MASK, 0, 1), "size is 0"),
-        ((GREY, MASK, 4, 2), "channels is 2"),
-        ((GREY, MASK[:3], 4, 1), "mask is"),
-        ((GREY.astype(np.float32), MASK, 4, 1), "image is float32"),
+        ((GREY, MASK, 0, 1), "size must be an integer >= 1, got 0"),
+        ((GREY, MASK, 4, 2), "channels must be one of 1, 3, got 2"),
+        ((GREY, MASK[:3], 4, 1), "mask must have the image's size"),
+        ((GREY.astype(np.float32), MASK, 4, 1), "image must be .* got float32"),
     ],
 )
 def test_prepare_refuses(arguments: tuple, named: str) -> None:

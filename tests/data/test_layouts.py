@@ -230,9 +230,9 @@ def test_manifest_cases_are_unique(tmp_path: Path) -> None:
 
 
 def test_unknown_layouts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of the known layouts"):
+    with pytest.raises(ValueError, match="must have one of the known layouts"):
         load_records(tmp_path)
-    with pytest.raises(ValueError, match="layout is 'coco'"):
+    with pytest.raises(ValueError, match=r"layout must be one of .* got 'coco'"):
         load_records(tmp_path, "coco")
     with pytest.raises(FileNotFoundError):
         load_records(tmp_path / "none")
@@ -243,7 +243,7 @@ def test_unknown_layouts(tmp_path: Path) -> None:
 
 def test_manifest_without_the_needed_columns(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text("image,mask\na,b\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="lacks the column text; it has image, mask"):
+    with pytest.raises(ValueError, match="must have the column text, got image, mask"):
         load_records(tmp_path)
 
 

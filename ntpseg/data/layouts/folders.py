@@ -1,4 +1,4 @@
-"""Finding the file that a table's row means, whatever its prefix, extension or Unicode form."""
+"""Finding the file that a table's row names, whatever its prefix, extension or Unicode form."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ IMAGE_FOLDERS = ("img", "images", "imgs", "image")
 MASK_FOLDERS = ("labelcol", "gts", "ground-truths", "ground-truth", "masks", "mask", "labels")
 
 
-def normal(name: str) -> str:
-    """Composed Unicode: a table written on one system and file names from another may differ in form only."""
+def normalise_name(name: str) -> str:
+    """`name` in composed Unicode: a table written on one system and file names from another may differ in form only."""
     return unicodedata.normalize("NFC", name)
 
 
-def child(folder: Path, names: tuple[str, ...]) -> Path | None:
+def find_subfolder(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The sub-folder with the first of `names` (lower case) that exists in any capitalisation."""
     if not folder.is_dir():
         return None
-    found = {entry.name.lower(): Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()}
-    return next((found[name] for name in names if name in found), None)
+    subfolders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()}
+    return next((subfolders[name] for name in names if name in subfolders), None)
 
 
 class FolderIndex:
@@ -41,14 +41,14 @@ class FolderIndex:
         for name in names:
             if known_suffix(name) and not name.startswith("."):
                 path = folder / name  # type: ignore[operator]
-                self._names[normal(name)] = path
-                self._cases.setdefault(case_of(normal(name)), []).append(path)
+                self._names[normalise_name(name)] = path
+                self._cases.setdefault(case_of(normalise_name(name)), []).append(path)
         for paths in self._cases.values():
             paths.sort(key=lambda path: path.name.startswith(MASK_PREFIX) != masks)
 
     def find(self, name: str) -> Path | None:
         """The file called `name`; else the file of the same case (other prefix or extension); else None."""
-        name = normal(name)
+        name = normalise_name(name)
         if name in self._names:
             return self._names[name]
         paths = self._cases.get(case_of(name))

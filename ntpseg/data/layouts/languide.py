@@ -11,12 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ntpseg.data import problems
-from ntpseg.data.folders import IMAGE_FOLDERS, MASK_FOLDERS, child
-from ntpseg.data.listing import Listing
-from ntpseg.data.pairing import SplitFolder, join_rows, report_strays
+from ntpseg.data.layouts.base import Layout, Listing
+from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, find_subfolder
+from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_unmatched
 from ntpseg.data.tables import Rows, read_columns
 
-TRAIN_SHARE = 0.8
+TRAIN_FRACTION = 0.8
 TABLES = {"train": ("train.csv",), "val": ("val.csv", "valid.csv", "validation.csv"), "test": ("test.csv",)}
 FOLDERS = {
     "train": ("train", "train set", "train_folder", "train_set"),
@@ -25,13 +25,13 @@ FOLDERS = {
 }
 
 
-def is_languide(root: Path) -> bool:
+def matches_languide(root: Path) -> bool:
     """Whether `root` has a ``prompt`` folder with a table."""
-    prompt = child(root, ("prompt",))
+    prompt = find_subfolder(root, ("prompt",))
     return prompt is not None and any((prompt / name).is_file() for names in TABLES.values() for name in names)
 
 
-def list_languide(root: Path) -> Listing:
+def read_languide(root: Path) -> Listing:
     """List a data set in LanGuideMedSeg's layout; opens its tables, but no image.
 
     Args:
@@ -40,9 +40,9 @@ def list_languide(root: Path) -> Listing:
     Raises:
         ValueError: there is no ``prompt`` folder.
     """
-    prompt = child(root, ("prompt",))
+    prompt = find_subfolder(root, ("prompt",))
     if prompt is None:
-        raise ValueError(f"path is {root}; LanGuideMedSeg's layout needs a folder `prompt` with train.csv in it")
+        raise ValueError(f"path must hold prompt/train.csv in LanGuideMedSeg's layout, got {root}")
     listing = Listing(root)
     rows: dict[str, Rows] = {}
     for split, names in TABLES.items():
@@ -55,22 +55,25 @@ def list_languide(root: Path) -> Listing:
             listing.report(problems.UNREADABLE, split, path, str(error.__cause__ or error))
     folders = {split: SplitFolder.open(path) for split in TABLES if (path := _folder(root, split))}
     if not any((prompt / name).is_file() for name in TABLES["val"]) and "train" in rows:
-        cut = int(TRAIN_SHARE * len(rows["train"]))
+        cut = int(TRAIN_FRACTION * len(rows["train"]))
         rows["train"], rows["val"] = rows["train"][:cut], rows["train"][cut:]
         if "train" in folders:
             folders["val"] = folders["train"]
     described: set[tuple[str, str]] = set()
-    for split, found in rows.items():
+    for split, split_rows in rows.items():
         own = [folders[split]] if split in folders else []
-        described |= join_rows(split, found, own, listing)
+        described |= join_rows(split, split_rows, own, listing)
     # Folders that several splits share are looked through once.
-    report_strays({id(folder): (split, folder) for split, folder in folders.items()}.values(), described, listing)
+    report_unmatched({id(folder): (split, folder) for split, folder in folders.items()}.values(), described, listing)
     return listing
 
 
 def _folder(root: Path, split: str) -> Path | None:
     """The folder that holds a split's images and masks."""
-    for place in (child(root, FOLDERS[split]), root):
-        if place is not None and child(place, IMAGE_FOLDERS) and child(place, MASK_FOLDERS):
+    for place in (find_subfolder(root, FOLDERS[split]), root):
+        if place is not None and find_subfolder(place, IMAGE_FOLDERS) and find_subfolder(place, MASK_FOLDERS):
             return place
     return None
+
+
+LANGUIDE = Layout("languide", matches_languide, read_languide, "prompt/train.csv")

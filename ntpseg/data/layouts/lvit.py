@@ -1,8 +1,8 @@
 """LViT's layout: ``{Train,Val,Test}_Folder/{img,labelcol}`` with ``*_text.xlsx`` tables.
 
 After https://github.com/HUANGLIZI/LViT. A table has the columns Image and Description. ``Train_text.xlsx`` (and so on)
-speaks for its own folder and lies in it or beside it; ``Train_Val_text.xlsx`` speaks for training and validation
-together, and ``Train_ID.xlsx`` / ``Val_ID.xlsx`` (column Image) say which row is whose; without them the folder that
+covers its own folder and lies in it or beside it; ``Train_Val_text.xlsx`` covers training and validation together,
+and ``Train_ID.xlsx`` / ``Val_ID.xlsx`` (column Image) say which row is whose; without them the folder that
 holds a row's image does.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ntpseg.data import problems
-from ntpseg.data.folders import child, normal
-from ntpseg.data.listing import Listing
-from ntpseg.data.pairing import SplitFolder, join_rows, report_strays
+from ntpseg.data.layouts.base import Layout, Listing
+from ntpseg.data.layouts.folders import find_subfolder, normalise_name
+from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_unmatched
 from ntpseg.data.records import SPLITS, case_of
 from ntpseg.data.tables import Rows, read_columns
 
@@ -24,12 +24,12 @@ TEXT_TABLE = re.compile(r"(train[ _-]?val|train|val|test)[ _-]?text.*\.(xlsx|csv
 ID_TABLE = re.compile(r"(train|val|test)[ _-]?ids?\.(xlsx|csv|tsv)", re.IGNORECASE)
 
 
-def is_lvit(root: Path) -> bool:
+def matches_lvit(root: Path) -> bool:
     """Whether `root` has a folder of LViT's naming."""
-    return any(child(root, (f"{split}_folder",)) for split in SPLITS)
+    return root.is_dir() and any(find_subfolder(root, (f"{split}_folder",)) for split in SPLITS)
 
 
-def list_lvit(root: Path) -> Listing:
+def read_lvit(root: Path) -> Listing:
     """List a data set in LViT's layout; opens its tables, but no image.
 
     Args:
@@ -38,13 +38,13 @@ def list_lvit(root: Path) -> Listing:
     Raises:
         ValueError: `root` has none of these folders.
     """
-    paths = {split: found for split in SPLITS if (found := child(root, (f"{split}_folder",)))}
+    paths = {split: path for split in SPLITS if (path := find_subfolder(root, (f"{split}_folder",)))}
     if not paths:
-        raise ValueError(f"path is {root}; LViT's layout needs Train_Folder, Val_Folder or Test_Folder in it")
+        raise ValueError(f"path must hold Train_Folder, Val_Folder or Test_Folder in LViT's layout, got {root}")
     listing = Listing(root)
     folders = {split: SplitFolder.open(path) for split, path in paths.items()}
     texts, ids = _tables(root, paths.values(), listing)
-    shared = _deal(texts.get(BOTH, []), ids, folders, listing)
+    shared = _assign_splits(texts.get(BOTH, []), ids, folders, listing)
     described: set[tuple[str, str]] = set()
     for split in SPLITS:
         # A table of the split's own has precedence over the shared one.
@@ -52,12 +52,14 @@ def list_lvit(root: Path) -> Listing:
         own = [folders[split]] if split in folders else []
         if own and not rows:
             tables = f"{split.capitalize()}_text.xlsx" + ("" if split == "test" else " or Train_Val_text.xlsx")
-            listing.report(problems.MISSING_TABLE, split, paths[split], f"no row of a {tables} speaks for it")
-        # The ID lists may deal out images that all lie in Train_Folder.
+            listing.report(problems.MISSING_TABLE, split, paths[split], f"no {tables} has a row for it")
+        # The ID lists may split images that all lie in Train_Folder.
         others = [folder for name, folder in folders.items() if name != split] if split in ids or not own else []
         described |= join_rows(split, rows, own + others, listing)
-    mute = {problem.split for problem in listing.problems if problem.kind == problems.MISSING_TABLE}
-    report_strays(((split, folder) for split, folder in folders.items() if split not in mute), described, listing)
+    without_table = {problem.split for problem in listing.problems if problem.kind == problems.MISSING_TABLE}
+    report_unmatched(
+        ((split, folder) for split, folder in folders.items() if split not in without_table), described, listing
+    )
     return listing
 
 
@@ -74,27 +76,32 @@ def _tables(root: Path, folders: Iterable[Path], listing: Listing) -> tuple[dict
                 texts.setdefault(split, []).extend(read_columns(path, ("image", "description")))
             elif listed:
                 names = (row["image"] for row in read_columns(path, ("image",)))
-                ids.setdefault(listed.group(1).lower(), set()).update(case_of(normal(name)) for name in names)
+                ids.setdefault(listed.group(1).lower(), set()).update(case_of(normalise_name(name)) for name in names)
         except ValueError as error:
             listing.report(problems.UNREADABLE, "", path, str(error.__cause__ or error))
     return texts, ids
 
 
-def _deal(rows: Rows, ids: dict[str, set[str]], folders: dict[str, SplitFolder], listing: Listing) -> dict[str, Rows]:
-    """Deal the rows of ``Train_Val_text.xlsx`` to train and val."""
-    dealt: dict[str, Rows] = {"train": [], "val": []}
+def _assign_splits(
+    rows: Rows, ids: dict[str, set[str]], folders: dict[str, SplitFolder], listing: Listing
+) -> dict[str, Rows]:
+    """Assign the rows of ``Train_Val_text.xlsx`` to train and val."""
+    assigned: dict[str, Rows] = {"train": [], "val": []}
     for row in rows:
-        case = case_of(normal(row["image"]))
+        case = case_of(normalise_name(row["image"]))
         if ids:
-            splits = [split for split in dealt if case in ids.get(split, ())]
+            splits = [split for split in assigned if case in ids.get(split, ())]
         else:
-            splits = [split for split in dealt if split in folders and folders[split].images.find(case)]
+            splits = [split for split in assigned if split in folders and folders[split].images.find(case)]
         if splits:
-            dealt[splits[0]].append(row)
+            assigned[splits[0]].append(row)
         if len(splits) > 1:
             listing.report(problems.DUPLICATE, "val", row["image"], "it is in train as well, where it counts")
         elif not splits and ids:
             listing.report(problems.NO_SPLIT, "", row["image"], "neither Train_ID nor Val_ID lists it")
         elif not splits:
             listing.report(problems.MISSING_IMAGE, "", row["image"], "the table names it, but there is no such image")
-    return dealt
+    return assigned
+
+
+LVIT = Layout("lvit", matches_lvit, read_lvit, "Train_Folder/img")

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from ntpseg.data import problems
-from ntpseg.data.folders import normal
-from ntpseg.data.listing import Listing
+from ntpseg.data.layouts.base import Layout, Listing
+from ntpseg.data.layouts.folders import normalise_name
 from ntpseg.data.records import SPLITS, Record, case_of, known_suffix, subject_of
 from ntpseg.data.tables import Rows, read_table
 
@@ -25,8 +25,8 @@ ALIASES = {
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAMES = ("manifest.csv", "manifest.tsv", "manifest.xlsx")
 TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
-# Shares of the subjects where the table has no split column.
-SHARES = (0.70, 0.15, 0.15)
+# Fractions of the subjects in train, val and test where the table has no split column.
+SPLIT_FRACTIONS = (0.70, 0.15, 0.15)
 
 
 def find_manifest(path: Path) -> Path | None:
@@ -40,11 +40,11 @@ def find_manifest(path: Path) -> Path | None:
     return tables[0] if len(tables) == 1 else None
 
 
-def list_manifest(path: Path) -> Listing:
+def read_manifest(path: Path) -> Listing:
     """List the pairs of a manifest; opens the table, but no image.
 
     Paths in it are absolute or relative to the table's folder. Rows of one image share a subject. Without a split
-    column the subjects, in an order that depends on their names alone, go to train, val and test by `SHARES`.
+    column the subjects, in an order that depends on their names alone, go to train, val and test by `SPLIT_FRACTIONS`.
 
     Args:
         path: the table, or the folder that holds it.
@@ -54,18 +54,18 @@ def list_manifest(path: Path) -> Listing:
     """
     table = find_manifest(path)
     if table is None:
-        raise ValueError(f"path is {path}; a manifest is a CSV file, or a folder with manifest.csv in it")
+        raise ValueError(f"path must be a manifest (CSV), or a folder with manifest.csv in it, got {path}")
     listing = Listing(table.parent)
     rows = _rename(table, read_table(table))
     keys = [(row["image"], row["mask"], row["text"]) for row in rows]
     distinct = {key: row for key, row in reversed(list(zip(keys, rows)))}
     cases = dict(zip(distinct, _cases(list(distinct.values()))))
     subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
-    dealt = None if rows and "split" in rows[0] else deal_subjects(subjects)
+    assigned = None if rows and "split" in rows[0] else split_subjects(subjects)
     seen: dict[tuple[str, str, str], int] = {}
     listed: dict[Path, dict[str, Path]] = {}
     for number, (row, key, subject) in enumerate(zip(rows, keys, subjects), start=2):
-        split = dealt[subject] if dealt is not None else SPLIT_NAMES.get(row["split"].lower(), "")
+        split = assigned[subject] if assigned is not None else SPLIT_NAMES.get(row["split"].lower(), "")
         name = f"{table.name}:{number} {row['image'] or row['mask']}"
         image, mask = (_resolve(table.parent, row[kind], listed) for kind in ("image", "mask"))
         if not split:
@@ -78,8 +78,8 @@ def list_manifest(path: Path) -> Listing:
         elif not row["text"]:
             listing.report(problems.MISSING_TEXT, split, name, "its text is empty")
         elif mask is None:
-            found = f"there is no {row['mask']}" if row["mask"] else "its mask is empty"
-            listing.report(problems.MISSING_MASK, split, name, found)
+            reason = f"there is no {row['mask']}" if row["mask"] else "its mask is empty"
+            listing.report(problems.MISSING_MASK, split, name, reason)
         else:
             listing.records.append(Record(image, mask, row["text"], split, cases[key], subject))
         seen.setdefault(key, number)
@@ -87,10 +87,10 @@ def list_manifest(path: Path) -> Listing:
     return listing
 
 
-def deal_subjects(subjects: list[str]) -> dict[str, str]:
-    """Deal subjects to splits by `SHARES`: the same names give the same splits, and three subjects fill all three."""
+def split_subjects(subjects: list[str]) -> dict[str, str]:
+    """Assign subjects to splits by `SPLIT_FRACTIONS`, by their names alone; three subjects fill all three splits."""
     order = sorted(set(subjects), key=lambda subject: (hashlib.sha256(subject.encode()).digest(), subject))
-    held = [max(round(share * len(order)), 1) if len(order) > 2 else 0 for share in SHARES[1:]]
+    held = [max(round(fraction * len(order)), 1) if len(order) > 2 else 0 for fraction in SPLIT_FRACTIONS[1:]]
     starts = (len(order) - sum(held), len(order) - held[1])
     return {
         subject: "train" if place < starts[0] else "val" if place < starts[1] else "test"
@@ -100,28 +100,27 @@ def deal_subjects(subjects: list[str]) -> dict[str, str]:
 
 def _rename(table: Path, rows: Rows) -> Rows:
     if not rows:
-        raise ValueError(f"the manifest {table} has no rows")
+        raise ValueError(f"manifest {table} must have at least one row, got none")
     names = {key: next((alias for alias in aliases if alias in rows[0]), None) for key, aliases in ALIASES.items()}
-    if lacking := [key for key in ("image", "mask", "text") if names[key] is None]:
-        found = ", ".join(rows[0])
-        raise ValueError(f"the manifest {table} lacks the column {', '.join(lacking)}; it has {found}")
+    if missing := [key for key in ("image", "mask", "text") if names[key] is None]:
+        raise ValueError(f"manifest {table} must have the column {', '.join(missing)}, got {', '.join(rows[0])}")
     return [{key: row[name] for key, name in names.items() if name is not None} for row in rows]
 
 
 def _resolve(folder: Path, name: str, listed: dict[Path, dict[str, Path]]) -> Path | None:
-    """The file of that name, in whichever Unicode form it is stored; `listed` keeps the folders already read."""
+    """The file of that name, in whichever Unicode form it is stored; `listed` caches the folders already read."""
     if not name:
         return None
     path = folder / Path(name.replace("\\", "/")).expanduser()
     if path.is_file():
         return path
     if path.parent not in listed:
-        found = path.parent.iterdir() if path.parent.is_dir() else ()
-        listed[path.parent] = {normal(entry.name): entry for entry in found}
-    return listed[path.parent].get(normal(path.name))
+        entries = path.parent.iterdir() if path.parent.is_dir() else ()
+        listed[path.parent] = {normalise_name(entry.name): entry for entry in entries}
+    return listed[path.parent].get(normalise_name(path.name))
 
 
-def _name(path: str) -> str:
+def _file_name(path: str) -> str:
     return re.split(r"[\\/]", path)[-1]
 
 
@@ -132,7 +131,7 @@ def _stem(name: str) -> str:
 
 
 def _subject(image: str) -> str:
-    case = case_of(_name(image))
+    case = case_of(_file_name(image))
     return subject if (subject := subject_of(case)) != case else _stem(image)
 
 
@@ -140,10 +139,10 @@ def _cases(rows: Rows) -> list[str]:
     """A name for every row: its own, else the image's, made longer only where two rows would share it."""
     choices = [
         (
-            row.get("case") or case_of(_name(row["image"])),
+            row.get("case") or case_of(_file_name(row["image"])),
             _stem(row["image"]),
-            f"{_stem(row['image'])}__{case_of(_name(row['mask']))}",
-            f"{_stem(row['image'])}__{case_of(_name(row['mask']))}__{hashlib.sha256(row['text'].encode()).hexdigest()[:6]}",
+            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}",
+            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}__{hashlib.sha256(row['text'].encode()).hexdigest()[:6]}",
         )
         for row in rows
     ]
@@ -156,3 +155,11 @@ def _cases(rows: Rows) -> list[str]:
             return names
         for i in shared:
             level[i] += 1
+
+
+MANIFEST = Layout(
+    "manifest",
+    lambda path: find_manifest(path) is not None,
+    read_manifest,
+    "a CSV file with the columns image, mask, text",
+)

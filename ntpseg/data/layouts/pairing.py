@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ntpseg.data import problems
-from ntpseg.data.folders import IMAGE_FOLDERS, MASK_FOLDERS, FolderIndex, child, normal
-from ntpseg.data.listing import Listing
+from ntpseg.data.layouts.base import Listing
+from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, FolderIndex, find_subfolder, normalise_name
 from ntpseg.data.records import MASK_PREFIX, Record, case_of, subject_of
 from ntpseg.data.tables import Rows
 
@@ -23,7 +23,7 @@ class SplitFolder:
     @classmethod
     def open(cls, folder: Path) -> SplitFolder:
         """List the image and the mask folder inside `folder`."""
-        images, masks = child(folder, IMAGE_FOLDERS), child(folder, MASK_FOLDERS)
+        images, masks = find_subfolder(folder, IMAGE_FOLDERS), find_subfolder(folder, MASK_FOLDERS)
         return cls(FolderIndex(images, masks=False), FolderIndex(masks, masks=True))
 
 
@@ -46,7 +46,7 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
         if not name:
             listing.report(problems.MISSING_IMAGE, split, f"row {number} of the {split} rows", "its image is empty")
             continue
-        case = case_of(normal(name))
+        case = case_of(normalise_name(name))
         if case in seen:
             listing.report(problems.DUPLICATE, split, name, "the table names it more than once; the first row counts")
             continue
@@ -60,14 +60,14 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
         elif not text:
             listing.report(problems.MISSING_TEXT, split, image, "its caption is empty")
         elif mask is None:
-            listing.report(problems.MISSING_MASK, split, image, f"no mask of this name{_where(folders, listing)}")
+            listing.report(problems.MISSING_MASK, split, image, f"no mask of this name{_location(folders, listing)}")
         else:
             subject = row.get("subject") or subject_of(case)
             listing.records.append(Record(image, mask, text, split, case, subject))
     return described
 
 
-def report_strays(
+def report_unmatched(
     folders: Iterable[tuple[str, SplitFolder]], described: set[tuple[str, str]], listing: Listing
 ) -> None:
     """Report the images that no row names, the masks without an image, and files that mean the same case.
@@ -78,14 +78,14 @@ def report_strays(
         listing: receives the problems.
     """
     pairs = list(folders)
-    everywhere = set().union(*(folder.images.cases() for _, folder in pairs))
+    image_cases = set().union(*(folder.images.cases() for _, folder in pairs))
     for split, folder in pairs:
         for case in sorted(folder.images.cases()):
             path = folder.images.files(case)[0]
             if (str(path.parent), case) not in described:
                 listing.report(problems.MISSING_TEXT, split, path, "no table has a row for it")
-        for case in sorted(folder.masks.cases() - everywhere):
-            listing.report(problems.STRAY_MASK, split, folder.masks.files(case)[0], "no image of this name")
+        for case in sorted(folder.masks.cases() - image_cases):
+            listing.report(problems.UNMATCHED_MASK, split, folder.masks.files(case)[0], "no image of this name")
         for index in (folder.images, folder.masks):
             for case in sorted(index.cases()):
                 for path in index.files(case)[1:]:
@@ -93,10 +93,10 @@ def report_strays(
                     listing.report(problems.DUPLICATE, split, path, f"{first} has the same name but for the ending")
 
 
-def _first(found: Iterable[Path | None]) -> Path | None:
-    return next((path for path in found if path is not None), None)
+def _first(paths: Iterable[Path | None]) -> Path | None:
+    return next((path for path in paths if path is not None), None)
 
 
-def _where(folders: Sequence[SplitFolder], listing: Listing) -> str:
+def _location(folders: Sequence[SplitFolder], listing: Listing) -> str:
     place = next((folder.masks.folder for folder in folders if folder.masks.folder is not None), None)
     return f" in {listing.short(place)}" if place is not None else "; there is no folder of masks"
