@@ -6,10 +6,18 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from ntpseg.data.records import known_suffix
+
 
 @dataclass(frozen=True)
 class Job:
-    """One image file, one sentence, and the name of its results without extension."""
+    """One image to segment.
+
+    Attributes:
+        image: the image file.
+        text: the sentence.
+        name: file name of the results without extension.
+    """
 
     image: Path
     text: str
@@ -30,12 +38,11 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
             is not there.
     """
     if (text is None) == (table is None):
-        raise ValueError("text and texts: exactly one of the two must be given for a folder")
-    from ntpseg.data.records import known_suffix
-
+        given = "none" if text is None else "both"
+        raise ValueError(f"exactly one of text and texts must be given for a folder, got {given}")
     files = sorted(p for p in folder.iterdir() if p.is_file() and known_suffix(p.name) and not p.name.startswith("."))
     if not files:
-        raise ValueError(f"image is {folder}, a folder without images; it must hold at least one")
+        raise ValueError(f"image must be a folder with at least one image, got {folder}, a folder without images")
     if table is None:
         pairs = [(file, text or "") for file in files]
     else:
@@ -45,9 +52,9 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
         pairs = []
         for name, sentence in _rows(table):
             if name not in known:
-                raise ValueError(f"texts: {table} names the image {name!r}, which is not in {folder}")
+                raise ValueError(f"texts must name images of {folder}, got {name!r}, which is not in it")
             pairs.append((known[name], sentence))
-    return _named(pairs)
+    return _name_results(pairs)
 
 
 def _rows(table: Path) -> list[tuple[str, str]]:
@@ -56,11 +63,11 @@ def _rows(table: Path) -> list[tuple[str, str]]:
         columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
         for wanted in ("image", "text"):
             if wanted not in columns:
-                raise ValueError(f"texts: {table} has no column {wanted!r}; it must have image and text")
+                raise ValueError(f"texts must have the columns image and text, got no column {wanted!r} in {table}")
         return [((row[columns["image"]] or "").strip(), (row[columns["text"]] or "").strip()) for row in reader]
 
 
-def _named(pairs: list[tuple[Path, str]]) -> list[Job]:
+def _name_results(pairs: list[tuple[Path, str]]) -> list[Job]:
     """Name the results after the images; a second sentence or a second file of one stem is numbered."""
     seen: dict[str, int] = {}
     jobs = []

@@ -1,21 +1,24 @@
-"""Masks from prompts: batching by length, the choice of decoder, timing."""
+"""Masks from prompts: batching by length, the choice of the decoder, timing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ntpseg.generation.greedy import greedy
+from ntpseg.generation.decoder import Decoder, PromptBatch, TargetTemplate
 from ntpseg.generation.huggingface import HuggingFaceDecoder
-from ntpseg.generation.native import NativeDecoder, unsupported
+from ntpseg.generation.methods import METHODS, DecodingMethod
+from ntpseg.generation.native import NativeDecoder, unsupported_reason
 from ntpseg.generation.options import DecodingOptions, Generated, resolve_dtype
-from ntpseg.generation.speculative import speculative
-from ntpseg.generation.target import Target
+
+if TYPE_CHECKING:
+    from ntpseg.models.bundle import Bundle
+    from ntpseg.models.model import NTPSegModel
+    from ntpseg.tokenizers.sequence import SequenceFormat
 
 
 class MaskGenerator:
@@ -26,30 +29,25 @@ class MaskGenerator:
         sequence: its `SequenceFormat`.
         options: see `DecodingOptions`.
 
+    Attributes:
+        decoder: the `Decoder` that the options and the model allow.
+
     Raises:
-        ValueError: the options ask for the native path or for speculation, and the model does not allow it.
+        ValueError: the options ask for a decoder or a method that the model does not allow.
     """
 
-    def __init__(self, model: Any, sequence: Any, options: DecodingOptions | None = None) -> None:
+    def __init__(self, model: NTPSegModel, sequence: SequenceFormat, options: DecodingOptions | None = None) -> None:
         self.model, self.sequence, self.options = model, sequence, options or DecodingOptions()
         self.device = next(model.parameters()).device
-        self.target = Target(sequence, self.device)
-        dtype = resolve_dtype(self.options.dtype, model)
-        reason = unsupported(model.backbone)
-        chosen = self.options.decoder
-        wanted = "native" if chosen == "native" else f"method is {self.options.method!r}; it"
-        if reason is not None and (chosen == "native" or self.options.method == "speculative"):
-            raise ValueError(f"{wanted} cannot be used with this model: {reason}")
-        if self.options.method == "speculative" and model.heads.k < 2:
+        self.target = TargetTemplate(sequence, self.device)
+        method = METHODS[self.options.method]
+        if model.heads.k < method.min_heads:
             raise ValueError(
-                "method is 'speculative', but the model has one head; it must have at least 2 to draft with"
+                f"model must have at least {method.min_heads} heads for method {method.name!r}, got {model.heads.k}"
             )
+        self.method = method.load()
         with torch.no_grad():
-            self.decoder: NativeDecoder | HuggingFaceDecoder
-            if chosen == "huggingface" or reason is not None:
-                self.decoder = HuggingFaceDecoder(model, dtype, sequence.vocabulary.pad)
-            else:
-                self.decoder = NativeDecoder(model, dtype)
+            self.decoder = make_decoder(model, sequence, self.options, method)
 
     def __call__(self, prompts: Sequence[np.ndarray], progress: Callable[[int], None] | None = None) -> Generated:
         """Decode one mask per prompt.
@@ -65,13 +63,12 @@ class MaskGenerator:
             ValueError: there is no prompt.
         """
         if not len(prompts):
-            raise ValueError("prompts is empty; it must hold at least one prompt")
+            raise ValueError("prompts must hold at least one prompt, got none")
         order = np.argsort([-len(p) for p in prompts], kind="stable")
         height, width = self.sequence.mask_grid
         codes = np.empty((len(prompts), height * width), np.int64)
         logprob = np.empty((len(prompts), height * width), np.float32)
-        steps = 0.0
-        run = speculative if self.options.method == "speculative" else greedy
+        steps = 0
         training = self.model.training
         self.model.eval()
         started = time.perf_counter()
@@ -79,10 +76,10 @@ class MaskGenerator:
             with torch.inference_mode():
                 for first in range(0, len(order), self.options.batch_size):
                     chosen = order[first : first + self.options.batch_size]
-                    ids, cells = self._tensors([prompts[i] for i in chosen])
-                    found, scores, taken = run(self.model.heads, self.decoder, self.target, ids, cells)
-                    codes[chosen], logprob[chosen] = found.cpu().numpy(), scores.cpu().numpy()
-                    steps += taken * len(chosen)
+                    batch = self._batch([prompts[i] for i in chosen])
+                    decoded = self.method(self.model.heads, self.decoder, self.target, batch)
+                    codes[chosen], logprob[chosen] = decoded.codes.cpu().numpy(), decoded.logprob.cpu().numpy()
+                    steps += decoded.steps * len(chosen)
                     if progress is not None:
                         progress(len(chosen))
         finally:
@@ -90,17 +87,37 @@ class MaskGenerator:
         seconds = time.perf_counter() - started
         return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts))
 
-    def _tensors(self, prompts: list[np.ndarray]) -> tuple[list[Tensor], list[Tensor]]:
-        ids = [torch.as_tensor(np.asarray(p, np.int64), device=self.device) for p in prompts]
-        cells = [torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts]
-        return ids, cells
+    def _batch(self, prompts: list[np.ndarray]) -> PromptBatch:
+        return PromptBatch(
+            ids=[torch.as_tensor(np.asarray(p, np.int64), device=self.device) for p in prompts],
+            grid_ids=[torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts],
+        )
+
+
+def make_decoder(
+    model: NTPSegModel, sequence: SequenceFormat, options: DecodingOptions, method: DecodingMethod
+) -> Decoder:
+    """The decoder that the options name, or with "auto" the quickest that supports the model.
+
+    Raises:
+        ValueError: the options or the method need `NativeDecoder`, which does not support the model.
+    """
+    dtype = resolve_dtype(options.dtype, model)
+    reason = unsupported_reason(model.backbone)
+    if reason is None and options.decoder != "huggingface":
+        return NativeDecoder(model, dtype)
+    if options.decoder == "native":
+        raise ValueError(f"decoder must be auto or huggingface for this model, got 'native': {reason}")
+    if method.needs_rewind:
+        raise ValueError(f"method must be one without rewinding for this model, got {method.name!r}: {reason}")
+    return HuggingFaceDecoder(model, dtype, sequence.vocabulary.pad)
 
 
 def generate_masks(
-    model: Any,
+    model: Bundle | NTPSegModel,
     prompts: Sequence[np.ndarray],
     *,
-    sequence: Any = None,
+    sequence: SequenceFormat | None = None,
     options: DecodingOptions | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generated:
@@ -122,5 +139,5 @@ def generate_masks(
     if sequence is None:
         sequence, model = getattr(model, "sequence", None), getattr(model, "model", model)
         if sequence is None:
-            raise ValueError("sequence is None; with a bare model it must be its SequenceFormat")
-    return MaskGenerator(model, sequence, options)(prompts, progress)
+            raise ValueError("sequence must be the SequenceFormat of a model without a bundle, got None")
+    return MaskGenerator(cast("NTPSegModel", model), sequence, options)(prompts, progress)

@@ -1,45 +1,35 @@
-"""Greedy decoding: one forward pass per free token; forced tokens ride along with the token before them."""
+"""Greedy decoding: one forward pass per free token; forced tokens are read together with the token before them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from ntpseg.generation.target import Target, choose
+from ntpseg.generation.decoder import DecodedBatch, Decoder, PromptBatch, TargetTemplate, greedy_choice
+
+if TYPE_CHECKING:
+    from ntpseg.models.heads import NextKHeads
 
 
-def greedy(
-    heads: Any, decoder: Any, target: Target, prompts: list[Tensor], grid_ids: list[Tensor]
-) -> tuple[Tensor, Tensor, float]:
-    """Decode a batch.
-
-    Args:
-        heads: `NextKHeads`; head 0 chooses.
-        decoder: has ``start(prompts, grid_ids, capacity) -> [B, D]`` and ``extend(tokens, grid_ids) -> [B, q, D]``.
-        target: see `Target`.
-        prompts, grid_ids: int64 ``[P_b]`` each.
-
-    Returns:
-        Codes int64 ``[B, h * w]``, log-probabilities float32 ``[B, h * w]``, and the number of steps.
-    """
-    span, dtype = (target.low, target.high), heads.weight.dtype
+def greedy(heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch) -> DecodedBatch:
+    """Decode a batch, see `DecodingMethodFunction`; takes h * w - 1 steps."""
+    dtype, low = heads.weight.dtype, target.code_range[0]
     batch, cells = len(prompts), len(target.free)
-    hidden = decoder.start(prompts, grid_ids, max(map(len, prompts)) + target.end)
+    hidden = decoder.start(prompts, prompts.max_length + target.end)
     codes = torch.empty(cells, batch, dtype=torch.int64, device=hidden.device)
-    scores = torch.empty(cells, batch, device=hidden.device)
-    # The forced tokens and grid ids of every step, the chosen token's place first.
+    logprob = torch.empty(cells, batch, device=hidden.device)
+    # What is read at every step: the chosen token's place first, then the forced tokens behind it.
     tokens = target.forced.expand(batch, -1).clone()
-    places = target.cells.expand(batch, -1)
+    grid_ids = target.grid_ids.expand(batch, -1)
     if target.free[0]:
-        hidden = decoder.extend(tokens[:, : target.free[0]], places[:, : target.free[0]])[:, -1]
+        hidden = decoder.extend(tokens[:, : target.free[0]], grid_ids[:, : target.free[0]])[:, -1]
     for step, index in enumerate(target.free):
-        logits = heads.logits(hidden.to(dtype), vocab_range=span)[:, 0].float()
-        codes[step], scores[step] = choose(logits)
+        logits = heads.logits(hidden.to(dtype), vocab_range=target.code_range)[:, 0].float()
+        codes[step], logprob[step] = greedy_choice(logits)
         if step + 1 == cells:
             break
         until = target.free[step + 1]
-        tokens[:, index] = codes[step] + target.low
-        hidden = decoder.extend(tokens[:, index:until], places[:, index:until])[:, -1]
-    return codes.T.contiguous(), scores.T.contiguous(), float(cells - 1)
+        tokens[:, index] = codes[step] + low
+        hidden = decoder.extend(tokens[:, index:until], grid_ids[:, index:until])[:, -1]
+    return DecodedBatch(codes.T.contiguous(), logprob.T.contiguous(), cells - 1)

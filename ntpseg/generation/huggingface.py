@@ -1,4 +1,4 @@
-"""Inference through the model's own forward and Hugging Face's dynamic cache: any attention, any decoder."""
+"""`HuggingFaceDecoder`: inference through the model's own forward and Hugging Face's dynamic cache."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntpseg.generation.decoder import PromptBatch
+
 
 class HuggingFaceDecoder:
-    """The generic path: prompts are padded on the left, masked, and given their own positions.
+    """A `Decoder` for any attention and any backbone: prompts are padded on the left, masked, with their own positions.
 
     Args:
         model: an `NTPSegModel`.
@@ -21,19 +23,19 @@ class HuggingFaceDecoder:
     def __init__(self, model: Any, dtype: torch.dtype, pad: int) -> None:
         self.model, self.dtype, self.pad = model, dtype, pad
         self.device = next(model.parameters()).device
-        self.own = next(model.parameters()).dtype
+        self.model_dtype = next(model.parameters()).dtype
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == self.own:
+        if self.dtype == self.model_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def start(self, prompts: list[Tensor], grid_ids: list[Tensor], capacity: int) -> Tensor:
-        """Read prompts of any lengths (int64 each, with grid ids); float32 ``[B, D]`` of each one's last token."""
-        longest = max(len(p) for p in prompts)
+    def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
+        """See `Decoder.start`; the cache grows by itself."""
+        longest = prompts.max_length
         ids = torch.full((len(prompts), longest), self.pad, device=self.device)
         grid, self.mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (prompt, cells) in enumerate(zip(prompts, grid_ids, strict=True)):
+        for row, (prompt, cells) in enumerate(zip(prompts.ids, prompts.grid_ids, strict=True)):
             ids[row, longest - len(prompt) :] = prompt
             grid[row, longest - len(prompt) :] = cells
             self.mask[row, longest - len(prompt) :] = 1
@@ -44,7 +46,7 @@ class HuggingFaceDecoder:
         return hidden[:, -1]
 
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
-        """Append ``[B, q]`` tokens; float32 ``[B, q, D]``."""
+        """See `Decoder.extend`."""
         new = tokens.shape[1]
         positions = self.positions + torch.arange(1, new + 1, device=self.device)
         self.positions = positions[:, -1:]

@@ -1,7 +1,7 @@
-"""Our own inference path of a Llama-like decoder: fused projections, static cache, rows at their own positions.
+"""`NativeDecoder`: inference of a Llama-like backbone with fused projections and a static cache.
 
-For the small models that run on a CPU most of the generic path's time is Python and cache copies, not arithmetic. The
-result is the same as Hugging Face's (tests compare them); what is not covered here runs on that path instead.
+For the small models that run on a CPU most of the time of `HuggingFaceDecoder` is Python and cache copies, not
+arithmetic. The result is the same (tests compare them); what is not covered here runs there instead.
 
 Prompts of different lengths stand at the left of their rows and every row decodes at its own position, so a causal mask
 is all that the prompts need and a row's result does not depend on what it was batched with.
@@ -16,30 +16,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntpseg.generation.attention import KeyValueCache, prompt_attention, step_attention, visible_slots
+from ntpseg.generation.decoder import PromptBatch
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 # Frequencies of these depend on the position alone, so one table serves the whole sequence.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 # The fused projections are copies; beyond this size they would cost more memory than they save time.
-LARGEST = 2_000_000_000
+MAX_PARAMETERS = 2_000_000_000
 
 
-def unsupported(backbone: nn.Module) -> str | None:
-    """Why `NativeDecoder` cannot run this Hugging Face decoder, or None if it can."""
+def unsupported_reason(backbone: nn.Module) -> str | None:
+    """Why `NativeDecoder` cannot run this Hugging Face backbone, or None if it can."""
     config: Any = backbone.config
     if config.model_type not in SUPPORTED:
-        return f"model_type {config.model_type!r} is none of {', '.join(SUPPORTED)}"
+        return f"model_type {config.model_type!r} is not one of {', '.join(SUPPORTED)}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        return f"layer_types {sorted(kinds)} hold more than full_attention"
+        return f"layer_types {sorted(kinds)} are not full_attention alone"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
-        return f"rope_type {rope!r} is none of {', '.join(STATIC_ROPE)}"
+        return f"rope_type {rope!r} is not one of {', '.join(STATIC_ROPE)}"
     if any(p.numel() == 0 for p in backbone.parameters()):
         return "its parameters are partitioned over ranks"
     size = sum(p.numel() for p in backbone.parameters())
-    if size > LARGEST:
-        return f"{size:,} parameters are more than {LARGEST:,}, too many to hold twice"
+    if size > MAX_PARAMETERS:
+        return f"{size:,} parameters are more than {MAX_PARAMETERS:,}, too many to hold twice"
     return None
 
 
@@ -74,7 +75,7 @@ class _Layer:
 
 
 class _Embedding:
-    """Token embedding plus the grid's, whose table is summed up once instead of at every token."""
+    """Token embedding plus the grid's, whose table is computed once instead of at every token."""
 
     def __init__(self, model: Any) -> None:
         self.tokens = model.get_input_embeddings().weight.detach()
@@ -82,33 +83,33 @@ class _Embedding:
         self.table = None if model.grid is None else model.grid.table()
 
     def __call__(self, ids: Tensor, grid_ids: Tensor) -> Tensor:
-        found = F.embedding(ids, self.tokens).float()
+        embeds = F.embedding(ids, self.tokens).float()
         if self.table is None:
-            return found
+            return embeds
         # The table's last row belongs to the token before the mask.
         last = self.table.shape[0] - 1
-        return found + F.embedding(torch.where(ids == self.query, last, grid_ids), self.table).float()
+        return embeds + F.embedding(torch.where(ids == self.query, last, grid_ids), self.table).float()
 
 
 class NativeDecoder:
-    """Runs an `NTPSegModel` whose decoder is of the Llama, Qwen2 or Qwen3 family.
+    """A `RewindableDecoder` for an `NTPSegModel` whose backbone is of the Llama, Qwen2 or Qwen3 family.
 
     The residual stream and the norms are float32; matrix products, keys and values are in `dtype`, as autocast does in
     training.
 
     Args:
-        model: an `NTPSegModel`; its decoder's weights are copied, so later training does not show here.
+        model: an `NTPSegModel`; its backbone's weights are copied, so later training does not show here.
         dtype: of the matrix products.
 
     Raises:
-        ValueError: if `unsupported` gives a reason.
+        ValueError: if `unsupported_reason` gives one.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         backbone = model.backbone
-        reason = unsupported(backbone)
+        reason = unsupported_reason(backbone)
         if reason is not None:
-            raise ValueError(f"model cannot be decoded natively: {reason}")
+            raise ValueError(f"model must be one that NativeDecoder supports, got one where {reason}")
         config = backbone.config
         self.dtype, self.epsilon = dtype, config.rms_norm_eps
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -118,21 +119,13 @@ class NativeDecoder:
         self.embed = _Embedding(model)
         self.device = self.norm.device
 
-    def start(self, prompts: list[Tensor], grid_ids: list[Tensor], capacity: int) -> Tensor:
-        """Read the prompts.
-
-        Args:
-            prompts, grid_ids: int64 ``[P_b]`` each, of any lengths.
-            capacity: the longest sequence there will be, prompt included.
-
-        Returns:
-            float32 ``[B, D]``: the final hidden state of each prompt's last token.
-        """
+    def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
+        """See `Decoder.start`."""
         batch, device = len(prompts), self.device
-        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.lengths = torch.tensor([len(ids) for ids in prompts.ids], device=device)
+        self.longest = prompts.max_length
         # While all rows stand at one position no mask and no scattered write is needed.
-        shortest, self.longest = min(map(len, prompts)), max(map(len, prompts))
-        self.uniform = shortest == self.longest
+        self.uniform = min(map(len, prompts.ids)) == self.longest
         self.rows = torch.arange(batch, device=device)[:, None]
         cos, sin = self.rotary(torch.zeros(1, device=device), torch.arange(capacity, device=device)[None])
         half = self.head_dim // 2
@@ -143,13 +136,13 @@ class NativeDecoder:
         for layer in self.layers:
             layer.cache = KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, like)
         pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(prompts, batch_first=True).to(device)
-        hidden = self.embed(ids, pad(grid_ids, batch_first=True).to(device))
+        ids = pad(prompts.ids, batch_first=True).to(device)
+        hidden = self.embed(ids, pad(prompts.grid_ids, batch_first=True).to(device))
         hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], None, prompt=True)
-        return self._final(hidden[self.rows[:, 0], self.lengths - 1])
+        return self._final_norm(hidden[self.rows[:, 0], self.lengths - 1])
 
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
-        """Append q tokens to every row: int64 ``[B, q]`` in, final hidden states (float32 ``[B, q, D]``) out."""
+        """See `Decoder.extend`."""
         new = tokens.shape[1]
         end = self.longest + new
         visible = positions = None
@@ -164,15 +157,15 @@ class NativeDecoder:
         hidden = self._run(self.embed(tokens, grid_ids), cos, sin, visible, positions=positions, end=end)
         self.lengths = self.lengths + new
         self.longest = end
-        return self._final(hidden)
+        return self._final_norm(hidden)
 
     def rewind(self, tokens: Tensor) -> None:
-        """Forget the last `tokens` ``[B]`` of each row."""
+        """See `RewindableDecoder.rewind`."""
         self.lengths = self.lengths - tokens
         low, high = torch.aminmax(self.lengths)
         self.longest, self.uniform = int(high), int(low) == int(high)
 
-    def _final(self, hidden: Tensor) -> Tensor:
+    def _final_norm(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -193,22 +186,23 @@ class NativeDecoder:
         rotated = self.heads + self.kv_heads
         for layer in self.layers:
             qkv = F.linear(self._normed(hidden, layer.norm_in), *layer.qkv).view(batch, new, -1, self.head_dim)
-            part = qkv[:, :, :rotated]
+            query_key = qkv[:, :, :rotated]
             if layer.norm_qk is not None:
-                part = (F.rms_norm(part.float(), (self.head_dim,), None, self.epsilon) * layer.norm_qk).to(self.dtype)
-            turned = torch.addcmul(part * cos, part.roll(self.head_dim // 2, -1), sin)
-            qkv[:, :, :rotated] = turned
-            query, fresh = qkv[:, :, : self.heads], qkv[:, :, self.heads :]
+                query_key = F.rms_norm(query_key.float(), (self.head_dim,), None, self.epsilon)
+                query_key = (query_key * layer.norm_qk).to(self.dtype)
+            rotation = query_key.roll(self.head_dim // 2, -1)
+            qkv[:, :, :rotated] = torch.addcmul(query_key * cos, rotation, sin)
+            query, key_value = qkv[:, :, : self.heads], qkv[:, :, self.heads :]
             if prompt:
-                layer.cache.write(0, fresh)
-                mixed = prompt_attention(query, fresh[:, :, : self.kv_heads], fresh[:, :, self.kv_heads :])
+                layer.cache.write(0, key_value)
+                attended = prompt_attention(query, key_value[:, :, : self.kv_heads], key_value[:, :, self.kv_heads :])
             else:
                 if positions is None:
-                    layer.cache.write(end - new, fresh)
+                    layer.cache.write(end - new, key_value)
                 else:
-                    layer.cache.scatter(self.rows, positions, fresh)
-                mixed = step_attention(query, *layer.cache.read(end), visible)
-            hidden = hidden + F.linear(mixed, *layer.out)
+                    layer.cache.scatter(self.rows, positions, key_value)
+                attended = step_attention(query, *layer.cache.read(end), visible)
+            hidden = hidden + F.linear(attended, *layer.out)
             gate, up = F.linear(self._normed(hidden, layer.norm_out), *layer.gate_up).chunk(2, -1)
             hidden = hidden + F.linear(layer.activation(gate) * up, *layer.down)
         return hidden

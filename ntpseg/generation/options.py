@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METHODS = ("greedy", "speculative")
+from ntpseg.generation.methods import METHODS
+from ntpseg.utils.checks import check_choice, check_integer
+
 DECODERS = ("auto", "native", "huggingface")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -18,33 +20,33 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class DecodingOptions:
     """Options of `generate_masks`.
 
-    Args:
+    Attributes:
         batch_size: prompts decoded together; sorted by length, so that a batch wastes little.
-        method: "greedy" takes one token per step; "speculative" lets heads 1..k-1 draft and head 0 verify, with the
-            same result. It takes about half the steps with k = 2, which pays for single images, not for batches.
-        decoder: "native" is our own path with a static cache, "huggingface" the model's forward; "auto" takes the
-            native one where it covers the decoder.
+        method: the name of one of `ntpseg.generation.methods.METHODS`. "greedy" takes one token per step; "speculative"
+            lets heads 1..k-1 draft and head 0 verify, with the same result. It takes about half the steps with k = 2,
+            which is faster for single images, not for batches.
+        decoder: "native" is `NativeDecoder`, "huggingface" the model's own forward; "auto" is native where that is
+            supported for the backbone.
         dtype: of the matrix products; "auto" is bfloat16 where the processor multiplies it natively (AMX, Ampere and
             later), else the model's own. In float32 a mask does not depend on what it was batched with, nor on
             `method`; in bfloat16 a near-tie may be decided differently (1 code in 8,000 on a trained model).
 
     Raises:
-        ValueError: an unknown name, a batch size below 1, or speculation on the Hugging Face path.
+        ValueError: an unknown name, a batch size below 1, or a method that the Hugging Face decoder cannot run.
     """
 
     batch_size: int = 64
-    method: Literal["greedy", "speculative"] = "greedy"
+    method: str = "greedy"
     decoder: Literal["auto", "native", "huggingface"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        for name, allowed in (("method", METHODS), ("decoder", DECODERS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if self.method == "speculative" and self.decoder == "huggingface":
-            raise ValueError("decoder is 'huggingface'; with method 'speculative' it must be 'native' or 'auto'")
+        check_integer("batch_size", self.batch_size, 1)
+        check_choice("method", self.method, METHODS)
+        check_choice("decoder", self.decoder, DECODERS)
+        check_choice("dtype", self.dtype, DTYPES)
+        if METHODS[self.method].needs_rewind and self.decoder == "huggingface":
+            raise ValueError(f"decoder must be native or auto for method {self.method!r}, got 'huggingface'")
 
 
 @dataclass(frozen=True)

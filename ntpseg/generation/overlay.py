@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Bright and cold: images are grey, or (CT windows as colours) red to yellow.
+# Bright and cold, since images are grey, or (CT windows as colours) red to yellow.
 PREDICTION = (0, 200, 255)
 TRUTH = (90, 240, 90)
 
@@ -34,7 +34,7 @@ def draw(
         ValueError: the sizes differ.
     """
     if mask.shape != image.shape[:2]:
-        raise ValueError(f"mask is {list(mask.shape)}; it must have the image's size {list(image.shape[:2])}")
+        raise ValueError(f"mask must have the image's size {list(image.shape[:2])}, got {list(mask.shape)}")
     rgb = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
     out = rgb.astype(np.float32)
     out[mask] = out[mask] * (1 - opacity) + np.asarray(color, np.float32) * opacity

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ntpseg.data import prepare, read_image, resize_mask
 from ntpseg.generation.generate import MaskGenerator
 from ntpseg.generation.options import DecodingOptions, Generated
+from ntpseg.tokenizers.text import encode_text
+
+if TYPE_CHECKING:
+    from ntpseg.models.bundle import Bundle
 
 ENCODE_BATCH = 32
 
@@ -40,7 +45,7 @@ class Segmenter:
         options: see `DecodingOptions`.
     """
 
-    def __init__(self, bundle: Any, options: DecodingOptions | None = None) -> None:
+    def __init__(self, bundle: Bundle, options: DecodingOptions | None = None) -> None:
         self.bundle = bundle
         self.generator = MaskGenerator(bundle.model, bundle.sequence, options)
 
@@ -52,7 +57,7 @@ class Segmenter:
         *,
         device: str | torch.device | None = None,
     ) -> Segmenter:
-        """Load a run or its ``model/`` directory; on the GPU if there is one, unless `device` says otherwise."""
+        """Load a run or its ``model/`` directory; on the GPU if there is one, unless `device` is given."""
         from ntpseg.models.bundle import Bundle
 
         if device is None:
@@ -83,25 +88,22 @@ class Segmenter:
             ValueError: there are not as many texts as images, or an image cannot be read.
         """
         if len(images) != len(texts):
-            raise ValueError(f"texts has length {len(texts)}; it must be the number of images, {len(images)}")
+            raise ValueError(f"texts must have the length of images, {len(images)}, got {len(texts)}")
         sizes: list[tuple[int, int]] = []
         codes = self.encode(self._pixels(images, sizes))
-        made = self.decode(codes, texts, progress)
-        for i, probability in enumerate(self.probabilities(made.codes)):
-            from ntpseg.data import resize_mask
-
-            yield Prediction(resize_mask(probability, *sizes[i]), made.confidence[i], made.codes[i])
+        generated = self.decode(codes, texts, progress)
+        for i, probability in enumerate(self.probabilities(generated.codes)):
+            mask = resize_mask(probability, *sizes[i])
+            yield Prediction(mask, generated.confidence[i], generated.codes[i])
 
     def encode(self, images: Iterable[np.ndarray]) -> np.ndarray:
         """Image codes int64 ``[N, h, w]`` of images, uint8 ``[H, W]`` or ``[H, W, 3]`` of any size."""
-        from ntpseg.data import prepare
-
         vision = self.bundle.vision
-        found: list[np.ndarray] = []
+        codes: list[np.ndarray] = []
         batch: list[np.ndarray] = []
 
         def flush() -> None:
-            found.append(vision.encode_image(torch.from_numpy(np.stack(batch))).cpu().numpy())
+            codes.append(vision.encode_image(torch.from_numpy(np.stack(batch))).cpu().numpy())
             batch.clear()
 
         with torch.inference_mode():
@@ -111,14 +113,12 @@ class Segmenter:
                     flush()
             if batch:
                 flush()
-        return np.concatenate(found)
+        return np.concatenate(codes)
 
     def decode(
         self, image_codes: np.ndarray, texts: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> Generated:
         """Mask codes of ``[N, h, w]`` image codes and N sentences."""
-        from ntpseg.tokenizers.text import encode_text
-
         ids = {text: encode_text(self.bundle.text, text) for text in dict.fromkeys(texts)}
         prompts = [
             self.bundle.sequence.prompt(ids[text], codes) for text, codes in zip(texts, image_codes, strict=True)
@@ -129,8 +129,8 @@ class Segmenter:
         """The foreground probability, float32 ``[S, S]`` at the model's size, of each of ``[N, h, w]`` mask codes."""
         for first in range(0, len(mask_codes), ENCODE_BATCH):
             part = torch.from_numpy(np.ascontiguousarray(mask_codes[first : first + ENCODE_BATCH]))
-            # Closed before anything is yielded: a generator that waits inside it would leave the caller without
-            # gradients, for good where two of them run in turns.
+            # Closed before anything is yielded: a generator suspended inside it would leave the caller without
+            # gradients, permanently where two of them alternate.
             with torch.inference_mode():
                 decoded = self.bundle.vision.decode_mask(part)[:, 0].float().cpu().numpy()
             yield from decoded
@@ -139,8 +139,6 @@ class Segmenter:
     def _pixels(
         images: Sequence[np.ndarray | str | PathLike[str]], sizes: list[tuple[int, int]]
     ) -> Iterator[np.ndarray]:
-        from ntpseg.data import read_image
-
         for image in images:
             pixels = image if isinstance(image, np.ndarray) else read_image(image)
             sizes.append((pixels.shape[0], pixels.shape[1]))

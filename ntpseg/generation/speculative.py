@@ -6,57 +6,67 @@ number of tokens, which the cache's per-row positions make free.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
 
-from ntpseg.generation.target import Target, choose
+from ntpseg.generation.decoder import (
+    DecodedBatch,
+    Decoder,
+    PromptBatch,
+    RewindableDecoder,
+    TargetTemplate,
+    greedy_choice,
+)
+
+if TYPE_CHECKING:
+    from ntpseg.models.heads import NextKHeads
 
 
-def speculative(
-    heads: Any, decoder: Any, target: Target, prompts: list[Tensor], grid_ids: list[Tensor]
-) -> tuple[Tensor, Tensor, float]:
-    """Decode a batch; arguments and result as in `ntpseg.generation.greedy.greedy`, and `decoder` can ``rewind``.
+def speculative(heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch) -> DecodedBatch:
+    """Decode a batch, see `DecodingMethodFunction`; `decoder` is a `RewindableDecoder`.
 
-    The first token of a draft is head 0's own and so always right; token j + 1 of it stands if head 0, having read the
-    tokens before it, agrees, or if it is forced.
+    The first token of a draft is head 0's own and so always right; token j + 1 of it is accepted if head 0, having read
+    the tokens before it, agrees, or if it is forced.
     """
-    span, dtype, k = (target.low, target.high), heads.weight.dtype, heads.k
+    rewindable = cast(RewindableDecoder, decoder)
+    dtype, k, low = heads.weight.dtype, heads.k, target.code_range[0]
     batch, last = len(prompts), target.end - 1
     device = target.forced.device
-    hidden = decoder.start(prompts, grid_ids, max(map(len, prompts)) + target.end + k)
+    hidden = rewindable.start(prompts, prompts.max_length + target.end + k)
     # k columns beyond the end take what is drafted past it.
-    forced = torch.cat([target.forced[: last + 1], target.forced.new_full((k,), target.low)])
-    places = torch.cat([target.cells[: last + 1], target.cells.new_zeros(k)])
+    forced = torch.cat([target.forced[: last + 1], target.forced.new_full((k,), low)])
+    grid_ids = torch.cat([target.grid_ids[: last + 1], target.grid_ids.new_zeros(k)])
     tokens = torch.zeros(batch, last + 1 + k, dtype=torch.int64, device=device)
-    scores = torch.zeros(batch, last + 1 + k, device=device)
+    logprob = torch.zeros(batch, last + 1 + k, device=device)
     offset = torch.arange(k, device=device)
     # Target indices before a row's `done` are final, and `logits` (all k heads) are for index `done` and on.
     done = torch.zeros(batch, dtype=torch.int64, device=device)
-    logits = heads.logits(hidden.to(dtype), heads=k, vocab_range=span).float()
+    logits = heads.logits(hidden.to(dtype), heads=k, vocab_range=target.code_range).float()
     steps = 0
     while True:
         draft = logits.argmax(-1)
         index = done[:, None] + offset
-        fixed = forced[index]
-        drafted = torch.where(fixed >= 0, fixed, draft + target.low)
+        forced_here = forced[index]
+        drafted = torch.where(forced_here >= 0, forced_here, draft + low)
         tokens.scatter_(1, index, drafted)
-        scores.scatter_(1, index[:, :1], choose(logits[:, :1])[1])
+        logprob.scatter_(1, index[:, :1], greedy_choice(logits[:, :1])[1])
         if int(done.min()) == last:
             break
-        hidden = decoder.extend(drafted, places[index])
+        hidden = rewindable.extend(drafted, grid_ids[index])
         steps += 1
-        # verdict[:, j] is head 0's choice for the index after draft j; what it rejects is scored again next time.
-        verdict, sure = choose(heads.logits(hidden.to(dtype), vocab_range=span)[:, :, 0].float())
-        scores.scatter_(1, index[:, 1:], sure[:, :-1])
-        agreed = (fixed[:, 1:] >= 0) | (draft[:, 1:] == verdict[:, :-1])
+        # verified[:, j] is head 0's choice for the index after draft j; what it rejects is scored again next time.
+        verified, verified_logprob = greedy_choice(
+            heads.logits(hidden.to(dtype), vocab_range=target.code_range)[:, :, 0].float()
+        )
+        logprob.scatter_(1, index[:, 1:], verified_logprob[:, :-1])
+        agreed = (forced_here[:, 1:] >= 0) | (draft[:, 1:] == verified[:, :-1])
         accepted = torch.minimum(1 + agreed.long().cumprod(1).sum(1), last - done)
-        decoder.rewind(k - accepted)
+        rewindable.rewind(k - accepted)
         done = done + accepted
         state = hidden.gather(1, (accepted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
-        fresh = heads.logits(state.to(dtype), heads=k, vocab_range=span).float()
+        next_logits = heads.logits(state.to(dtype), heads=k, vocab_range=target.code_range).float()
         # A finished row stays where it is until the others are done.
-        logits = torch.where((accepted == 0)[:, None, None], logits, fresh)
+        logits = torch.where((accepted == 0)[:, None, None], logits, next_logits)
     free = torch.tensor(target.free, device=device)
-    return tokens[:, free] - target.low, scores[:, free], float(steps)
+    return DecodedBatch(tokens[:, free] - low, logprob[:, free], steps)

@@ -153,17 +153,17 @@ def test_what_our_path_does_not_cover_runs_on_hugging_faces(sequence: Any) -> No
 
 def test_wrong_input_is_named(sequence: Any) -> None:
     model = make_model(sequence)
-    with pytest.raises(ValueError, match="prompts is empty"):
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt"):
         generate_masks(model, [], sequence=sequence)
-    with pytest.raises(ValueError, match="sequence is None"):
+    with pytest.raises(ValueError, match="sequence must be"):
         generate_masks(model, make_prompts(sequence, 1))
-    with pytest.raises(ValueError, match="has one head"):
+    with pytest.raises(ValueError, match=r"must have at least 2 heads .* got 1"):
         generate_masks(
             model, make_prompts(sequence, 1), sequence=sequence, options=DecodingOptions(method="speculative")
         )
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         DecodingOptions(batch_size=0)
-    with pytest.raises(ValueError, match="method is 'beam'"):
+    with pytest.raises(ValueError, match="method must be one of greedy, speculative, got 'beam'"):
         DecodingOptions(method="beam")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decoder is 'huggingface'"):
+    with pytest.raises(ValueError, match=r"decoder must be native or auto .* got 'huggingface'"):
         DecodingOptions(method="speculative", decoder="huggingface")

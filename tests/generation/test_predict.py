@@ -108,7 +108,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     for arguments, message in (
         (("--image", image), "text is not given"),
         (("--image", tmp_path / "no.png", "--text", "x"), "does not exist"),
-        (("--image", folder), "exactly one of the two"),
+        (("--image", folder), "exactly one of text and texts"),
         (("--image", tmp_path / "empty", "--text", "x"), "a folder without images"),
         (("--image", folder, "--texts", tmp_path / "t.csv"), "'nowhere', which is not in"),
         (("--image", folder, "--texts", tmp_path / "u.csv"), "no column 'text'"),
@@ -132,5 +132,5 @@ def test_overlay_leaves_the_outside_alone() -> None:
     assert (drawn[~mask] == 100).all()
     assert (drawn[outline(mask)] == PREDICTION).all()
     assert outline(mask).sum() == 2 * 7 + 2 * 8 - 4
-    with pytest.raises(ValueError, match=r"mask is \[20, 20\]"):
+    with pytest.raises(ValueError, match=r"mask must have the image's size .* got \[20, 20\]"):
         draw(image[:10], mask)

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-PACKAGES = ("ntpseg", "ntpseg.data", "ntpseg.data.layouts", "ntpseg.evaluation", "ntpseg.models", "ntpseg.training")
+PACKAGES = (
+    "ntpseg",
+    "ntpseg.data",
+    "ntpseg.data.layouts",
+    "ntpseg.evaluation",
+    "ntpseg.generation",
+    "ntpseg.models",
+    "ntpseg.training",
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,0 +1,126 @@
+"""What a decoding method works with: prompts, the decoder that reads them, the target that it fills, its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ntpseg.models.heads import NextKHeads
+    from ntpseg.tokenizers.sequence import SequenceFormat
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of B masks that are decoded together.
+
+    Attributes:
+        ids: int64 ``[P_b]`` each, of any lengths.
+        grid_ids: int64 ``[P_b]`` each, the grid cell of every token, see `SequenceFormat.grid_ids`.
+    """
+
+    ids: list[Tensor]
+    grid_ids: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids))
+
+
+class Decoder(Protocol):
+    """A model with a key-value cache. It reads a batch of prompts, then tokens, and returns hidden states.
+
+    Attributes:
+        dtype: of the matrix products.
+    """
+
+    dtype: torch.dtype
+
+    def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
+        """Read the prompts into an empty cache.
+
+        Args:
+            prompts: B prompts.
+            capacity: tokens of the longest sequence there will be, prompt included.
+
+        Returns:
+            float32 ``[B, D]``: the final hidden state of each prompt's last token.
+        """
+        ...
+
+    def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """Append q tokens to every row.
+
+        Args:
+            tokens, grid_ids: int64 ``[B, q]``.
+
+        Returns:
+            float32 ``[B, q, D]``: their final hidden states.
+        """
+        ...
+
+
+class RewindableDecoder(Decoder, Protocol):
+    """A `Decoder` that can take tokens back, each row its own number of them."""
+
+    def rewind(self, tokens: Tensor) -> None:
+        """Remove the last `tokens` (int64 ``[B]``) of each row from the cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """The masks of a batch of B prompts.
+
+    Attributes:
+        codes: int64 ``[B, h * w]``, indices into the mask codebook.
+        logprob: float32 ``[B, h * w]``, log-probability of each code among the mask codes.
+        steps: forward passes after the prompt.
+    """
+
+    codes: Tensor
+    logprob: Tensor
+    steps: int
+
+
+class DecodingMethodFunction(Protocol):
+    """The implementation of a `DecodingMethod`."""
+
+    def __call__(
+        self, heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch
+    ) -> DecodedBatch:
+        """Decode the masks of `prompts`; head 0 of `heads` decides."""
+        ...
+
+
+class TargetTemplate:
+    """The target of a `SequenceFormat` on a device: which tokens are forced, and the grid cell of each.
+
+    Attributes:
+        code_range: half-open id range of the mask codes.
+        forced: int64 ``[M]``, the id forced at each target index, -1 where a mask code is free.
+        grid_ids: int64 ``[M]``, the grid id of each target index.
+        free: the free target indices in order, one per grid cell.
+        end: target index after the last free one; what follows is forced and never read.
+    """
+
+    def __init__(self, sequence: SequenceFormat, device: torch.device) -> None:
+        forced = [sequence.forced(i) for i in range(sequence.num_target)]
+        self.code_range = sequence.vocabulary.mask_range
+        self.forced = torch.tensor([-1 if token is None else token for token in forced], device=device)
+        self.grid_ids = torch.as_tensor(sequence.target_grid_ids, device=device)
+        self.free = [i for i, token in enumerate(forced) if token is None]
+        self.end = self.free[-1] + 1
+
+
+def greedy_choice(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest class of ``[..., V]`` float logits and its log-probability, both ``[...]``; ties to the lowest."""
+    maximum, index = logits.max(-1)
+    return index, maximum - logits.logsumexp(-1)
