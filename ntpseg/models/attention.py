@@ -1,4 +1,4 @@
-"""The choice of the attention implementation, with an error that says what to do."""
+"""The choice of the attention implementation, and the errors about it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ATTENTION = ("sdpa", "causal_blocks", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION_NAMES = ("sdpa", "causal_blocks", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def default_attention() -> str | None:
-    """What is used where nothing is asked for: the quickest on a CPU, Hugging Face's own choice elsewhere."""
+    """What is used where none is named: the quickest on a CPU, Hugging Face's own choice (None) elsewhere."""
     return None if torch.cuda.is_available() else "causal_blocks"
 
 
 @contextmanager
-def explained_attention(name: str | None) -> Iterator[None]:
+def attention_errors(name: str | None) -> Iterator[None]:
     """Turn Hugging Face's errors about attention `name` into a `ValueError` that names the argument."""
     try:
         yield
@@ -28,9 +28,9 @@ def explained_attention(name: str | None) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"attention is {name!r}, which cannot be used here ({reason}); install its package or choose sdpa"
+            f"attention must be one that can be used here, such as sdpa, got {name!r} ({reason})"
         ) from error
     except ValueError as error:
         if name is None or "attn_implementation" not in str(error):
             raise
-        raise ValueError(f"attention is {name!r}, it must be one of {', '.join(ATTENTION)}") from error
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_NAMES)}, got {name!r}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ntpseg.models.attention import explained_attention
+from ntpseg.models.attention import attention_errors
 from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Bundle:
         path = bundle_directory(directory)
         sequence = SequenceFormat.from_dict(json.loads((path / "sequence.json").read_text(encoding="utf-8")))
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-        with explained_attention(attention):
+        with attention_errors(attention):
             model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
         vision = load_vision_tokenizer(path / "vision")
         if device is not None:
@@ -99,6 +99,6 @@ def bundle_directory(directory: str | Path) -> Path:
         if (candidate / "sequence.json").is_file() and (candidate / "config.json").is_file():
             return candidate
     raise ValueError(
-        f"model directory {str(path)!r} holds no trained model; it must be a run of `ntpseg train` or its model/ "
-        "(config.json, model.safetensors, sequence.json, text/, vision/)"
+        "model directory must be a run of `ntpseg train` or its model/ (config.json, model.safetensors, sequence.json, "
+        f"text/, vision/), got {str(path)!r}, which holds no trained model"
     )

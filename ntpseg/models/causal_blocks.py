@@ -2,7 +2,7 @@
 
 PyTorch's fused CPU kernel spends most of its time outside matrix products at a few hundred tokens, its backward in
 bfloat16 above all. Plain products reach the CPU's matrix units; cutting the queries in two skips a quarter of the
-scores. It is chosen by itself for training on a CPU; anything but a causal square falls through to PyTorch's kernel.
+scores. It is the default for training on a CPU; anything but a causal square goes to PyTorch's kernel.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def causal_blocks(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     length = query.shape[2]
     step = -(-length // BLOCKS)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    found = []
+    outputs = []
     for start in range(0, length, step):
         stop = min(length, start + step)
         scores = query[:, :, start:stop] @ key[:, :, :stop].transpose(-1, -2)
         scores = scores + _mask(start, stop, scores.dtype, scores.device)
-        found.append(scores.softmax(-1) @ value[:, :, :stop])
-    return torch.cat(found, 2)
+        outputs.append(scores.softmax(-1) @ value[:, :, :stop])
+    return torch.cat(outputs, 2)
 
 
 @lru_cache(maxsize=64)

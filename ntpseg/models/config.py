@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ntpseg.utils.checks import check_choice, check_integer
+
 BACKBONES = ("llama", "qwen2", "qwen3")
 
 
@@ -57,13 +59,9 @@ class NTPSegConfig(PreTrainedConfig):
         if isinstance(text, dict):
             text = dict(text)
             model_type = text.pop("model_type", "qwen2")
-            if model_type not in BACKBONES:
-                raise ValueError(f"text_config: model_type is {model_type!r}, it must be one of {', '.join(BACKBONES)}")
+            check_choice("text_config.model_type", model_type, BACKBONES)
             text = AutoConfig.for_model(model_type, **text)
-        elif text.model_type not in BACKBONES:
-            raise ValueError(
-                f"text_config: model_type is {text.model_type!r}, it must be one of {', '.join(BACKBONES)}"
-            )
+        check_choice("text_config.model_type", text.model_type, BACKBONES)
         self.text_config = text
         self.vocab_size = self.vocab_size or text.vocab_size
         text.vocab_size = self.vocab_size
@@ -72,22 +70,24 @@ class NTPSegConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.num_heads_k < 1:
-            raise ValueError(f"num_heads_k is {self.num_heads_k}, it must be at least 1")
+        check_integer("num_heads_k", self.num_heads_k, 1)
         for name in ("vocab_range", "image_range", "mask_range"):
             span = getattr(self, name)
             if span is not None:
                 lo, hi = span
                 if not 0 <= lo < hi <= self.vocab_size:
-                    raise ValueError(f"{name} is {tuple(span)}, it must lie within [0, vocab_size={self.vocab_size})")
+                    raise ValueError(
+                        f"{name} must be (lo, hi) with 0 <= lo < hi <= vocab_size, {self.vocab_size}, got {tuple(span)}"
+                    )
                 setattr(self, name, [int(lo), int(hi)])
         if self.grid_positions:
             if self.image_grid is None or self.mask_grid is None:
-                raise ValueError("grid_positions: image_grid and mask_grid must be given when it is not 0")
+                grids = f"{self.image_grid} and {self.mask_grid}"
+                raise ValueError(f"image_grid and mask_grid must be given with grid_positions, got {grids}")
             cells = self.image_grid[0] * self.image_grid[1] + self.mask_grid[0] * self.mask_grid[1]
             if self.grid_positions != cells:
                 raise ValueError(
-                    f"grid_positions is {self.grid_positions}, image_grid and mask_grid have {cells} cells"
+                    f"grid_positions must be the cells of image_grid and mask_grid, {cells}, got {self.grid_positions}"
                 )
         for name in ("image_grid", "mask_grid"):
             grid = getattr(self, name)

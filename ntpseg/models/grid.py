@@ -11,7 +11,7 @@ class GridEmbedding(nn.Module):
     """Adds to each token where it lies in its grid and, for mask tokens, which cell comes next.
 
     A rotary position says how far apart two tokens are in the sequence, not which cell of the image a mask token
-    talks about. Each grid therefore has a row and a column table, added per cell: an image token receives its own cell;
+    stands for. Each grid therefore has a row and a column table, added per cell: an image token receives its own cell;
     a mask token its own cell and, from a table of its own, the next cell, the one that its hidden state is to predict;
     the token before the first mask token receives the first cell as next. If both grids have one shape, "next cell" and
     the image's "own cell" are one table, so that looking up the image token of the cell to be predicted is a match of
@@ -43,9 +43,9 @@ class GridEmbedding(nn.Module):
         """``[cells + 2, D]``, one row per grid id: row 0 (no cell) is zero, the last is for the token before a mask."""
         image = _outer_sum(self.image_rows, self.image_columns)
         mask = _outer_sum(self.mask_rows, self.mask_columns)
-        following = image if self.shared else _outer_sum(self.next_rows, self.next_columns)
+        next_cell = image if self.shared else _outer_sum(self.next_rows, self.next_columns)
         none = image.new_zeros(1, image.shape[1])
-        return torch.cat([none, image, mask + torch.cat([following[1:], none]), following[:1]])
+        return torch.cat([none, image, mask + torch.cat([next_cell[1:], none]), next_cell[:1]])
 
     def forward(self, grid_ids: Tensor, before_mask: Tensor) -> Tensor:
         """``[B, T, D]`` embeddings of `grid_ids` ``[B, T]`` (int64, see `SequenceFormat.grid_ids`).

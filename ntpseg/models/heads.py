@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntpseg.losses import NTPOutput, ntp_loss
+from ntpseg.utils.checks import check_integer
 
 
 class NextKHeads(nn.Module):
@@ -21,7 +22,7 @@ class NextKHeads(nn.Module):
     ``b_j`` start at zero, so every head starts as head 0.
 
     Every use of the output matrix runs inside `forward`, because ZeRO-3 and FSDP gather parameters in hooks that fire
-    on ``__call__``; `loss` and `logits` are views of it.
+    on ``__call__``; `loss` and `logits` call it.
 
     Args:
         hidden_size: D.
@@ -34,20 +35,19 @@ class NextKHeads(nn.Module):
         transform_weight, transform_bias: ``[k - 1, D, D]`` and ``[k - 1, D]``; absent for k = 1.
 
     Raises:
-        ValueError: a size is no whole number >= 1.
+        ValueError: a size is not an integer >= 1.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, k: int = 1, *, shared: bool = True) -> None:
         super().__init__()
         for name, value in {"hidden_size": hidden_size, "vocab_size": vocab_size, "k": k}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            check_integer(name, value, 1)
         self.hidden_size, self.vocab_size, self.k, self.shared = hidden_size, vocab_size, k, shared
         self.weight = nn.Parameter(
             torch.empty(vocab_size, hidden_size) if shared else torch.empty(k, vocab_size, hidden_size)
         )
         if k > 1:
-            # raw parameters rather than nn.Linear: Hugging Face's _init_weights would draw those from a normal
+            # Raw parameters rather than nn.Linear: Hugging Face's _init_weights would draw those from a normal
             self.transform_weight = nn.Parameter(torch.empty(k - 1, hidden_size, hidden_size))
             self.transform_bias = nn.Parameter(torch.empty(k - 1, hidden_size))
         self.init_weights()
@@ -77,7 +77,7 @@ class NextKHeads(nn.Module):
         *,
         logits_of: int = 0,
         vocab_range: tuple[int, int] | None = None,
-        **keywords: Any,
+        **kwargs: Any,
     ) -> Any:
         """Head states, the loss or logits, whichever is asked for.
 
@@ -86,7 +86,7 @@ class NextKHeads(nn.Module):
             labels: ``[B, T]`` int64: return the loss, as `loss` does but with the fields of `NTPOutput` in a tuple.
             logits_of: n > 0: return the logits of the first n heads.
             vocab_range: ``(lo, hi)``, for the loss and the logits.
-            **keywords: further arguments of `ntp_loss`; only with `labels`.
+            **kwargs: further arguments of `ntp_loss`; only with `labels`.
 
         Returns:
             ``[..., k, D]`` head states; or the fields of `NTPOutput`; or ``[..., n, V']`` logits.
@@ -97,15 +97,15 @@ class NextKHeads(nn.Module):
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden must end in {self.hidden_size} features, got shape {list(hidden.shape)}")
         if labels is not None:
-            out = ntp_loss(self._states(hidden, self.k), self.weight, labels, vocab_range=vocab_range, **keywords)
+            out = ntp_loss(self._states(hidden, self.k), self.weight, labels, vocab_range=vocab_range, **kwargs)
             # ZeRO-3 gathers the parameters for backward in hooks on the output's tensors; it looks into tuples only.
             return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
-        if keywords:
-            raise ValueError(f"{sorted(keywords)[0]} needs labels")
+        if kwargs:
+            raise ValueError(f"labels must be given with {min(kwargs)}, got None")
         if not logits_of:
             return self._states(hidden, self.k)
         if not 0 < logits_of <= self.k:
-            raise ValueError(f"logits_of must be within 1 .. {self.k}, got {logits_of}")
+            raise ValueError(f"logits_of must be within [1, {self.k}], got {logits_of}")
         low, high = vocab_range or (0, self.vocab_size)
         if not 0 <= low < high <= self.vocab_size:
             raise ValueError(f"vocab_range must be (lo, hi) within {self.vocab_size} classes, got {vocab_range}")
@@ -113,9 +113,9 @@ class NextKHeads(nn.Module):
         weight = self.weight[..., low:high, :].to(states.dtype)
         return F.linear(states, weight) if self.shared else torch.einsum("...kd,kvd->...kv", states, weight[:logits_of])
 
-    def loss(self, hidden: Tensor, labels: Tensor, **keywords: Any) -> NTPOutput:
+    def loss(self, hidden: Tensor, labels: Tensor, **kwargs: Any) -> NTPOutput:
         """`ntp_loss` of all k heads on ``[B, T, D]`` states with this module's weight."""
-        return NTPOutput(*self(hidden, labels, **keywords))
+        return NTPOutput(*self(hidden, labels, **kwargs))
 
     def logits(self, hidden: Tensor, *, heads: int = 1, vocab_range: tuple[int, int] | None = None) -> Tensor:
         """Logits of the first `heads` heads: ``[..., heads, V']``; class v of the result is ``v + lo``."""

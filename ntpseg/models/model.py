@@ -1,4 +1,4 @@
-"""`NTPSegModel`: a Hugging Face causal decoder that returns hidden states, with k heads that own the loss."""
+"""`NTPSegModel`: a Hugging Face causal decoder that returns hidden states, with k heads that compute the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
-from ntpseg.models.lean import make_lean
+from ntpseg.models.rms_norm import replace_norms
 from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
@@ -79,7 +79,7 @@ class NTPSegModel(PreTrainedModel):
         config, text = self.config, self.config.text_config
         # The plain constructor: `from_config` would partition this sub-model alone under ZeRO-3.
         self.backbone = cast(Any, MODEL_MAPPING[type(text)])(text)
-        make_lean(self.backbone)
+        replace_norms(self.backbone)
         self.heads = NextKHeads(config.hidden_size, config.vocab_size, config.num_heads_k)
         self.grid = None
         if config.grid_positions:
@@ -125,13 +125,10 @@ class NTPSegModel(PreTrainedModel):
         for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
             span = getattr(self.config, f"{name}_range")
             if span is None:
-                raise ValueError(
-                    f"{name}_range is None in the configuration, it must be known to place the {name} codes"
-                )
+                raise ValueError(f"{name}_range of the configuration must be set to place the {name} codes, got None")
             if codebook.dim() != 2 or codebook.shape[0] != span[1] - span[0]:
-                shape = list(codebook.shape)
                 raise ValueError(
-                    f"{name}_codebook is {shape}, it must be [{span[1] - span[0]}, e] ({name}_range {span})"
+                    f"{name}_codebook must be [{span[1] - span[0]}, e], as in {name}_range, got {list(codebook.shape)}"
                 )
             code = codebook.detach().float().cpu()
             code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
@@ -139,6 +136,20 @@ class NTPSegModel(PreTrainedModel):
             weight[span[0] : span[1]] = (code @ projection * self.config.initializer_range).to(weight)
             if name == "image" and list(span) == self.config.mask_range:
                 return
+
+    def embed(self, input_ids: Tensor, grid_ids: Tensor | None = None) -> Tensor:
+        """What the backbone reads: the embeddings of tokens ``[B, T]`` and of their grid cells, ``[B, T, D]``.
+
+        Raises:
+            ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if self.grid is None:
+            return embeds
+        if grid_ids is None or grid_ids.shape != input_ids.shape:
+            shape = None if grid_ids is None else list(grid_ids.shape)
+            raise ValueError(f"grid_ids must be {list(input_ids.shape)}, as input_ids is, got {shape}")
+        return embeds + self.grid(grid_ids, input_ids == self.config.query_token)
 
     def forward(
         self,
@@ -164,21 +175,15 @@ class NTPSegModel(PreTrainedModel):
             attention_mask, position_ids, past_key_values, use_cache: as in Hugging Face.
             het_position, het_token: ``[B, n]`` int64, hard error tokens, see `ntpseg.HardTokens`.
             num_items: counts of the whole accumulated and global batch, see `ntpseg.NumItems`.
-            loss_start: no label before this position is supervised; spares the heads the prompt. Found from `labels`
-                (on a GPU that waits for the device) where it is not given.
-            **kwargs: handed to the decoder, such as ``cu_seq_lens_q`` of packed sequences.
+            loss_start: no label before this position is supervised; the heads skip the prompt. Read from `labels`
+                where it is not given, which on a GPU waits for the device.
+            **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences.
 
         Raises:
             ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        if self.grid is not None:
-            if grid_ids is None or grid_ids.shape != input_ids.shape:
-                shape = None if grid_ids is None else list(grid_ids.shape)
-                raise ValueError(f"grid_ids is {shape}, it must be {list(input_ids.shape)} as input_ids is")
-            embeds = embeds + self.grid(grid_ids, input_ids == self.config.query_token)
         decoded = self.backbone(
-            inputs_embeds=embeds,
+            inputs_embeds=self.embed(input_ids, grid_ids),
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -188,8 +193,8 @@ class NTPSegModel(PreTrainedModel):
         hidden = decoded.last_hidden_state
         if labels is None:
             return NTPSegOutput(last_hidden_state=hidden, cache=getattr(decoded, CACHE))
-        found = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
-        return NTPSegOutput(**found, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
+        losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
+        return NTPSegOutput(**losses, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
 
     def _loss(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ntpseg.utils.checks import check_choice
+
 if TYPE_CHECKING:
     from ntpseg.models.config import NTPSegConfig
     from ntpseg.tokenizers.sequence import SequenceFormat
@@ -78,18 +80,16 @@ def preset_config(
 
     from ntpseg.models.config import NTPSegConfig
 
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}, it must be one of {', '.join(PRESETS)}")
+    check_choice("preset", preset, PRESETS)
     vocabulary = sequence.vocabulary
     text = {**PRESETS[preset], **(overrides or {})}
     known = {*PRESETS[preset], *vars(AutoConfig.for_model(text["model_type"]))}
     for name in overrides or {}:
         if name not in known:
-            raise ValueError(f"overrides: {name!r} is no field of a {text['model_type']} config")
+            raise ValueError(f"overrides must be fields of a {text['model_type']} config, got {name!r}")
     text |= {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad}
     text |= {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eom}
-    cells = sequence.image_grid[0] * sequence.image_grid[1] + sequence.mask_grid[0] * sequence.mask_grid[1]
-    grid_positions = cells if options.pop("grid_positions", False) else 0
+    grid_positions = sequence.grid_positions if options.pop("grid_positions", False) else 0
     fields: dict[str, Any] = {
         "vocab_size": vocabulary.size,
         "vocab_range": list(vocabulary.supervised_range),

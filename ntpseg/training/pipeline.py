@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntpseg.models.attention import default_attention, explained_attention
+from ntpseg.models.attention import attention_errors, default_attention
 from ntpseg.models.bundle import Bundle
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.budget import TimeBudget
@@ -126,7 +126,7 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
         "head_weights": loss.head_weights,
     }
     described = preset_config(chosen.preset, prepared.sequence, overrides=chosen.overrides, **options)
-    with explained_attention(chosen.attention):
+    with attention_errors(chosen.attention):
         if chosen.weights is not None:
             path = Path(chosen.weights).expanduser()
             if not (path / "config.json").is_file():

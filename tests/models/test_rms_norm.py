@@ -1,4 +1,4 @@
-"""The lean norms and rotary tables against the Hugging Face modules whose place they take."""
+"""Norms and rotary tables under autocast against the Hugging Face modules that they replace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from ntpseg.models.lean import LeanRMSNorm, make_lean
+from ntpseg.models.rms_norm import AutocastRMSNorm, replace_norms
 
 SIZES = {
     "vocab_size": 50,
@@ -29,7 +29,7 @@ def pair(request):
         for parameter in theirs.parameters():
             parameter.normal_(std=0.2)
     ours = copy.deepcopy(theirs)
-    make_lean(ours)
+    replace_norms(ours)
     return theirs, ours
 
 
@@ -46,7 +46,7 @@ def gradients(model, autocast: bool) -> torch.Tensor:
 def test_replaces_every_norm_and_no_name(pair) -> None:
     theirs, ours = pair
     norms = [type(m).__name__ for m in ours.modules() if type(m).__name__.endswith("RMSNorm")]
-    assert set(norms) == {"LeanRMSNorm"} and len(norms) >= 5
+    assert set(norms) == {"AutocastRMSNorm"} and len(norms) >= 5
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
@@ -68,7 +68,7 @@ def test_gradcheck() -> None:
     plain = torch.nn.Module()
     plain.weight = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
     plain.variance_epsilon = 1e-3
-    norm = LeanRMSNorm(plain)
+    norm = AutocastRMSNorm(plain)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda t, w: torch.func.functional_call(norm, {"weight": w}, (t,)), (x, norm.weight)
@@ -79,7 +79,7 @@ def test_dtypes() -> None:
     plain = torch.nn.Module()
     plain.weight = torch.nn.Parameter(torch.ones(8))
     plain.variance_epsilon = 1e-6
-    norm = LeanRMSNorm(plain)
+    norm = AutocastRMSNorm(plain)
     assert norm(torch.randn(3, 8)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         x = torch.randn(3, 8, requires_grad=True)
