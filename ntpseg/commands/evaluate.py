@@ -40,7 +40,7 @@ def evaluate(
     from ntpseg.data import load_records
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
-    from ntpseg.evaluation.rundir import data_of, run_directory
+    from ntpseg.evaluation.run_directory import data_of, run_directory
     from ntpseg.evaluation.tables import summary_table
     from ntpseg.generation import DecodingOptions, Segmenter
     from ntpseg.utils.progress import disable_loading_bars, stage_progress
@@ -54,7 +54,7 @@ def evaluate(
     split = split or default_split(labelled)
     records = [r for r in labelled if r.split == split]
     if not records:
-        raise ValueError(f"split is {split!r}; {data} has no case with a mask in it")
+        raise ValueError(f"split must have a case with a mask in {data}, got {split!r}")
     if limit is not None and limit < len(records):
         records = [records[i * len(records) // limit] for i in range(limit)]
     disable_loading_bars()

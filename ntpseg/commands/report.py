@@ -23,7 +23,7 @@ def report(
     from rich.console import Console
 
     from ntpseg.evaluation.report import write_report
-    from ntpseg.evaluation.rundir import run_directory
+    from ntpseg.evaluation.run_directory import run_directory
 
     target = write_report(run_directory(run), out, split=split, examples=examples)
     Console().print(f"report: {target}", highlight=False, soft_wrap=True)

@@ -9,9 +9,10 @@ from ntpseg.utils.lazy import lazy_exports
 _EXPORTS = {
     "Bootstrap": "ntpseg.evaluation.summary",
     "Evaluation": "ntpseg.evaluation.result",
-    "EvaluationOptions": "ntpseg.evaluation.run",
+    "EvaluationOptions": "ntpseg.evaluation.evaluator",
+    "METRICS": "ntpseg.evaluation.metrics",
     "dice_scores": "ntpseg.evaluation.metrics",
-    "evaluate": "ntpseg.evaluation.run",
+    "evaluate": "ntpseg.evaluation.evaluator",
     "segmentation_metrics": "ntpseg.evaluation.metrics",
     "summarise": "ntpseg.evaluation.summary",
     "summarise_groups": "ntpseg.evaluation.summary",
@@ -19,6 +20,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "METRICS",
     "Bootstrap",
     "Evaluation",
     "EvaluationOptions",
@@ -33,12 +35,13 @@ __all__ = [
 __getattr__ = lazy_exports(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
+    from ntpseg.evaluation.evaluator import EvaluationOptions as EvaluationOptions
+    from ntpseg.evaluation.evaluator import evaluate as evaluate
+    from ntpseg.evaluation.metrics import METRICS as METRICS
     from ntpseg.evaluation.metrics import dice_scores as dice_scores
     from ntpseg.evaluation.metrics import segmentation_metrics as segmentation_metrics
     from ntpseg.evaluation.report import write_report as write_report
     from ntpseg.evaluation.result import Evaluation as Evaluation
-    from ntpseg.evaluation.run import EvaluationOptions as EvaluationOptions
-    from ntpseg.evaluation.run import evaluate as evaluate
     from ntpseg.evaluation.summary import Bootstrap as Bootstrap
     from ntpseg.evaluation.summary import summarise as summarise
     from ntpseg.evaluation.summary import summarise_groups as summarise_groups

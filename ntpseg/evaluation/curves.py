@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-# What is drawn together, in this order; a name also covers its validation twin, "eval_" + name.
+# What is drawn together, in this order; a name also stands for "eval_" + name, the same of the validation split.
 PANELS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss",),
     "Parts of the loss": ("ntp", "nktp", "tcl", "het"),
@@ -21,8 +21,8 @@ COLOURS = ("#2563eb", "#dc6803", "#0d9488", "#9333ea", "#be123c", "#4d7c0f", "#4
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one logged figure."""
-    found = [(float(r["step"]), float(r[name])) for r in rows if isinstance(r.get(name), (int, float))]
-    return [x for x, _ in found], [y for _, y in found]
+    points = [(float(r["step"]), float(r[name])) for r in rows if isinstance(r.get(name), (int, float))]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

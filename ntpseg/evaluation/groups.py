@@ -1,4 +1,4 @@
-"""What the cases of a split are grouped by in tables: the structure that their names tell, or the sentence."""
+"""What the cases of a split are grouped by in tables: the structure in their names, or the sentence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ntpseg.data import Record
 
-_TAIL = re.compile(r"_([^\W\d_][^_]*)$")
-LEAST_CASES = 3
+_SUFFIX = re.compile(r"_([^\W\d_][^_]*)$")
+MIN_CASES = 3
 
 
 def group_cases(records: Sequence[Record]) -> tuple[str, list[str]]:
@@ -26,8 +26,8 @@ def group_cases(records: Sequence[Record]) -> tuple[str, list[str]]:
     Returns:
         ``"structure"`` or ``"sentence"``, and the group of each case, N.
     """
-    tails = [match.group(1) if (match := _TAIL.search(r.case)) else "" for r in records]
-    distinct = set(tails)
-    if all(tails) and len(distinct) > 1 and len(tails) >= LEAST_CASES * len(distinct):
-        return "structure", tails
+    suffixes = [match.group(1) if (match := _SUFFIX.search(r.case)) else "" for r in records]
+    distinct = set(suffixes)
+    if all(suffixes) and len(distinct) > 1 and len(suffixes) >= MIN_CASES * len(distinct):
+        return "structure", suffixes
     return "sentence", [r.text for r in records]

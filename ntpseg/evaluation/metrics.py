@@ -1,4 +1,4 @@
-"""Overlap and surface metrics of binary masks, case by case.
+"""Overlap and surface metrics of binary masks, case by case. To add one, write a `Metric` and list it in `METRICS`.
 
 Overlap and surface distances come from MONAI. What an empty mask scores is fixed here, because libraries return NaN or
 infinity there and averages that drop such cases flatter a model that misses small structures:
@@ -13,23 +13,104 @@ one empty          0     0    diagonal  diagonal
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-METRICS = ("dice", "iou", "hd95", "assd")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Pixels of both masks, of the prediction and of the truth: what pooled scores are made of.
 COUNTS = ("intersection", "predicted", "true")
 
 
-def _masks(value: np.ndarray | Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if tensor.ndim != 3:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [N, H, W]")
-    if tensor.dtype != torch.bool:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be bool")
-    return tensor.cpu()
+@dataclass(frozen=True)
+class Metric:
+    """One score of a predicted mask; every result file, table and report shows those of `METRICS`.
+
+    Attributes:
+        name: key in ``summary.json`` and column of ``cases.csv``.
+        label: heading in tables and the report.
+        digits: decimals shown.
+        compute: scores ``[N, 1]`` of float predictions and truths ``[N, 1, H, W]``, none of them empty.
+        both_empty: the score where neither mask holds a pixel.
+        one_empty: the score where exactly one mask does, of an image's height and width.
+        pooled: numerator and denominator, per case, of the score of all pixels of all cases together, from `COUNTS`;
+            None where there is no such score.
+        unit: of the score, such as "px".
+        in_captions: shown below each example of the report.
+    """
+
+    name: str
+    label: str
+    digits: int
+    compute: Callable[[Tensor, Tensor], Tensor]
+    both_empty: float
+    one_empty: Callable[[int, int], float]
+    pooled: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]] | None = None
+    unit: str = ""
+    in_captions: bool = True
+
+    @property
+    def heading(self) -> str:
+        """Label and unit, such as ``HD95 (px)``."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def caption(self, score: float) -> str:
+        """Label, score and unit, such as ``HD95 3.21 px``."""
+        return f"{self.label} {score:.{self.digits}f}{' ' if self.unit else ''}{self.unit}"
+
+
+def _dice(prediction: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import compute_dice
+
+    return compute_dice(prediction, truth, include_background=True)
+
+
+def _iou(prediction: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import compute_iou
+
+    return compute_iou(prediction, truth, include_background=True)
+
+
+def _hd95(prediction: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import compute_hausdorff_distance
+
+    return compute_hausdorff_distance(prediction, truth, include_background=True, percentile=95)
+
+
+def _assd(prediction: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import compute_average_surface_distance
+
+    return compute_average_surface_distance(prediction, truth, include_background=True, symmetric=True)
+
+
+def _pooled_dice(counts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return 2.0 * counts["intersection"], counts["predicted"] + counts["true"]
+
+
+def _pooled_iou(counts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return counts["intersection"], counts["predicted"] + counts["true"] - counts["intersection"]
+
+
+def _zero(height: int, width: int) -> float:
+    return 0.0
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("dice", "Dice", 3, _dice, both_empty=1.0, one_empty=_zero, pooled=_pooled_dice),
+        # A function of Dice, and ASSD is close to HD95: captions have room for one of each.
+        Metric("iou", "IoU", 3, _iou, both_empty=1.0, one_empty=_zero, pooled=_pooled_iou, in_captions=False),
+        Metric("hd95", "HD95", 2, _hd95, both_empty=0.0, one_empty=math.hypot, unit="px"),
+        Metric("assd", "ASSD", 2, _assd, both_empty=0.0, one_empty=math.hypot, unit="px", in_captions=False),
+    )
+}
 
 
 def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> dict[str, np.ndarray]:
@@ -40,58 +121,59 @@ def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Te
         truth: ``[N, H, W]`` bool.
 
     Returns:
-        Arrays of length N. ``dice`` and ``iou`` in [0, 1]; ``hd95`` (the larger of the two directed 95th percentiles of
-        the distance between mask edges) and ``assd`` (the mean over both masks' edge pixels of the distance to the
-        other mask's edge) float64 in pixels; ``intersection``, ``predicted``, ``true`` int64 pixel counts, from which
-        `summarise` pools.
+        Arrays of length N. One float64 array for each of `METRICS`: ``dice`` and ``iou`` in [0, 1]; ``hd95`` (the
+        larger of the two directed 95th percentiles of the distance between mask edges) and ``assd`` (the mean over both
+        masks' edge pixels of the distance to the other mask's edge) in pixels. One int64 array of pixels for each of
+        `COUNTS`, from which `summarise` pools.
 
     Raises:
         ValueError: if a shape or dtype is wrong.
     """
     pred, real = _masks(prediction, "prediction"), _masks(truth, "truth")
     if pred.shape != real.shape:
-        raise ValueError(f"prediction has shape {tuple(pred.shape)}; it must be that of truth, {tuple(real.shape)}")
-    from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
-
-    count, height, width = pred.shape
-    out: dict[str, np.ndarray] = {
+        raise ValueError(f"prediction must have the shape of truth, {list(real.shape)}, got {list(pred.shape)}")
+    height, width = pred.shape[1:]
+    counts = {
         "intersection": (pred & real).sum(dim=(1, 2)).numpy(),
         "predicted": pred.sum(dim=(1, 2)).numpy(),
         "true": real.sum(dim=(1, 2)).numpy(),
-        "dice": np.ones(count),
-        "iou": np.ones(count),
-        "hd95": np.zeros(count),
-        "assd": np.zeros(count),
     }
-    one_empty = (out["predicted"] == 0) != (out["true"] == 0)
-    out["dice"][one_empty] = out["iou"][one_empty] = 0.0
-    out["hd95"][one_empty] = out["assd"][one_empty] = float(np.hypot(height, width))
-    filled = np.flatnonzero((out["predicted"] > 0) & (out["true"] > 0))
-    if not len(filled):
-        return out
+    one_empty = (counts["predicted"] == 0) != (counts["true"] == 0)
+    filled = np.flatnonzero((counts["predicted"] > 0) & (counts["true"] > 0))
     p, t = (x[filled][:, None].float() for x in (pred, real))
-    with warnings.catch_warnings():
-        # MONAI 1.6 calls its own deprecated argument.
-        warnings.simplefilter("ignore", FutureWarning)
-        out["dice"][filled] = compute_dice(p, t, include_background=True).flatten().numpy()
-        out["iou"][filled] = compute_iou(p, t, include_background=True).flatten().numpy()
-        hausdorff = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
-        surface = compute_average_surface_distance(p, t, include_background=True, symmetric=True)
-    out["hd95"][filled] = hausdorff.flatten().numpy()
-    out["assd"][filled] = surface.flatten().numpy()
-    return out
+    scores = {}
+    for metric in METRICS.values():
+        values = np.full(len(pred), metric.both_empty)
+        values[one_empty] = metric.one_empty(height, width)
+        if len(filled):
+            with warnings.catch_warnings():
+                # MONAI 1.6 calls its own deprecated argument.
+                warnings.simplefilter("ignore", FutureWarning)
+                values[filled] = metric.compute(p, t).flatten().numpy()
+        scores[metric.name] = values
+    return {**counts, **scores}
 
 
 def dice_scores(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> np.ndarray:
     """The Dice of `segmentation_metrics` alone (float64 ``[N]``), without the cost of surface distances."""
-    pred, real = _masks(prediction, "prediction"), _masks(truth, "truth")
-    total = pred.sum(dim=(1, 2)) + real.sum(dim=(1, 2))
-    overlap = 2.0 * (pred & real).sum(dim=(1, 2)).double()
-    return torch.where(total > 0, overlap / total.clamp(min=1), torch.ones_like(overlap)).numpy()
+    pred, real = (_masks(*pair).numpy() for pair in ((prediction, "prediction"), (truth, "truth")))
+    total = pred.sum(axis=(1, 2)) + real.sum(axis=(1, 2))
+    overlap = 2.0 * (pred & real).sum(axis=(1, 2))
+    return np.where(total > 0, overlap / total.clip(min=1), 1.0)
 
 
 def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Join results of images of different sizes, in order."""
     if not parts:
-        return {name: np.zeros(0, dtype=np.int64 if name in COUNTS else np.float64) for name in (*METRICS, *COUNTS)}
+        scores = {name: np.zeros(0) for name in METRICS}
+        return {**scores, **{name: np.zeros(0, dtype=np.int64) for name in COUNTS}}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _masks(value: np.ndarray | Tensor, name: str) -> Tensor:
+    import torch
+
+    tensor = torch.as_tensor(value)
+    if tensor.ndim != 3 or tensor.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool [N, H, W], got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.cpu()

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from ntpseg.evaluation.curves import curves
+from ntpseg.evaluation.metrics import METRICS
 from ntpseg.evaluation.pictures import Case, confidence_map, data_uri, scale_bar, shrunk
-from ntpseg.evaluation.rundir import splits, training_log
+from ntpseg.evaluation.run_directory import splits, training_log
 from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
+from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
 from ntpseg.utils.files import write_text
 
-GROUP_ROWS = 40
-PAIRED_IMAGES = 4
-PAIRED_SENTENCES = 12
+MAX_GROUPS = 40
+MAX_PAIRED_IMAGES = 4
+MAX_PAIRED_SENTENCES = 12
 
 
 def write_report(run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3) -> Path:
@@ -39,9 +41,10 @@ def write_report(run: Path, out: Path | None = None, *, split: str | None = None
     run = Path(run)
     evaluated, log = splits(run), training_log(run)
     if not evaluated and not log:
-        raise ValueError(f"run is {run}, which holds neither eval/*/summary.json nor trainer_log.jsonl")
+        raise ValueError(f"run must hold eval/*/summary.json or trainer_log.jsonl, got {run} with neither")
     if split is not None and split not in evaluated:
-        raise ValueError(f"split is {split!r}; evaluated in {run} are {', '.join(evaluated) or 'none'}")
+        known = ", ".join(evaluated) or "none"
+        raise ValueError(f"split must be one that was evaluated in {run} ({known}), got {split!r}")
     config = run / "config.yaml"
     context: dict[str, Any] = {
         "name": run.resolve().name,
@@ -72,9 +75,9 @@ def _evaluation(folder: Path, split: str, examples: int) -> dict[str, Any]:
     with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
         cases = [Case(row, folder, i) for i, row in enumerate(csv.DictReader(file))]
     confidence = np.load(folder / "confidence.npy")
-    gone = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
-    if gone is not None:
-        raise ValueError(f"{folder / 'cases.csv'} names {gone}, which is no longer there; evaluate again")
+    missing = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
+    if missing is not None:
+        raise ValueError(f"files of {folder / 'cases.csv'} must exist, got {missing}, which is no longer there")
     groups = [
         (text, group["cases"], interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"]))
         for text, group in summary["groups"].items()
@@ -88,8 +91,8 @@ def _evaluation(folder: Path, split: str, examples: int) -> dict[str, Any]:
         "pooled": interval(summary["pooled"]["dice"]),
         "metrics": metric_rows(summary),
         "text_check": text_check_rows(summary),
-        "groups": groups[:GROUP_ROWS],
-        "more_groups": max(0, len(groups) - GROUP_ROWS),
+        "groups": groups[:MAX_GROUPS],
+        "more_groups": max(0, len(groups) - MAX_GROUPS),
         "examples": [
             (title, [_example(case, confidence[case.index]) for case in chosen])
             for title, chosen in _extremes(cases, examples)
@@ -114,8 +117,6 @@ def _extremes(cases: list[Case], count: int) -> list[tuple[str, list[Case]]]:
 
 
 def _panels(case: Case, *, other: bool = False) -> dict[str, str]:
-    from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
-
     image, truth, prediction = shrunk(case.image(), case.truth(), case.prediction(other))
     return {
         "image": data_uri(image),
@@ -132,28 +133,32 @@ def _example(case: Case, confidence: np.ndarray) -> dict[str, Any]:
         "mean_confidence": f"{float(case.row['confidence']):.2f}",
         "text": case.row["text"],
         "case": case.row["case"],
-        "dice": f"{case.dice:.3f}",
-        "hd95": f"{float(case.row['hd95']):.1f}",
+        "scores": _caption(case.row),
     }
 
 
+def _caption(row: dict[str, str]) -> str:
+    shown = [metric for metric in METRICS.values() if metric.in_captions and metric.name in row]
+    return " · ".join(metric.caption(float(row[metric.name])) for metric in shown)
+
+
 def _pairs(cases: list[Case]) -> list[list[dict[str, Any]]]:
-    """Images that occur with several sentences: the most sentences first, of different subjects if possible."""
+    """Images that occur with multiple sentences: the most sentences first, of different subjects if possible."""
     by_image: dict[str, list[Case]] = {}
     for case in cases:
         by_image.setdefault(case.row["image_sha1"], []).append(case)
-    several = [group for group in by_image.values() if len({c.row["text"] for c in group}) > 1]
-    several.sort(key=lambda group: (-len(group), group[0].row["case"]))
+    multiple = [group for group in by_image.values() if len({c.row["text"] for c in group}) > 1]
+    multiple.sort(key=lambda group: (-len(group), group[0].row["case"]))
     seen: dict[str, int] = {}
     turns = []
-    for group in several:
+    for group in multiple:
         subject = group[0].row["subject"]
         turns.append(seen.get(subject, 0))
         seen[subject] = turns[-1] + 1
     # Every subject's first image comes before any subject's second.
-    chosen = [several[i] for i in sorted(range(len(several)), key=lambda i: (turns[i], i))[:PAIRED_IMAGES]]
+    chosen = [multiple[i] for i in sorted(range(len(multiple)), key=lambda i: (turns[i], i))[:MAX_PAIRED_IMAGES]]
     return [
-        [{**_panels(c), "text": c.row["text"], "dice": f"{c.dice:.3f}"} for c in group[:PAIRED_SENTENCES]]
+        [{**_panels(c), "text": c.row["text"], "dice": f"{c.dice:.3f}"} for c in group[:MAX_PAIRED_SENTENCES]]
         for group in chosen
     ]
 
@@ -162,7 +167,7 @@ def _swaps(cases: list[Case]) -> list[dict[str, Any]]:
     """Images decoded with another image's sentence, for data in which every image has one sentence."""
     checked = [c for c in cases if c.row["other_text"] and c.dice > 0]
     checked.sort(key=lambda c: (float(c.row["other_text_dice"] or 1) - c.dice, c.row["case"]))
-    step = max(1, len(checked) // PAIRED_IMAGES)
+    step = max(1, len(checked) // MAX_PAIRED_IMAGES)
     return [
         {
             "right": _panels(c),
@@ -172,5 +177,5 @@ def _swaps(cases: list[Case]) -> list[dict[str, Any]]:
             "dice": f"{c.dice:.3f}",
             "other_dice": f"{float(c.row['other_text_dice']):.3f}",
         }
-        for c in checked[::step][:PAIRED_IMAGES]
+        for c in checked[::step][:MAX_PAIRED_IMAGES]
     ]

@@ -68,14 +68,14 @@ class Evaluation:
         scores = [*METRICS, "confidence", "ceiling"]
         columns = ["case", "subject", "text", "file", "image", "mask", "image_sha1", "height", "width"]
         columns += [*scores, *COUNTS, "empty_text_dice", "other_text", "other_text_dice"]
-        place = {i: n for n, i in enumerate(self.checked)}
+        position = {i: n for n, i in enumerate(self.checked)}
         rows = []
         for i, record in enumerate(self.records):
             row: list[Any] = [record.case, record.subject, record.text, names[i], record.image, record.mask]
             row += [hashlib.sha1(record.image.read_bytes()).hexdigest()[:16], *self.masks[i].shape]
             row += [f"{self.per_case[name][i]:.6g}" for name in scores]
             row += [int(self.per_case[name][i]) for name in COUNTS]
-            n = place.get(i)
+            n = position.get(i)
             row.append("" if n is None or self.empty_dice is None else f"{self.empty_dice[n]:.6g}")
             if n is None or self.other_dice is None:
                 row += ["", ""]

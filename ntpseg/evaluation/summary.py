@@ -8,22 +8,30 @@ from typing import Any
 
 import numpy as np
 
-from ntpseg.evaluation.metrics import METRICS
+from ntpseg.evaluation.metrics import COUNTS, METRICS
+from ntpseg.utils.checks import check_integer, check_number
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: whole subjects are drawn with replacement, so images of one patient stay together."""
+    """How intervals are computed: whole subjects are drawn with replacement, so images of one patient stay together.
+
+    Attributes:
+        resamples: number of draws.
+        level: of the interval, in (0, 1).
+        seed: of the draws.
+
+    Raises:
+        ValueError: `resamples` is below 1, or `level` is not within (0, 1).
+    """
 
     resamples: int = 2000
     level: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise ValueError(f"resamples is {self.resamples}; it must be at least 1")
-        if not 0.0 < self.level < 1.0:
-            raise ValueError(f"level is {self.level}; it must lie strictly between 0 and 1")
+        check_integer("resamples", self.resamples, 1)
+        check_number("level", self.level, above=0, below=1)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -56,7 +64,7 @@ def summarise(
     Returns:
         ``{"cases": N, "subjects": S, "level": ..., "per_image": {metric: estimate}, "pooled": {...}}``; an estimate
         is ``{"value", "low", "high"}``; the bounds are None with fewer than two subjects. The per-image figure is the
-        mean of the cases' scores; the pooled one, for Dice and IoU, is the score of all pixels of all cases taken
+        mean of the cases' scores; the pooled one, for Dice and IoU, is the score of all pixels of all cases
         together (``2 sum|P & T| / sum(|P| + |T|)``).
 
     Raises:
@@ -65,29 +73,30 @@ def summarise(
     options = bootstrap or Bootstrap()
     count = len(per_case["dice"])
     if count == 0:
-        raise ValueError("per_case holds 0 cases; it must hold at least 1")
+        raise ValueError("per_case must hold at least 1 case, got 0 cases")
     if len(subjects) != count:
-        raise ValueError(f"subjects has length {len(subjects)}; it must be the number of cases, {count}")
-    _, member = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
-    groups = int(member.max()) + 1
+        raise ValueError(f"subjects must have the length of the cases, {count}, got {len(subjects)}")
+    _, subject_index = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
+    num_subjects = int(subject_index.max()) + 1
     rng = np.random.default_rng(options.seed)
-    draws = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=options.resamples).astype(np.float64)
+    draws = rng.multinomial(num_subjects, np.full(num_subjects, 1.0 / num_subjects), size=options.resamples).astype(
+        np.float64
+    )
 
     def per_subject(values: np.ndarray) -> np.ndarray:
-        return np.bincount(member, weights=np.asarray(values, dtype=np.float64), minlength=groups)
+        return np.bincount(subject_index, weights=np.asarray(values, dtype=np.float64), minlength=num_subjects)
 
     def estimate(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, Any]:
         return _estimate(per_subject(numerator), per_subject(denominator), draws, options.level)
 
     ones = np.ones(count)
-    overlap = np.asarray(per_case["intersection"], dtype=np.float64)
-    total = np.asarray(per_case["predicted"], dtype=np.float64) + per_case["true"]
+    counts = {name: np.asarray(per_case[name], dtype=np.float64) for name in COUNTS}
     return {
         "cases": count,
-        "subjects": groups,
+        "subjects": num_subjects,
         "level": options.level,
         "per_image": {name: estimate(per_case[name], ones) for name in METRICS if name in per_case},
-        "pooled": {"dice": estimate(2.0 * overlap, total), "iou": estimate(overlap, total - overlap)},
+        "pooled": {name: estimate(*m.pooled(counts)) for name, m in METRICS.items() if m.pooled is not None},
     }
 
 
@@ -99,12 +108,12 @@ def summarise_groups(
 ) -> dict[str, dict[str, Any]]:
     """`summarise` for the cases of each group (a structure, a caption), the largest group first, then by name."""
     if len(groups) != len(subjects):
-        raise ValueError(f"groups has length {len(groups)}; it must be the number of cases, {len(subjects)}")
-    names, member, sizes = np.unique(np.asarray(groups, dtype=str), return_inverse=True, return_counts=True)
-    who = np.asarray(subjects, dtype=str)
+        raise ValueError(f"groups must have the length of the cases, {len(subjects)}, got {len(groups)}")
+    names, group_index, sizes = np.unique(np.asarray(groups, dtype=str), return_inverse=True, return_counts=True)
+    subject_of_case = np.asarray(subjects, dtype=str)
     result = {}
     for index in np.lexsort((names, -sizes)):
-        chosen = member == index
+        chosen = group_index == index
         part = {name: np.asarray(values)[chosen] for name, values in per_case.items()}
-        result[str(names[index])] = summarise(part, who[chosen].tolist(), bootstrap)
+        result[str(names[index])] = summarise(part, subject_of_case[chosen].tolist(), bootstrap)
     return result

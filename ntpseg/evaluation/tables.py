@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ntpseg.evaluation.metrics import METRICS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-GROUPS = 20
+MAX_GROUPS = 20
 
 
 def interval(estimate: dict[str, Any], digits: int = 3) -> str:
@@ -19,13 +21,15 @@ def interval(estimate: dict[str, Any], digits: int = 3) -> str:
 
 
 def metric_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, per-image mean and pooled score of each metric."""
-    names = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "assd": "ASSD (px)"}
+    """Heading, per-image mean and pooled score of each metric."""
     rows = []
-    for key, name in names.items():
-        digits = 3 if key in ("dice", "iou") else 2
-        pooled = summary["pooled"].get(key)
-        rows.append((name, interval(summary["per_image"][key], digits), interval(pooled, digits) if pooled else ""))
+    for metric in METRICS.values():
+        # A result that was written before the metric was added does not have it.
+        if metric.name in summary["per_image"]:
+            mean, pooled = summary["per_image"][metric.name], summary["pooled"].get(metric.name)
+            rows.append(
+                (metric.heading, interval(mean, metric.digits), interval(pooled, metric.digits) if pooled else "")
+            )
     return rows
 
 
@@ -59,13 +63,13 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         table.add_row(f"Dice, {name}{cases}", dice, "", end_section=i + 1 == len(rows))
     groups = summary["groups"]
     if len(groups) > 1:
-        shown = list(groups.items())[:GROUPS]
+        shown = list(groups.items())[:MAX_GROUPS]
         for i, (text, group) in enumerate(shown):
             dice, pooled = interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"])
             label = Text(f"{group['cases']} x {text or '(empty text)'}")
             table.add_row(label, f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(shown))
-        if len(groups) > GROUPS:
-            table.add_row(f"... and {len(groups) - GROUPS} more in summary.json", "", "", end_section=True)
+        if len(groups) > MAX_GROUPS:
+            table.add_row(f"... and {len(groups) - MAX_GROUPS} more in summary.json", "", "", end_section=True)
     decoding = summary["decoding"]
     speed = f"{decoding['tokens_per_second']:,.0f} tokens/s"
     table.add_row(f"decoding ({decoding['method']}, {decoding['dtype']})", speed, f"{decoding['seconds']:.1f} s")

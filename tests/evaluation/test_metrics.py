@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from tiny_segmenter import shared
 
-from ntpseg.evaluation.metrics import concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation import EvaluationOptions, evaluate, write_report
+from ntpseg.evaluation.metrics import METRICS, Metric, concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.tables import metric_rows
+from ntpseg.generation import Segmenter
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
@@ -89,11 +98,37 @@ def test_results_of_different_sizes_join_in_order() -> None:
 @pytest.mark.parametrize(
     ("pred", "truth", "message"),
     [
-        (np.zeros((4, 4), bool), np.zeros((1, 4, 4), bool), r"prediction has shape \(4, 4\)"),
-        (np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4), np.uint8), r"truth has dtype torch.uint8"),
-        (np.zeros((1, 4, 4), bool), np.zeros((1, 4, 5), bool), r"must be that of truth, \(1, 4, 5\)"),
+        (
+            np.zeros((4, 4), bool),
+            np.zeros((1, 4, 4), bool),
+            r"prediction must be bool \[N, H, W\], got torch.bool \[4, 4\]",
+        ),
+        (np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4), np.uint8), r"truth must be .* got torch.uint8"),
+        (np.zeros((1, 4, 4), bool), np.zeros((1, 4, 5), bool), r"must have the shape of truth, \[1, 4, 5\]"),
     ],
 )
 def test_wrong_input_is_named(pred: np.ndarray, truth: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         segmentation_metrics(pred, truth)
+
+
+def test_a_metric_of_the_table_shows_in_every_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    records, bundle, _ = shared()
+    precision = Metric(
+        "precision", "Precision", 3, lambda p, t: (p * t).sum((2, 3)) / p.sum((2, 3)), 1.0, lambda height, width: 0.0,
+        pooled=lambda counts: (counts["intersection"], counts["predicted"]), unit="%",
+    )  # fmt: skip
+    monkeypatch.setitem(METRICS, "precision", precision)
+    result = evaluate(Segmenter(bundle), records[:3], EvaluationOptions(text_check=0))
+    result.write(tmp_path / "eval" / "test")
+    summary = json.loads((tmp_path / "eval" / "test" / "summary.json").read_text(encoding="utf-8"))
+    cells = [result.per_case[name].sum() for name in ("intersection", "predicted")]
+    assert summary["pooled"]["precision"]["value"] == pytest.approx(cells[0] / cells[1])
+    assert summary["per_image"]["precision"]["value"] == pytest.approx(result.per_case["precision"].mean())
+    assert "precision" in (tmp_path / "eval" / "test" / "cases.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert "Precision (%)" in [row[0] for row in metric_rows(summary)]
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<td>Precision (%)</td>" in page and re.search(r"Precision [\d.]+ %", page)
+    # A result that was written without it can still be shown.
+    monkeypatch.setitem(METRICS, "later", dataclasses.replace(precision, name="later", label="Later"))
+    assert "Later" not in write_report(tmp_path).read_text(encoding="utf-8")

@@ -103,9 +103,9 @@ def test_examples_are_best_median_and_worst(run: Path) -> None:
 
 
 def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither eval"):
+    with pytest.raises(ValueError, match="with neither"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match=r"split is 'val'.* test"):
+    with pytest.raises(ValueError, match=r"split must be .*test.* got 'val'"):
         write_report(run, split="val")
     broken = tmp_path / "run"
     shutil.copytree(run, broken)

@@ -77,9 +77,9 @@ def test_groups_come_largest_first() -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    with pytest.raises(ValueError, match="subjects has length 1; it must be the number of cases, 2"):
+    with pytest.raises(ValueError, match="subjects must have the length of the cases, 2, got 1"):
         summarise(cases([0.1, 0.2], [1, 1]), ["a"])
     with pytest.raises(ValueError, match="0 cases"):
         summarise(cases([], []), [])
-    with pytest.raises(ValueError, match=r"level is 1\.5"):
+    with pytest.raises(ValueError, match=r"level must be a number > 0 and < 1, got 1\.5"):
         Bootstrap(level=1.5)

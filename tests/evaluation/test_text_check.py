@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntpseg.evaluation.textcheck import other_texts
+from ntpseg.evaluation.text_check import other_texts
 
 
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=60), st.integers(0, 3))

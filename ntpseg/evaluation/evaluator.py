@@ -1,4 +1,4 @@
-"""Evaluating a model on the records of one split."""
+"""`evaluate`: decodes and scores a model's masks on the records of one split."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from ntpseg.data import read_image, read_mask, resize_mask
+from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
-from ntpseg.evaluation.metrics import concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.metrics import COUNTS, concatenate, dice_scores, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
-from ntpseg.evaluation.textcheck import other_texts
+from ntpseg.evaluation.text_check import other_texts
+from ntpseg.generation.segmenter import ENCODE_BATCH
+from ntpseg.utils.checks import check_integer
 from ntpseg.utils.progress import StageCallback, counter
 
 if TYPE_CHECKING:
@@ -24,10 +29,10 @@ if TYPE_CHECKING:
 class EvaluationOptions:
     """What an evaluation does besides scoring.
 
-    Args:
+    Attributes:
         text_check: number of cases that are also decoded with an empty text and with another image's text, spread
             evenly over the split; 0 leaves the check out.
-        bootstrap: how intervals are made.
+        bootstrap: how intervals are computed.
 
     Raises:
         ValueError: `text_check` is negative.
@@ -37,8 +42,7 @@ class EvaluationOptions:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def __post_init__(self) -> None:
-        if self.text_check < 0:
-            raise ValueError(f"text_check is {self.text_check}; it must be 0 or more")
+        check_integer("text_check", self.text_check, 0)
 
 
 def evaluate(
@@ -60,16 +64,13 @@ def evaluate(
         ValueError: there is no record, or one has no mask.
     """
     options = options or EvaluationOptions()
-    cases = list(records)
-    if not cases:
-        raise ValueError("records is empty; it must hold at least one case")
-    bare = next((r for r in cases if r.mask is None), None)
-    if bare is not None:
-        raise ValueError(f"records: case {bare.case!r} has no mask; every evaluated case must have one")
-    return _Run(segmenter, cases, options, progress or (lambda stage, done, total: None)).result()
+    check_masks(records)
+    return _Evaluator(segmenter, list(records), options, progress or (lambda stage, done, total: None)).run()
 
 
-class _Run:
+class _Evaluator:
+    """One call of `evaluate`."""
+
     def __init__(
         self,
         segmenter: Segmenter,
@@ -80,9 +81,7 @@ class _Run:
         self.segmenter, self.cases, self.options, self.progress = segmenter, cases, options, progress
         self.texts, self.subjects = [r.text for r in cases], [r.subject for r in cases]
 
-    def result(self) -> Evaluation:
-        from ntpseg.data import read_image, read_mask
-
+    def run(self) -> Evaluation:
         def images() -> Any:
             for i, record in enumerate(self.cases):
                 self.progress("reading", i + 1, len(self.cases))
@@ -90,14 +89,14 @@ class _Run:
 
         codes = self.segmenter.encode(images())
         self.truth = [read_mask(r.mask) for r in self.cases if r.mask is not None]
-        made = self._decode("decoding", codes, self.texts)
-        masks = self._own_size(made.codes, range(len(self.cases)))
+        generated = self._decode("decoding", codes, self.texts)
+        masks = self._masks(generated.codes, range(len(self.cases)))
         parts = []
         for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
             parts.append(segmentation_metrics(mask[None], truth[None]))
             self.progress("scoring", i + 1, len(masks))
         per_case = concatenate(parts)
-        per_case["confidence"] = made.confidence.mean(axis=(1, 2)).astype(np.float64)
+        per_case["confidence"] = generated.confidence.mean(axis=(1, 2)).astype(np.float64)
         per_case["ceiling"] = self._ceiling()
         bootstrap = self.options.bootstrap
         summary = summarise(per_case, self.subjects, bootstrap)
@@ -107,12 +106,12 @@ class _Run:
             "method": generator.options.method,
             "path": type(generator.decoder).__name__,
             "dtype": str(generator.decoder.dtype).removeprefix("torch."),
-            "tokens_per_second": made.tokens_per_second,
-            "tokens": made.codes.size,
-            "seconds": made.seconds,
-            "steps": made.steps,
+            "tokens_per_second": generated.tokens_per_second,
+            "tokens": generated.codes.size,
+            "seconds": generated.seconds,
+            "steps": generated.steps,
         }
-        result = Evaluation(self.cases, per_case, summary, masks, made.confidence)
+        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence)
         if self.options.text_check:
             self._text_check(codes, result)
         summary["grouped_by"], groups = group_cases(self.cases)
@@ -122,24 +121,19 @@ class _Run:
     def _decode(self, stage: str, codes: np.ndarray, texts: Sequence[str]) -> Any:
         return self.segmenter.decode(codes, texts, counter(self.progress, stage, len(texts)))
 
-    def _own_size(self, codes: np.ndarray, chosen: Sequence[int]) -> list[np.ndarray]:
-        from ntpseg.data import resize_mask
-
-        soft = self.segmenter.probabilities(codes)
-        return [resize_mask(p, *self.truth[i].shape) for p, i in zip(soft, chosen, strict=True)]
+    def _masks(self, codes: np.ndarray, chosen: Sequence[int]) -> list[np.ndarray]:
+        """The masks of codes ``[n, h, w]`` at the size of the chosen images."""
+        probabilities = self.segmenter.probabilities(codes)
+        return [resize_mask(p, *self.truth[i].shape) for p, i in zip(probabilities, chosen, strict=True)]
 
     def _ceiling(self) -> np.ndarray:
-        import torch
-
-        from ntpseg.data import resize_mask
-
         vision = self.segmenter.bundle.vision
-        size, found = vision.image_size, []
-        for first in range(0, len(self.truth), 32):
-            part = self.truth[first : first + 32]
+        size, codes = vision.image_size, []
+        for first in range(0, len(self.truth), ENCODE_BATCH):
+            part = self.truth[first : first + ENCODE_BATCH]
             small = np.stack([resize_mask(t, size, size) for t in part])[:, None].astype(np.float32)
-            found.append(vision.encode_mask(torch.from_numpy(small)).cpu().numpy())
-        masks = self._own_size(np.concatenate(found), range(len(self.truth)))
+            codes.append(vision.encode_mask(torch.from_numpy(small)).cpu().numpy())
+        masks = self._masks(np.concatenate(codes), range(len(self.truth)))
         return self._dice(masks, range(len(self.truth)))
 
     def _dice(self, masks: Sequence[np.ndarray], chosen: Sequence[int]) -> np.ndarray:
@@ -152,19 +146,19 @@ class _Run:
         subjects = [self.subjects[i] for i in chosen]
 
         def estimate(dice: np.ndarray) -> dict[str, Any]:
-            blank = np.zeros(len(dice))
-            cases = {"dice": dice, "intersection": blank, "predicted": blank, "true": blank}
+            zeros = np.zeros(len(dice))
+            cases = {"dice": dice, **{name: zeros for name in COUNTS}}
             return summarise(cases, subjects, self.options.bootstrap)["per_image"]["dice"]
 
         result.checked = chosen
         right = result.per_case["dice"][chosen]
         empty = self._decode("decoding, empty text", codes[chosen], [""] * len(chosen))
-        result.empty_dice = self._dice(self._own_size(empty.codes, chosen), chosen)
+        result.empty_dice = self._dice(self._masks(empty.codes, chosen), chosen)
         check = {"cases": len(chosen), "right": estimate(right), "empty": estimate(result.empty_dice), "other": None}
         others = other_texts([self.texts[i] for i in chosen])
         if others is not None:
-            made = self._decode("decoding, another text", codes[chosen], others)
-            result.other_text, result.other_masks = others, self._own_size(made.codes, chosen)
+            generated = self._decode("decoding, another text", codes[chosen], others)
+            result.other_text, result.other_masks = others, self._masks(generated.codes, chosen)
             result.other_dice = self._dice(result.other_masks, chosen)
             check["other"] = estimate(result.other_dice)
         result.summary["text_check"] = check

@@ -1,4 +1,4 @@
-"""Finding one's way in a run directory: ``config.yaml``, ``model/``, ``trainer_log.jsonl``, ``eval/SPLIT/``."""
+"""The files of a run directory: ``config.yaml``, ``model/``, ``trainer_log.jsonl``, ``eval/SPLIT/``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def data_of(run: Path) -> tuple[Path, str]:
 
     file = run / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"data is not given and {file} does not exist; name the data set with --data")
+        raise ValueError(f"--data must name the data set where {file} does not exist, got none")
     config: Any = OmegaConf.load(file)
     section = config.get("data") or {}
     if not section.get("path"):
-        raise ValueError(f"data is not given and {file} has no data.path; name the data set with --data")
+        raise ValueError(f"--data must name the data set where {file} has no data.path, got none")
     return Path(section["path"]), str(section.get("layout") or "auto")
 
 
@@ -41,5 +41,5 @@ def training_log(run: Path) -> list[dict[str, Any]]:
 
 def splits(run: Path) -> list[str]:
     """The evaluated splits of a run, test first."""
-    found = sorted(p.parent.name for p in (run / "eval").glob("*/summary.json"))
-    return sorted(found, key=lambda name: (name != "test", name))
+    names = (path.parent.name for path in (run / "eval").glob("*/summary.json"))
+    return sorted(names, key=lambda name: (name != "test", name))
