@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntpseg.training.config import RunConfig
-from ntpseg.training.hardware import deepspeed_config, prepare_deepspeed, resolve_bf16
+from ntpseg.training.distributed import deepspeed_config, prepare_deepspeed
+from ntpseg.training.hardware import resolve_bf16
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What every run starts from; a configuration's `training:` section goes over it.
+# What every run starts from; a configuration's `training:` section overrides it.
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
@@ -31,10 +32,10 @@ DEFAULTS: dict[str, Any] = {
     "bf16": "auto",
 }
 
-# What the Trainer must be told because of how we use it.
+# What the Trainer needs because of how it is used here; nothing overrides it.
 FIXED: dict[str, Any] = {
     "report_to": "none",  # our own callbacks know the run's folders
-    "remove_unused_columns": False,  # sample_ids is no argument of the model
+    "remove_unused_columns": False,  # sample_ids is not an argument of the model
     "label_names": ["labels"],
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,

@@ -10,14 +10,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-FLOOR = 0.02
+from ntpseg.utils.checks import check_number
+
+# The learning rate at the end over its peak.
+MIN_FACTOR = 0.02
 
 
 class TimeBudget(TrainerCallback):
-    """Cosine learning rate over the larger of the two shares spent, of the steps or of the minutes.
+    """Cosine learning rate over the larger of the two fractions spent, of the steps or of the minutes.
 
     On a machine of unknown speed a schedule over steps would end too early or never. The price: two runs on machines
-    of different speed are not the same run, and a resumed one starts its clock again at the share its steps had.
+    of different speed are not the same run, and a resumed one starts its clock at the fraction of its steps.
 
     Args:
         minutes: of training; evaluation within it counts.
@@ -25,21 +28,20 @@ class TimeBudget(TrainerCallback):
     """
 
     def __init__(self, minutes: float, warmup_steps: int = 50) -> None:
-        if minutes <= 0:
-            raise ValueError(f"max_minutes is {minutes}, it must be above 0")
+        check_number("max_minutes", minutes, above=0)
         self.seconds, self.warmup_steps = 60.0 * minutes, warmup_steps
         self.started: float | None = None
         self.max_steps = 1
 
-    def share(self, step: int) -> float:
+    def fraction(self, step: int) -> float:
         """How much of the run is over after `step` steps, in [0, 1]."""
         clock = 0.0 if self.started is None else (time.monotonic() - self.started) / self.seconds
         return min(1.0, max(step / self.max_steps, clock))
 
     def factor(self, step: int) -> float:
         """The learning rate after `step` steps over its peak."""
-        cosine = 0.5 * (1.0 + math.cos(math.pi * self.share(step)))
-        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (FLOOR + (1.0 - FLOOR) * cosine)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * self.fraction(step)))
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (MIN_FACTOR + (1.0 - MIN_FACTOR) * cosine)
 
     def scheduler(self, optimizer: Optimizer, max_steps: int) -> LambdaLR:
         """The scheduler of a run of at most `max_steps` steps."""
@@ -55,5 +57,5 @@ class TimeBudget(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End training when the time is up."""
-        if self.share(state.global_step) >= 1.0:
+        if self.fraction(state.global_step) >= 1.0:
             control.should_training_stop = True

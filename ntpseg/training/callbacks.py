@@ -1,4 +1,4 @@
-"""Where a run's figures go: progress bar, TensorBoard and one JSON line per log."""
+"""Callbacks that show and log metrics: progress bar, TensorBoard and one JSON line per log."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ntpseg.utils.files import read_jsonl, write_jsonl
 _SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
 
 
-class Progress(ProgressCallback):
-    """A bar that carries the latest figures, instead of printing a line for each log."""
+class TrainingProgress(ProgressCallback):
+    """A bar that shows the latest metrics, instead of printing a line for each log."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -29,7 +29,7 @@ class Progress(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True, mininterval=every
             )
-            self.figures: dict[str, str] = {}
+            self.metrics: dict[str, str] = {}
         self.current_step = state.global_step
 
     def on_log(
@@ -40,11 +40,10 @@ class Progress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the figures of `logs` behind the bar."""
+        """Show the metrics of `logs` behind the bar."""
         if state.is_world_process_zero and self.training_bar is not None:
-            found = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN}
-            self.figures.update(found)
-            self.training_bar.set_postfix(self.figures, refresh=False)
+            self.metrics.update({k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN})
+            self.training_bar.set_postfix(self.metrics, refresh=False)
 
 
 class RunTensorBoard(TensorBoardCallback):
@@ -72,7 +71,7 @@ class JsonLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the lines that a killed run wrote after the checkpoint from which it goes on."""
+        """Drop the lines that a killed run wrote after the checkpoint from which training continues."""
         if not state.is_world_process_zero:
             return
         write_jsonl(self.path, [line for line in read_log(self.path) if line["step"] <= state.global_step])

@@ -20,8 +20,8 @@ _STATE = "trainer_state.json"
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """All checkpoint folders of a run with their steps, ascending."""
-    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return sorted(found)
+    matches = ((path, re.fullmatch(r"checkpoint-(\d+)", path.name)) for path in run.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for path, match in matches if match)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -52,7 +52,7 @@ def memory_file(checkpoint: Path, rank: int) -> Path:
 
 
 def save_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
-    """Write a rank's memory, whole or not at all."""
+    """Write a rank's memory; the file appears complete or not at all."""
     with atomic_open(memory_file(checkpoint, rank)) as file:
         torch.save(memory.state_dict(), file)
 
@@ -66,5 +66,5 @@ def load_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
     path = memory_file(checkpoint, rank)
     path = path if path.is_file() else memory_file(checkpoint, 0)
     if not path.is_file():
-        raise ValueError(f"checkpoint {checkpoint} has no hard-token memory ({path.name}); resume with hard_tokens=0")
+        raise ValueError(f"checkpoint must hold {path.name}, got none in {checkpoint}; resume with hard_tokens=0")
     memory.load_state_dict(torch.load(path, weights_only=True))

@@ -11,6 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ntpseg.tokenizers.vocabulary import SEQUENCE_LAYOUTS
+from ntpseg.utils.checks import check_choice, check_integer, check_number
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -25,9 +28,9 @@ class DataConfig:
         channels: 1 (grey) or 3 (RGB).
         augment: fields of `ntpseg.data.Augmentation`; used when `variants` is not 0.
         variants: augmented variants per training pair, tokenized once; each epoch draws one of them or the original.
-        mask_noise: at most this share of the mask tokens that the model reads in training is replaced by random mask
-            codes, drawn per sequence from 0 to it. The labels stay. It makes the model look at the image instead of
-            copying the last token, and to go on from its own errors; not of the paper. 0 switches it off.
+        mask_noise: at most this fraction of the mask tokens that the model reads in training is replaced by random mask
+            codes, drawn per sequence from 0 to it. The labels stay. It makes the model read the image instead of
+            copying the last token, and continue after its own errors; not in the paper. 0 switches it off.
         skip_bad: leave bad pairs out instead of refusing the data.
         cache: folder of the token cache; the run's own by default.
     """
@@ -114,8 +117,8 @@ class RunConfig:
     deepspeed: str | None = None
 
 
-# What a resumed run must share with the one it continues: anything else would not be the same training.
-FIXED = ("data", "text", "vision", "model", "loss", "seed", "layout")
+# What a resumed run must have in common with the one it continues, or it would not be the same training.
+RESUME_SECTIONS = ("data", "text", "vision", "model", "loss", "seed", "layout")
 
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -132,7 +135,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     overrides = list(overrides)
     for item in overrides:
         if "=" not in item:
-            raise ValueError(f"override {item!r} must have the form key=value, such as model.k=1")
+            raise ValueError(f"overrides must have the form key=value, such as model.k=1, got {item!r}")
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(RunConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
@@ -152,7 +155,7 @@ def _find(source: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     names = ", ".join(config_names())
-    raise ValueError(f"configuration {str(source)!r} is not there; it must be a YAML file, a run, or one of {names}")
+    raise ValueError(f"configuration must be a YAML file, a run, or one of {names}, got {str(source)!r}")
 
 
 def config_names() -> list[str]:
@@ -163,35 +166,25 @@ def config_names() -> list[str]:
 def _check(config: RunConfig) -> None:
     from transformers import TrainingArguments
 
-    positive = {
-        "data.size": config.data.size,
-        "model.k": config.model.k,
-        "text.vocab_size": config.text.vocab_size,
-        "loss.temperature": config.loss.temperature,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{name} is {value}, it must be above 0")
-    for name, value in {
-        "data.variants": config.data.variants,
-        "loss.negatives": config.loss.negatives,
-        "loss.hard_tokens": config.loss.hard_tokens,
-    }.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}, it must not be negative")
-    if not 0 <= config.data.mask_noise <= 1:
-        raise ValueError(f"data.mask_noise is {config.data.mask_noise}, it must be from 0 to 1")
-    if config.max_minutes is not None and config.max_minutes <= 0:
-        raise ValueError(f"max_minutes is {config.max_minutes}, it must be above 0")
-    if config.data.channels not in (1, 3):
-        raise ValueError(f"data.channels is {config.data.channels}, it must be 1 or 3")
+    check_integer("data.size", config.data.size, 1)
+    check_integer("data.variants", config.data.variants, 0)
+    check_choice("data.channels", config.data.channels, (1, 3))
+    check_number("data.mask_noise", config.data.mask_noise, 0, 1)
+    check_integer("text.vocab_size", config.text.vocab_size, 1)
+    check_integer("model.k", config.model.k, 1)
+    check_integer("loss.negatives", config.loss.negatives, 0)
+    check_integer("loss.hard_tokens", config.loss.hard_tokens, 0)
+    check_number("loss.temperature", config.loss.temperature, above=0)
+    if config.max_minutes is not None:
+        check_number("max_minutes", config.max_minutes, above=0)
+    check_choice("layout", config.layout, SEQUENCE_LAYOUTS)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for name in config.training:
+    for name, value in config.training.items():
         if name not in known:
-            raise ValueError(f"training.{name} is no field of transformers.TrainingArguments")
+            raise ValueError(f"training must hold fields of transformers.TrainingArguments, got {name!r}")
         if name in ("output_dir", "deepspeed", "seed", "data_seed"):
-            own = {"output_dir": "output", "data_seed": "seed"}.get(name, name)
-            raise ValueError(f"training.{name} must not be set, use {own}")
+            key = {"output_dir": "output", "data_seed": "seed"}.get(name, name)
+            raise ValueError(f"training.{name} must not be set (use {key}), got {value!r}")
 
 
 def dump_config(config: RunConfig) -> str:
@@ -203,26 +196,26 @@ def check_same_run(config: RunConfig, path: Path) -> None:
     """Refuse to continue a run under another configuration.
 
     Raises:
-        ValueError: a section of `FIXED` differs from the configuration saved at `path`.
+        ValueError: a section of `RESUME_SECTIONS` differs from the configuration saved at `path`.
     """
-    before, now = (_flat(OmegaConf.structured(c), FIXED) for c in (load_config(path), config))
+    before, now = (_flat(OmegaConf.structured(c), RESUME_SECTIONS) for c in (load_config(path), config))
     changed = [f"{k} ({before.get(k)!r} -> {now.get(k)!r})" for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
-        raise ValueError(f"resume: {', '.join(changed)} differ from {path}; start a new run for another configuration")
+        raise ValueError(f"resume must continue the configuration of {path}, got {', '.join(changed)}")
 
 
 def _flat(config: DictConfig, sections: Iterable[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}", inner)
         else:
-            found[prefix] = value
+            flat[prefix] = value
 
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     for section in sections:
         walk(section, plain[section])
-    return found
+    return flat

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ntpseg.tokenizers.sequence import IGNORE_INDEX
+
 if TYPE_CHECKING:
     from ntpseg.tokenizers.sequence import SequenceFormat
 
 
-class Codes(Protocol):
-    """What of a `TokenCache` is read here."""
+class CodeSource(Protocol):
+    """The part of a `TokenCache` that is read here."""
 
     @property
     def image_codes(self) -> Any:
@@ -40,11 +42,17 @@ class TokenDataset(Dataset):
         sequence: the sequence format.
         seed: of the choice of variants.
         augmented: draw among the variants; False always gives the original (validation).
-        mask_noise: largest share of a sequence's mask tokens that is replaced by random codes in the input.
+        mask_noise: largest fraction of a sequence's mask tokens that is replaced by random codes in the input.
     """
 
     def __init__(
-        self, cache: Codes, sequence: SequenceFormat, *, seed: int = 0, augmented: bool = True, mask_noise: float = 0.0
+        self,
+        cache: CodeSource,
+        sequence: SequenceFormat,
+        *,
+        seed: int = 0,
+        augmented: bool = True,
+        mask_noise: float = 0.0,
     ) -> None:
         self.cache, self.sequence, self.seed, self.augmented = cache, sequence, seed, augmented
         self.mask_noise = mask_noise if augmented else 0.0
@@ -72,16 +80,16 @@ class TokenDataset(Dataset):
             self.cache.mask_codes[index, variant],
         )
         if self.mask_noise:
-            ids = self._noisy(ids, labels, index)
+            ids = self._add_noise(ids, labels, index)
         return {"sample_ids": index, "input_ids": ids, "labels": labels}
 
-    def _noisy(self, ids: np.ndarray, labels: np.ndarray, index: int) -> np.ndarray:
+    def _add_noise(self, ids: np.ndarray, labels: np.ndarray, index: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, self.epoch, index, 1))
         low, high = self.sequence.vocabulary.mask_range
-        # Only codes: row ends and EOM, which decoding forces, are always read as they are.
+        # Codes alone, since row ends and EOM, which decoding forces, are always read as they are.
         codes = (labels >= low) & (labels < high)
-        hit = codes & (rng.random(len(ids)) < rng.uniform(0.0, self.mask_noise))
-        return np.where(hit, rng.integers(low, high, len(ids)), ids)
+        replaced = codes & (rng.random(len(ids)) < rng.uniform(0.0, self.mask_noise))
+        return np.where(replaced, rng.integers(low, high, len(ids)), ids)
 
 
 class Collator:
@@ -97,7 +105,7 @@ class Collator:
         """A batch: sample_ids ``[B]``, input_ids, labels and grid_ids ``[B, T]`` (all int64), and loss_start."""
         length = max(len(s["input_ids"]) for s in samples)
         ids = np.full((len(samples), length), self.sequence.vocabulary.pad, np.int64)
-        labels = np.full((len(samples), length), -100, np.int64)
+        labels = np.full((len(samples), length), IGNORE_INDEX, np.int64)
         for row, sample in enumerate(samples):
             size = len(sample["input_ids"])
             ids[row, :size], labels[row, :size] = sample["input_ids"], sample["labels"]
@@ -105,7 +113,7 @@ class Collator:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "sample_ids": torch.tensor([s["sample_ids"] for s in samples]),
-            "loss_start": int((labels != -100).any(0).argmax()),
+            "loss_start": int((labels != IGNORE_INDEX).any(0).argmax()),
         }
         if self.grid_ids:
             batch["grid_ids"] = torch.from_numpy(self.sequence.grid_ids(ids))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.training.dataset import Codes
+from ntpseg.training.dataset import CodeSource
 
 if TYPE_CHECKING:
     from ntpseg.tokenizers.sequence import SequenceFormat
@@ -28,7 +28,9 @@ class FreeRunningDice:
         cases: how many cases, spread evenly over the split.
     """
 
-    def __init__(self, cache: Codes, sequence: SequenceFormat, vision: VisionTokenizer, cases: int = CASES) -> None:
+    def __init__(
+        self, cache: CodeSource, sequence: SequenceFormat, vision: VisionTokenizer, cases: int = CASES
+    ) -> None:
         total = len(cache.image_codes)
         self.sequence, self.vision = sequence, vision
         chosen = [i * total // min(cases, total) for i in range(min(cases, total))]

@@ -11,11 +11,12 @@ from ntpseg.models.attention import attention_errors, default_attention
 from ntpseg.models.bundle import Bundle
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.budget import TimeBudget
-from ntpseg.training.callbacks import JsonLog, Progress, RunTensorBoard
+from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
 from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.dataset import Collator, TokenDataset
-from ntpseg.training.hardware import end_processes, keep_freed_memory, rank
+from ntpseg.training.distributed import end_processes, rank
+from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
 from ntpseg.utils.files import publish_folder, write_text
 
@@ -31,7 +32,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
 
     Args:
         config: see `load_config`.
-        resume: go on from the last complete checkpoint of ``config.output`` (or from its tokens, if there is none).
+        resume: continue from the last complete checkpoint of ``config.output`` (or from its tokens, if there is none).
         overwrite: remove the run that is there.
         progress: show progress bars.
 
@@ -44,10 +45,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         ValueError: a setting cannot be used, or the output exists and neither `resume` nor `overwrite` is given.
     """
     if config.output is None:
-        raise ValueError("output is null, it must be the directory of the run")
+        raise ValueError("output must be the directory of the run, got null")
     run = Path(config.output).expanduser()
     if rank() == 0:
-        _claim(config, run, resume=resume, overwrite=overwrite)
+        _prepare_directory(config, run, resume=resume, overwrite=overwrite)
     try:
         keep_freed_memory()
         args = training_arguments(config, run)
@@ -96,13 +97,15 @@ def make_trainer(
         data_collator=Collator(prepared.sequence, grid_ids=config.model.grid_positions),
         memory=memory,
         budget=None if config.max_minutes is None else TimeBudget(config.max_minutes, args.get_warmup_steps(500)),
-        decoded=None if validation is None else FreeRunningDice(validation, prepared.sequence, prepared.vision),
+        generation_metrics=None
+        if validation is None
+        else FreeRunningDice(validation, prepared.sequence, prepared.vision),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
     for plain in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(plain)
     if progress:
-        trainer.add_callback(Progress())
+        trainer.add_callback(TrainingProgress())
     return trainer
 
 
@@ -115,60 +118,60 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
     from ntpseg.models.model import NTPSegModel
     from ntpseg.models.presets import preset_config
 
-    loss, chosen = config.loss, config.model
+    loss, settings = config.loss, config.model
     options: dict[str, Any] = {
-        "num_heads_k": chosen.k,
-        "grid_positions": chosen.grid_positions,
+        "num_heads_k": settings.k,
+        "grid_positions": settings.grid_positions,
         "negatives": loss.negatives,
         "tcl_weight": loss.tcl_weight,
         "het_weight": loss.het_weight if loss.hard_tokens else 0.0,
         "temperature": loss.temperature,
         "head_weights": loss.head_weights,
     }
-    described = preset_config(chosen.preset, prepared.sequence, overrides=chosen.overrides, **options)
-    with attention_errors(chosen.attention):
-        if chosen.weights is not None:
-            path = Path(chosen.weights).expanduser()
+    model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
+    with attention_errors(settings.attention):
+        if settings.weights is not None:
+            path = Path(settings.weights).expanduser()
             if not (path / "config.json").is_file():
-                raise ValueError(f"model.weights is {str(path)!r}, it must be the directory of a saved model")
+                raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
             return NTPSegModel.from_pretrained(
                 path,
-                config=described,
-                attn_implementation=chosen.attention or default_attention(),
+                config=model_config,
+                attn_implementation=settings.attention or default_attention(),
                 local_files_only=True,
             )
-        described._attn_implementation = chosen.attention or default_attention()
-        model = NTPSegModel(described)
-    if chosen.codebook_embeddings:
+        model_config._attn_implementation = settings.attention or default_attention()
+        model = NTPSegModel(model_config)
+    if settings.codebook_embeddings:
         model.init_visual_embeddings(prepared.vision.image_codebook(), prepared.vision.mask_codebook())
     return model
 
 
-def _claim(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's directory this configuration's, or refuse."""
+def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's directory with this configuration, or raise a `ValueError` where there is another run."""
     saved = run / "config.yaml"
     if resume:
         if not saved.is_file():
-            raise ValueError(f"resume: {run} holds no run (no config.yaml); leave --resume out to start one")
+            raise ValueError(f"resume must name a run, got {run}, which holds no run (no config.yaml)")
         check_same_run(config, saved)
         for path in drop_incomplete(run):
-            print(f"removed {path}, which was never finished", file=sys.stderr)
+            print(f"removed the incomplete checkpoint {path}", file=sys.stderr)
     elif saved.is_file() and not (run / PREPARED).is_file():
-        pass  # an attempt that ended before anything was made, over bad data for one
+        pass  # an attempt that ended before anything was prepared, because of bad data for instance
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         if not overwrite:
             raise ValueError(
-                f"output is {str(run)!r}, which exists; give --resume to go on or --overwrite to start again"
+                f"output must be new, got {str(run)!r}; give --resume to go on or --overwrite to start again"
             )
         if not saved.is_file():
-            raise ValueError(f"output is {str(run)!r}, which is not a run (no config.yaml) and is not overwritten")
+            raise ValueError(f"output must be a run to be overwritten, got {str(run)!r}, which is not a run")
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     write_text(saved, dump_config(config))
 
 
 def _save(trainer: NTPSegTrainer, prepared: Prepared, run: Path) -> None:
-    """Write the bundle under another name first, so that ``model/`` is always whole."""
+    """Write the bundle under another name first, so that ``model/`` is always complete."""
     partial, final = run / "model.part", run / "model"
     model: Any = trainer.model
     bundle = Bundle(model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence)

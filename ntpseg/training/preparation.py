@@ -31,7 +31,15 @@ PREPARED = "prepared.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training reads; `validation` is None where the data set has no such split."""
+    """What training reads.
+
+    Attributes:
+        text: the text tokenizer.
+        vision: the vision tokenizer.
+        sequence: the format of sequences.
+        training: tokens of the training split.
+        validation: tokens of the validation split; None where the data set has none.
+    """
 
     text: PreTrainedTokenizerBase
     vision: VisionTokenizer
@@ -56,7 +64,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     training = [r for r in records if r.split == "train"]
     validation = [r for r in records if r.split == "val"]
     if not training:
-        raise ValueError(f"data.path is {config.data.path!r}, which has no pair of the training split")
+        raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
     augmentation = _augmentation(config)
     text = _text(config, training)
     text.save_pretrained(str(run / "tokenizers" / "text"))
@@ -97,14 +105,14 @@ def _cache_folder(config: RunConfig, run: Path) -> Path:
 
 def _records(config: RunConfig, run: Path) -> list[Record]:
     if config.data.path is None:
-        raise ValueError("data.path is null, it must be the folder of a data set")
+        raise ValueError("data.path must be the folder of a data set, got null")
     records, problems = usable_records(config.data.path, config.data.layout, skip_bad=config.data.skip_bad)
     if problems:
-        _tell_left_out(problems, run)
+        _report_left_out(problems, run)
     return [r for r in records if r.mask is not None]
 
 
-def _tell_left_out(problems: Sequence[Problem], run: Path) -> None:
+def _report_left_out(problems: Sequence[Problem], run: Path) -> None:
     """Print what was left out, and write all of it to ``run/left_out.jsonl``."""
     from rich.console import Console
 
@@ -137,9 +145,7 @@ def _vision(
     if path is not None:
         vision = load_vision_tokenizer(Path(path).expanduser(), image_size=size)
         if vision.channels != channels:
-            raise ValueError(
-                f"data.channels is {channels}, it must be {vision.channels} for the vision tokenizer {path}"
-            )
+            raise ValueError(f"data.channels must be {vision.channels} for the vision tokenizer {path}, got {channels}")
         return vision
     try:
         options = CompactVQOptions(**{"seed": config.seed, **fields})
@@ -163,8 +169,6 @@ def _vision(
 def _sequence(config: RunConfig, vision: VisionTokenizer, text: PreTrainedTokenizerBase) -> SequenceFormat:
     if config.layout == "emu3":
         vocabulary = Vocabulary.emu3(vision.image_codes, text.vocab_size)
-    elif config.layout == "ntpseg":
-        vocabulary = Vocabulary(len(text), vision.image_codes, vision.mask_codes, vision.shared_codebook)
     else:
-        raise ValueError(f"layout is {config.layout!r}, it must be ntpseg or emu3")
+        vocabulary = Vocabulary(len(text), vision.image_codes, vision.mask_codes, vision.shared_codebook)
     return SequenceFormat.for_tokenizer(vocabulary, vision.image_grid, vision.mask_grid, text)

@@ -1,4 +1,4 @@
-"""`NTPSegTrainer`: Hugging Face's Trainer with exact accumulation, hard error tokens and the loss logged in parts."""
+"""`NTPSegTrainer`: Hugging Face's Trainer with exact accumulation, hard error tokens and each loss term logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import load_memory, save_memory
 from ntpseg.training.dataset import EpochSampler, TokenDataset
 
-PARTS = ("ntp", "nktp", "tcl", "het")
+LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
 
 
 class NTPSegTrainer(Trainer):
@@ -35,8 +35,8 @@ class NTPSegTrainer(Trainer):
     Args:
         memory: where hard error tokens are kept; None switches HET off.
         budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
-        decoded: scores of freely decoded masks, given the model; called at each evaluation (not under ZeRO-3, which
-            holds no whole weights). None leaves them out.
+        generation_metrics: scores of freely decoded masks, given the model; called at each evaluation (not under
+            ZeRO-3, where no rank holds all weights). None leaves them out.
         **kwargs: see `transformers.Trainer`.
     """
 
@@ -47,12 +47,12 @@ class NTPSegTrainer(Trainer):
         *args: Any,
         memory: HardTokenMemory | None = None,
         budget: TimeBudget | None = None,
-        decoded: Callable[[Any], dict[str, float]] | None = None,
+        generation_metrics: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.memory, self.budget, self.decoded = memory, budget, decoded
-        self._decoded_scores: dict[str, float] = {}
+        self.memory, self.budget, self.generation_metrics = memory, budget, generation_metrics
+        self._generation_scores: dict[str, float] = {}
         self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
         self._logged_step = 0
         self._matrix_parameters: int | None = None
@@ -112,17 +112,17 @@ class NTPSegTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one micro-batch, its share of the whole step's."""
+        """The loss of one micro-batch, its part of the whole step's."""
         inputs = dict(inputs)
         sample_ids = inputs.pop("sample_ids")
         outputs = model(**inputs, num_items=num_items_in_batch)
         labels, prediction = inputs["labels"], outputs["prediction"]
         with torch.no_grad():
-            right = (prediction == labels).sum()
-            seen = (prediction >= 0).sum()
-            row = torch.stack([*(outputs[name].float() for name in PARTS), right.float(), seen.float()])
-            kept = self._sums[model.training]
-            self._sums[model.training] = kept + row if len(kept) else row
+            correct = (prediction == labels).sum()
+            supervised = (prediction >= 0).sum()
+            row = torch.stack([*(outputs[name].float() for name in LOSS_TERMS), correct.float(), supervised.float()])
+            sums = self._sums[model.training]
+            self._sums[model.training] = sums + row if len(sums) else row
         if self.memory is not None and model.training:
             self.memory.record(sample_ids, prediction, labels, outputs["margin"])
         loss = outputs["loss"]
@@ -141,21 +141,21 @@ class NTPSegTrainer(Trainer):
     # ---- logging and saving
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's evaluation, with the scores of decoded masks beside it."""
-        if self.decoded is not None and not is_deepspeed_zero3_enabled():
-            self._decoded_scores = self.decoded(self.model)
+        """The Trainer's evaluation, with the scores of decoded masks."""
+        if self.generation_metrics is not None and not is_deepspeed_zero3_enabled():
+            self._generation_scores = self.generation_metrics(self.model)
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss: means over the steps since the last log, over all ranks."""
+        """Add the loss terms: means over the steps since the last log, over all ranks."""
         if "loss" in logs:
-            logs.update(self._take_parts(training=True, prefix=""))
+            logs.update(self._pop_loss_terms(training=True, prefix=""))
         elif "eval_loss" in logs:
-            logs.update(self._take_parts(training=False, prefix="eval_"))
-            logs.update({f"eval_{name}": value for name, value in self._decoded_scores.items()})
+            logs.update(self._pop_loss_terms(training=False, prefix="eval_"))
+            logs.update({f"eval_{name}": value for name, value in self._generation_scores.items()})
         super().log(logs, start_time)
 
-    def _take_parts(self, *, training: bool, prefix: str) -> dict[str, float]:
+    def _pop_loss_terms(self, *, training: bool, prefix: str) -> dict[str, float]:
         sums = self._sums[training]
         self._sums[training] = torch.zeros(0)
         if not len(sums):
@@ -164,14 +164,14 @@ class NTPSegTrainer(Trainer):
             sums = sums.clone()
             dist.all_reduce(sums)
         if training:
-            times = self.state.global_step - self._logged_step
+            count = self.state.global_step - self._logged_step
             self._logged_step = self.state.global_step
         else:
-            times = len(self.get_eval_dataloader())
+            count = len(self.get_eval_dataloader())
         values = sums.tolist()
-        found = {prefix + name: value / max(times, 1) for name, value in zip(PARTS, values)}
-        found[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
-        return found
+        metrics = {prefix + name: value / max(count, 1) for name, value in zip(LOSS_TERMS, values)}
+        metrics[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
+        return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.memory is not None:
@@ -203,7 +203,7 @@ class _Epochs(TrainerCallback):
         memory = self.trainer.memory
         # A checkpoint of an epoch's very last step was written before that epoch's end.
         while memory is not None and memory.epoch < _epoch(state) + 1:
-            self._turn_over(memory)
+            self._advance(memory)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,10 +214,10 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.memory is not None and not control.should_training_stop:
-            self._turn_over(self.trainer.memory)
+            self._advance(self.trainer.memory)
 
     @staticmethod
-    def _turn_over(memory: HardTokenMemory) -> None:
+    def _advance(memory: HardTokenMemory) -> None:
         memory.sync()
         memory.advance()
 

@@ -1,4 +1,4 @@
-"""Training by the clock: the learning rate follows the larger share, and time ends the run."""
+"""Training by the clock: the learning rate follows the larger fraction, and time ends the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl
 
 from ntpseg.training import budget as module
-from ntpseg.training.budget import FLOOR, TimeBudget
+from ntpseg.training.budget import MIN_FACTOR, TimeBudget
 
 
 class Clock:
@@ -38,10 +38,10 @@ def test_rate_follows_clock_or_steps(clock: Clock) -> None:
     begin(budget)
     assert budget.factor(0) == pytest.approx(0.25)
     clock.now += 30
-    assert budget.factor(10) == pytest.approx(FLOOR + (1 - FLOOR) / 2)
-    assert budget.factor(100) == pytest.approx(FLOOR)
+    assert budget.factor(10) == pytest.approx(MIN_FACTOR + (1 - MIN_FACTOR) / 2)
+    assert budget.factor(100) == pytest.approx(MIN_FACTOR)
     clock.now += 1000
-    assert budget.factor(10) == pytest.approx(FLOOR)
+    assert budget.factor(10) == pytest.approx(MIN_FACTOR)
 
 
 def test_time_ends_training(clock: Clock) -> None:
@@ -58,7 +58,7 @@ def test_time_ends_training(clock: Clock) -> None:
 def test_resumed_clock_stands_where_its_steps_were(clock: Clock) -> None:
     budget = TimeBudget(10.0)
     begin(budget, step=25)
-    assert budget.share(25) == pytest.approx(0.25)
+    assert budget.fraction(25) == pytest.approx(0.25)
 
 
 def test_scheduler_drives_the_optimizer(clock: Clock) -> None:
@@ -69,9 +69,9 @@ def test_scheduler_drives_the_optimizer(clock: Clock) -> None:
     clock.now += 60
     optimizer.step()
     scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * FLOOR)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * MIN_FACTOR)
 
 
 def test_refuses_no_time() -> None:
-    with pytest.raises(ValueError, match="max_minutes is 0"):
+    with pytest.raises(ValueError, match="max_minutes must be a number > 0, got 0"):
         TimeBudget(0)

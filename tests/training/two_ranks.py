@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from toy import make_toy, make_trainer
 
-from ntpseg.training.hardware import deepspeed_config, end_processes, prepare_deepspeed, rank
+from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
 
 NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm", "token_accuracy")
 

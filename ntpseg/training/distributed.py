@@ -1,0 +1,76 @@
+"""DeepSpeed and process groups: configurations by name, start and end, the rank of this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ntpseg.training.config import CONFIGS
+
+ZERO_STAGES = ("zero1", "zero2", "zero3")
+
+
+def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of a name (zero1, zero2, zero3) or of a JSON file; None for None.
+
+    Raises:
+        ValueError: neither, invalid JSON, or DeepSpeed is not installed.
+    """
+    if choice is None:
+        return None
+    path = CONFIGS / f"{choice}.json" if choice in ZERO_STAGES else Path(choice).expanduser()
+    if not path.is_file():
+        names = ", ".join(ZERO_STAGES)
+        raise ValueError(f"deepspeed must be one of {names}, or the path of a JSON file, got {choice!r}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed must be a file of valid JSON, got {path} ({error})") from error
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"the package deepspeed must be installed for deepspeed={choice!r}, got none; run: pip install deepspeed"
+        ) from error
+    return config
+
+
+def prepare_deepspeed() -> None:
+    """Start DeepSpeed's process group; call it before `TrainingArguments`.
+
+    On a CPU its shared-memory collectives would be compiled for minutes at the first start; gloo needs none. A run
+    outside a launcher becomes a group of one.
+    """
+    import deepspeed
+
+    # PyTorch warns of the deprecated collectives that DeepSpeed calls, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    backend = "nccl"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "gloo"
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in single.items()})
+    deepspeed.init_distributed(dist_backend=backend)
+
+
+def end_processes() -> None:
+    """Leave the process group; ranks that exit without it abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
