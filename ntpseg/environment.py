@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, usable backends, and the reason where one is not usable."""
+"""What this machine has: versions, devices, usable backends, and the reason where one is not usable."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def versions() -> dict[str, str]:
 
     import ntpseg
 
-    found = {"ntpseg": ntpseg.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    result = {"ntpseg": ntpseg.__version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch"] = torch.__version__  # PyPI's wheel leaves its build (+cu130) out of the metadata
-    return found
+            result[name] = "not installed"
+    result["torch"] = torch.__version__  # PyPI's wheel leaves its build (+cu130) out of the metadata
+    return result
 
 
 def devices() -> dict[str, str]:
@@ -52,30 +52,32 @@ def devices() -> dict[str, str]:
 
     units = [
         name
-        for name, there in (
+        for name, supported in (
             ("AMX", torch.cpu._is_amx_tile_supported()),
             ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported()),
             ("AVX512", torch.cpu._is_avx512_supported()),
             ("AVX2", torch.cpu._is_avx2_supported()),
         )
-        if there
+        if supported
     ]
-    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {', '.join(units) or 'no AVX2'}"}
+    result = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {', '.join(units) or 'no AVX2'}"}
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        found["cuda"] = (
+        result["cuda"] = (
             "none: this PyTorch was built without CUDA" if built is None else f"none found (PyTorch for CUDA {built})"
         )
-        return found
+        return result
     for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB"
-    return found
+        properties = torch.cuda.get_device_properties(index)
+        result[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return result
 
 
 def backends() -> dict[str, str]:
     """What `ntp_loss`, the ranking op, attention and ZeRO can use here."""
-    found = {"loss reference": "usable", "loss torch": "usable", "loss triton": _triton()}
+    result = {"loss reference": "usable", "loss torch": "usable", "loss triton": _triton()}
     import torch
 
     from ntpseg.ops import extension_status
@@ -84,13 +86,13 @@ def backends() -> dict[str, str]:
         device, _, detail = line.partition(": ")
         if (device, detail) == ("cuda", "native") and not torch.cuda.is_available():
             detail = "native, but there is no CUDA device"
-        found[f"ranking op, {device}"] = detail
-    found["attention sdpa, eager, causal_blocks"] = "usable"
-    found["attention flash_attention_2"] = _module("flash_attn", cuda=True)
-    found["attention flash_attention_3"] = _module("flash_attn_interface", cuda=True)
-    found["xformers"] = _module("xformers", cuda=True)
-    found["deepspeed ZeRO"] = _module("deepspeed", cuda=False)
-    return found
+        result[f"ranking op, {device}"] = detail
+    result["attention sdpa, eager, causal_blocks"] = "usable"
+    result["attention flash_attention_2"] = _module("flash_attn", cuda=True)
+    result["attention flash_attention_3"] = _module("flash_attn_interface", cuda=True)
+    result["xformers"] = _module("xformers", cuda=True)
+    result["deepspeed ZeRO"] = _module("deepspeed", cuda=False)
+    return result
 
 
 def _triton() -> str:

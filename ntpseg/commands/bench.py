@@ -35,8 +35,8 @@ def bench(
     root = Path(ntpseg.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "command.py").is_file():
         raise ValueError(
-            f"ntpseg bench must run in a checkout, which has benchmarks/, got an installed package in {root}; "
-            "clone the repository and run it there"
+            f"benchmarks/ must be in {root}, got none: it is part of a checkout, not of the installed package; "
+            "clone the repository and run ntpseg bench there"
         )
     command = [sys.executable, "-m", "benchmarks", what, *(["--quick"] if quick else []), *context.args]
     command += ["--base", base] if base else []

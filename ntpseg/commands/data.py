@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ntpseg.commands.options import Layout
+
 data = typer.Typer(name="data", help="Check and count data sets, write the chest CT demo.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the data set, or a manifest file.", show_default=False)]
-Layout = Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +30,8 @@ def check(folder: Folder, layout: Layout = "auto") -> None:
 
     console = Console()
     listing = list_dataset(folder, layout)
-    good, found = check_listing(listing)
-    problems = listing.problems + found
+    good, file_problems = check_listing(listing)
+    problems = listing.problems + file_problems
     if problems:
         # Wide enough for whole file names where the output goes to a file or a pipe.
         wide = console if console.is_terminal else Console(width=max(console.width, 160))
@@ -55,17 +56,17 @@ def stats(
     console = Console()
     listing = list_dataset(folder, layout)
     if not listing.records:
-        raise ValueError(f"the data set {folder} has no pair of an image, a mask and a sentence")
+        raise ValueError(f"path must hold a pair of an image, a mask and a sentence, got none in {folder}")
     rows = split_stats(listing.records)
     table = Table("", title=Text(str(folder)))
     for row in rows:
         table.add_column(row.split, justify="right")
     for name in ("pairs", "images", "subjects", "captions"):
         table.add_row(name, *(str(getattr(row, name)) for row in rows))
-    table.add_row("captions that train lacks", *(str(row.unseen) for row in rows))
+    table.add_row("captions not in train", *(str(row.unseen) for row in rows))
     table.add_row("words of a caption, median", *(f"{row.words:g}" for row in rows))
-    for place, name in enumerate(("25 %", "median", "75 %")):
-        table.add_row(f"mask area in % of the image, {name}", *(f"{100 * row.area[place]:.2f}" for row in rows))
+    for index, name in enumerate(("25 %", "median", "75 %")):
+        table.add_row(f"mask area in % of the image, {name}", *(f"{100 * row.area[index]:.2f}" for row in rows))
     console.print(table)
     for (first, second), number in shared_subjects(listing.records).items():
         console.print(f"{number} subjects are in {first} and in {second}", style="yellow", highlight=False)

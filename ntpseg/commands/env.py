@@ -20,16 +20,16 @@ def env(
 
     from ntpseg.environment import describe
 
-    found = describe()
+    description = describe()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(description, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for title, section in found.items():
-        table = Table("what", "found", title=title, title_justify="left", show_header=False)
+    for title, section in description.items():
+        table = Table("name", "value", title=title, title_justify="left", show_header=False)
         for name, value in section.items():
             table.add_row(name, str(value))
         console.print(table)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ntpseg.commands.options import BatchSize, Device, Dtype, Layout, Method, SkipBad
+
 if TYPE_CHECKING:
     from ntpseg.data import Record
 
@@ -24,15 +26,15 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="train, val or test; by default test, or val if there is none.")
     ] = None,
-    layout: Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")] = "auto",
+    layout: Layout = "auto",
     out: Annotated[Path | None, typer.Option(help="Result folder; RUN/eval/SPLIT by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
     text_check: Annotated[int, typer.Option(help="Cases decoded again with an empty and a wrong text.", min=0)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Images decoded together.")] = 64,
-    method: Annotated[str, typer.Option(help="greedy or speculative.")] = "greedy",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; a GPU if there is one.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing.")] = False,
+    batch_size: BatchSize = 64,
+    method: Method = "greedy",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Decode a split, score it, and write summary.json, cases.csv and the masks."""
     from rich.console import Console

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ntpseg.commands.options import BatchSize, Device, Dtype, Method
+
 if TYPE_CHECKING:
     from ntpseg.generation import Prediction
     from ntpseg.generation.folder import Job
@@ -24,10 +26,10 @@ def predict(
     text: Annotated[str | None, typer.Option(help="The sentence; for a folder, the one for all.")] = None,
     texts: Annotated[Path | None, typer.Option(help="For a folder: CSV with the columns image and text.")] = None,
     overlay: Annotated[Path | None, typer.Option(help="Also draw the mask over the image: file, or folder.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images decoded together.")] = 64,
-    method: Annotated[str, typer.Option(help="greedy or speculative.")] = "greedy",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; a GPU if there is one.")] = None,
+    batch_size: BatchSize = 64,
+    method: Method = "greedy",
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
     from rich.console import Console
@@ -41,7 +43,7 @@ def predict(
     console = Console()
     disable_loading_bars()
     if not image.exists():
-        raise ValueError(f"image is {image}, which does not exist")
+        raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     if image.is_dir():
         jobs = folder_jobs(image, text, texts)
         segmenter = Segmenter.from_pretrained(model, options, device=device)
@@ -52,20 +54,20 @@ def predict(
             for job, prediction in zip(jobs, predictions, strict=True):
                 mask = out / f"{job.name}.png"
                 _write(job, prediction, mask, overlay and overlay / f"{job.name}.png")
-                area, sure = prediction.mask.mean(), prediction.confidence.mean()
-                rows.append([job.image.name, job.text, mask.name, f"{area:.6f}", f"{sure:.4f}"])
+                area, confidence = prediction.mask.mean(), prediction.confidence.mean()
+                rows.append([job.image.name, job.text, mask.name, f"{area:.6f}", f"{confidence:.4f}"])
         write_csv(out / "predictions.csv", ["image", "text", "mask", "area_fraction", "mean_confidence"], rows)
         console.print(f"{len(jobs)} masks and predictions.csv written to {out}", highlight=False, soft_wrap=True)
         return
     if text is None:
-        raise ValueError("text is not given; it must be the sentence that says what to segment")
+        raise ValueError("text must be the sentence that says what to segment, got none")
     segmenter = Segmenter.from_pretrained(model, options, device=device)
     prediction = segmenter.segment(image, text)
     _write(Job(image, text, image.stem), prediction, out, overlay)
     height, width = prediction.mask.shape
-    area, sure = 100 * prediction.mask.mean(), prediction.confidence.mean()
+    area, confidence = 100 * prediction.mask.mean(), prediction.confidence.mean()
     console.print(
-        f"{out}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {sure:.2f}",
+        f"{out}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {confidence:.2f}",
         highlight=False,
         soft_wrap=True,
     )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ntpseg.commands.options import Device, Layout, SkipBad
+
 if TYPE_CHECKING:
     from ntpseg.data import Record
     from ntpseg.tokenizers.vision import VisionTokenizer
@@ -20,14 +22,11 @@ Tokenizers = Annotated[
     Path,
     typer.Option(help="What `tokenizer train` wrote, a trained model, or an Emu3VQVAE directory.", show_default=False),
 ]
-Layout = Annotated[str, typer.Option(help="lvit, languide, manifest, or auto.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unusable pairs out instead of refusing the data.")]
 Split = Annotated[str, typer.Option(help="train, val or test.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Variants = Annotated[int, typer.Option(help="Augmented copies of each pair, besides the original.", min=0)]
 Flip = Annotated[float, typer.Option(help="Probability of a horizontal flip of a copy.", min=0, max=1)]
 Size = Annotated[int | None, typer.Option(help="Side of the input in pixels; needed for a plain Emu3VQVAE directory.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one by default.")]
 Text = Annotated[Path | None, typer.Option(help="Text tokenizer directory; by default the one beside the vision's.")]
 
 
@@ -75,8 +74,8 @@ def train(
         augmentation=Augmentation(flip=flip) if variants else None,
         seed=seed,
     )
-    where = _device(device)
-    vision = train_compact_vq(images.to(where), masks.to(where), options)
+    target = _device(device)
+    vision = train_compact_vq(images.to(target), masks.to(target), options)
     vision.save_pretrained(out / "vision")
     text.save_pretrained(str(out / "text"))
     typer.echo(f"vision tokenizer: {out / 'vision'}\ntext tokenizer, {len(text)} ids: {out / 'text'}")
@@ -158,7 +157,7 @@ def report(
 
 
 def _records(data: Path, layout: str, skip_bad: bool, split: str) -> list[Record]:
-    """Pairs of one split; what had to be left out is listed."""
+    """Pairs of one split; what was left out is listed."""
     from rich.console import Console
 
     from ntpseg.data import problem_table, usable_records

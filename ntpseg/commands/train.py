@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ntpseg.commands.options import SkipBad
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
@@ -20,12 +22,12 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings that go over it, such as model.k=1 output=runs/a.", metavar="KEY=VALUE"),
+        typer.Argument(help="Settings that override it, such as model.k=1 output=runs/a.", metavar="KEY=VALUE"),
     ] = None,
     deepspeed: Annotated[str | None, typer.Option(help="zero1, zero2, zero3, or a DeepSpeed JSON file.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad pairs out, and list them.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the existing run.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Train a segmenter: check the data, make tokenizers and tokens, train, save it to OUTPUT/model.
 

@@ -106,7 +106,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     (tmp_path / "u.csv").write_text("image,caption\n", encoding="utf-8")
     common = ("--model", run, "--out", tmp_path / "o")
     for arguments, message in (
-        (("--image", image), "text is not given"),
+        (("--image", image), "text must be the sentence"),
         (("--image", tmp_path / "no.png", "--text", "x"), "does not exist"),
         (("--image", folder), "exactly one of text and texts"),
         (("--image", tmp_path / "empty", "--text", "x"), "a folder without images"),

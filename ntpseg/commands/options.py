@@ -1,0 +1,23 @@
+"""Options that several commands share; the names that they list come from the registries."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ntpseg.data.layouts import LAYOUT_NAMES
+from ntpseg.generation.methods import METHODS
+
+
+def choices(names: tuple[str, ...]) -> str:
+    """``a, b or c.``, for help texts."""
+    return f"{', '.join(names[:-1])} or {names[-1]}."
+
+
+Layout = Annotated[str, typer.Option(help=choices(LAYOUT_NAMES))]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad pairs out, and list them.")]
+BatchSize = Annotated[int, typer.Option(help="Images decoded together.")]
+Method = Annotated[str, typer.Option(help=choices(tuple(METHODS)))]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
