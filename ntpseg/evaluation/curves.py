@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-# What is drawn together, in this order; a name also stands for "eval_" + name, the same of the validation split.
+# What one panel shows, in this order; a name also stands for "eval_" + name, the same of the validation split.
 PANELS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss",),
     "Parts of the loss": ("ntp", "nktp", "tcl", "het"),

@@ -24,7 +24,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Pixels of both masks, of the prediction and of the truth: what pooled scores are made of.
+# Pixels of both masks, of the prediction and of the truth, from which pooled scores are computed.
 COUNTS = ("intersection", "predicted", "true")
 
 

@@ -27,7 +27,7 @@ def write_report(run: Path, out: Path | None = None, *, split: str | None = None
     """Write the report of a run from its files; the model is not needed.
 
     Args:
-        run: a run directory; what it lacks (log, evaluation) is left out of the report.
+        run: a run directory; what is missing there (log, evaluation) is left out of the report.
         out: the HTML file; ``RUN/report.html`` by default.
         split: which evaluation to show; test if there is one.
         examples: pictures of the best, the median and the worst cases, each this many.

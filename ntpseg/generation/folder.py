@@ -34,8 +34,8 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
             may have several rows; images without one are left out.
 
     Raises:
-        ValueError: not exactly one of `text` and `table` is given, the table lacks a column, or it names an image that
-            is not there.
+        ValueError: not exactly one of `text` and `table` is given, the table has no such column, or it names an
+            image that is not there.
     """
     if (text is None) == (table is None):
         given = "none" if text is None else "both"

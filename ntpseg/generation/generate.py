@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MaskGenerator:
-    """A model made ready for decoding; keep it while the weights do not change.
+    """A model prepared for decoding; keep it while the weights do not change.
 
     Args:
         model: an `NTPSegModel`, in either mode; it decodes in eval mode and is left as it was.
@@ -53,7 +53,7 @@ class MaskGenerator:
         """Decode one mask per prompt.
 
         Args:
-            prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` makes them.
+            prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` returns them.
             progress: called with the number of prompts just finished.
 
         Returns:
@@ -125,7 +125,7 @@ def generate_masks(
 
     Args:
         model: a `Bundle`, or an `NTPSegModel` together with `sequence`.
-        prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` makes them.
+        prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` returns them.
         sequence: the model's `SequenceFormat`; taken from a bundle.
         options: see `DecodingOptions`.
         progress: called with the number of prompts just finished.

@@ -57,9 +57,9 @@ class NTPSegOutput(ModelOutput):
 class NTPSegModel(PreTrainedModel):
     """Reads ``text, image tokens, mask tokens`` and predicts the next k tokens at every position.
 
-    No logits are made in training: the loss reads the head's weight inside the module that owns it, which is also what
-    ZeRO-3 and FSDP need. The configuration is copied, since Hugging Face models otherwise share it (and with it the
-    attention implementation).
+    Training materialises no logits: the module that owns the heads' weight computes the loss, as ZeRO-3 and FSDP need.
+    The configuration is copied, since Hugging Face models otherwise share it (and with it the attention
+    implementation).
     """
 
     config_class = NTPSegConfig

@@ -2,7 +2,7 @@
 
 A cache lies in ``DIR/<key>/``. The key is a hash of everything that its content depends on: pixels and sentences,
 both tokenizers, the augmentation, the seed. It is built under another name, flushed, and renamed, so a folder of
-that name is complete; its size is checked all the same, and a damaged one is built anew.
+that name is complete; its size is checked all the same, and a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _IMAGES_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokens of a data set; made by `build` or `open`.
+    """The tokens of a data set; created by `build` or `open`.
 
     Attributes:
         directory: the folder that holds caches.
@@ -93,7 +93,7 @@ class TokenCache:
         Several processes may build the same cache at once: one of them wins, all get the same content.
 
         Args:
-            directory: where caches live; made if absent.
+            directory: where caches are; created if absent.
             dataset: records, each with a mask.
             vision: the vision tokenizer; images are prepared at its size and channels.
             text: the text tokenizer.

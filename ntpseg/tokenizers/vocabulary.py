@@ -31,7 +31,7 @@ _EMU3_IMAGE_TOKEN = _EMU3_EXTRA + 205
 _EMU3_IMAGE_START = _EMU3_IMAGE_TOKEN + 1
 _EMU3_IMAGE_END = _EMU3_IMAGE_TOKEN + 2
 _EMU3_SPECIALS = _EMU3_IMAGE_TOKEN + 3
-_OWN_SPECIALS = 5
+_NTPSEG_SPECIALS = 5
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Vocabulary:
         """Emu3's own ids: 184,622 of them by default."""
         return cls(text_size, codes, codes, shared_codebook=True, layout="emu3")
 
-    def _special(self, own: int, emu3: int) -> int:
-        return self.text_size + (emu3 if self.layout == "emu3" else own)
+    def _special(self, ntpseg: int, emu3: int) -> int:
+        return self.text_size + (emu3 if self.layout == "emu3" else ntpseg)
 
     @property
     def pad(self) -> int:
@@ -102,7 +102,7 @@ class Vocabulary:
     @property
     def image_range(self) -> tuple[int, int]:
         """Half-open id range of the image codes."""
-        lo = self._special(_OWN_SPECIALS, _EMU3_SPECIALS)
+        lo = self._special(_NTPSEG_SPECIALS, _EMU3_SPECIALS)
         return lo, lo + self.image_codes
 
     @property

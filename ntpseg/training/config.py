@@ -48,7 +48,12 @@ class DataConfig:
 
 @dataclass
 class TextConfig:
-    """The text tokenizer: any Hugging Face directory, or null to train one of `vocab_size` on the captions."""
+    """The text tokenizer.
+
+    Attributes:
+        path: any Hugging Face directory; null trains one on the captions.
+        vocab_size: most ids of the one that is trained.
+    """
 
     path: str | None = None
     vocab_size: int = 512
@@ -79,7 +84,15 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """The loss, see `ntpseg.ntp_loss`; 0 switches the strategy off (`negatives` TCL, `hard_tokens` HET)."""
+    """The loss, see `ntpseg.ntp_loss`.
+
+    Attributes:
+        negatives: of TCL; 0 switches it off.
+        tcl_weight, het_weight: weights of TCL and HET.
+        hard_tokens: hard error tokens that each sample keeps; 0 switches HET off.
+        temperature: of TCL and HET.
+        head_weights: weight of each head; null: all 1.
+    """
 
     negatives: int = 5
     tcl_weight: float = 1.0

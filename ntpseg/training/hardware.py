@@ -27,7 +27,7 @@ def resolve_bf16(value: Any = "auto") -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed: a training step frees and takes the same large blocks again and again.
 
-    Returned to the kernel, every block would be mapped and zeroed anew, which took a third of a step on a CPU.
+    Returned to the kernel, every block would be mapped and zeroed again, which took a third of a step on a CPU.
     Without glibc this does nothing.
     """
     if sys.platform != "linux" or torch.cuda.is_available():

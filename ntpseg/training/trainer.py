@@ -30,7 +30,7 @@ class NTPSegTrainer(Trainer):
       accumulation nor the number of ranks changes the gradient.
     - Hard error tokens: looked up for each batch, recorded after it, exchanged between ranks and advanced at the end of
       each epoch, saved with each checkpoint.
-    - ntp, nktp, tcl, het and the token accuracy of head 0 are logged beside the loss, in training and evaluation.
+    - ntp, nktp, tcl, het and the token accuracy of head 0 are logged with the loss, in training and evaluation.
 
     Args:
         memory: where hard error tokens are kept; None switches HET off.

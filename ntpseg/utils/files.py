@@ -26,7 +26,7 @@ _STALE_SECONDS = 24 * 3600
 def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     """Open `path` for binary writing; it is replaced when the block ends, and left as it was when the block raises.
 
-    The folder is made if absent. The new file has the permissions that the umask gives.
+    The folder is created if absent. The new file has the permissions that the umask gives.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,10 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
-    """Make the folder `path` from what the block writes into the folder that it is given.
+    """Create the folder `path` from what the block writes into the folder that it yields.
 
     Args:
-        path: the folder to make; the folder around it is made if absent.
+        path: the folder to create; its parents are created if absent.
         replace: an existing `path` is removed. If False, only an empty one is.
 
     Raises:

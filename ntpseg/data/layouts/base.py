@@ -44,7 +44,7 @@ class Layout:
         matches: whether the folder or file at a path has this layout.
         read: lists the data set at a path, opening its tables, but no image. Raises `ValueError` where the path does
             not have this layout.
-        describe: what tells it from others, for errors and help, such as "prompt/train.csv".
+        describe: what distinguishes it, for errors and help, such as "prompt/train.csv".
     """
 
     name: str

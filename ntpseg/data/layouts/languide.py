@@ -61,9 +61,9 @@ def read_languide(root: Path) -> Listing:
             folders["val"] = folders["train"]
     described: set[tuple[str, str]] = set()
     for split, split_rows in rows.items():
-        own = [folders[split]] if split in folders else []
-        described |= join_rows(split, split_rows, own, listing)
-    # Folders that several splits share are looked through once.
+        split_folders = [folders[split]] if split in folders else []
+        described |= join_rows(split, split_rows, split_folders, listing)
+    # Folders that several splits share are searched once.
     report_unmatched({id(folder): (split, folder) for split, folder in folders.items()}.values(), described, listing)
     return listing
 

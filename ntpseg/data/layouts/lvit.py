@@ -47,15 +47,17 @@ def read_lvit(root: Path) -> Listing:
     shared = _assign_splits(texts.get(BOTH, []), ids, folders, listing)
     described: set[tuple[str, str]] = set()
     for split in SPLITS:
-        # A table of the split's own has precedence over the shared one.
+        # A table of one split has precedence over the shared one.
         rows = texts.get(split) or shared.get(split, [])
-        own = [folders[split]] if split in folders else []
-        if own and not rows:
+        split_folders = [folders[split]] if split in folders else []
+        if split_folders and not rows:
             tables = f"{split.capitalize()}_text.xlsx" + ("" if split == "test" else " or Train_Val_text.xlsx")
             listing.report(problems.MISSING_TABLE, split, paths[split], f"no {tables} has a row for it")
         # The ID lists may split images that all lie in Train_Folder.
-        others = [folder for name, folder in folders.items() if name != split] if split in ids or not own else []
-        described |= join_rows(split, rows, own + others, listing)
+        other_folders = [folder for name, folder in folders.items() if name != split]
+        if split in ids or not split_folders:
+            split_folders += other_folders
+        described |= join_rows(split, rows, split_folders, listing)
     without_table = {problem.split for problem in listing.problems if problem.kind == problems.MISSING_TABLE}
     report_unmatched(
         ((split, folder) for split, folder in folders.items() if split not in without_table), described, listing
@@ -64,7 +66,7 @@ def read_lvit(root: Path) -> Listing:
 
 
 def _tables(root: Path, folders: Iterable[Path], listing: Listing) -> tuple[dict[str, Rows], dict[str, set[str]]]:
-    """The rows of every text table, and the cases of every ID list, by the split that the file's name tells."""
+    """The rows of every text table, and the cases of every ID list, by the split in the file's name."""
     texts: dict[str, Rows] = {}
     ids: dict[str, set[str]] = {}
     for path in (path for folder in (root, *folders) for path in sorted(folder.iterdir())):

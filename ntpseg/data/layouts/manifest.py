@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> Listing:
         path: the table, or the folder that holds it.
 
     Raises:
-        ValueError: there is no table, it is unreadable, or it lacks one of the columns image, mask and text.
+        ValueError: there is no table, it is unreadable, or one of the columns image, mask and text is missing.
     """
     table = find_manifest(path)
     if table is None:

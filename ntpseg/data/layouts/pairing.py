@@ -15,7 +15,12 @@ from ntpseg.data.tables import Rows
 
 @dataclass(frozen=True, slots=True)
 class SplitFolder:
-    """One split's images and masks."""
+    """One split's folders.
+
+    Attributes:
+        images: the image files.
+        masks: the mask files.
+    """
 
     images: FolderIndex
     masks: FolderIndex
