@@ -9,34 +9,37 @@ per layer, pair of tokens and feature for causal attention.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong
+from benchmarks.harness import Case, Comparison, Grid, Inaccurate, Provider, Settings, check_errors, relative_error
 from benchmarks.models import Size, hugging_face, matrices
+from benchmarks.peers import import_error
 from ntpseg.models import NTPSegModel
 
 LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
     """Models and batches."""
-    if device.type != "cuda":
-        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
-        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")] if quick else sizes
-    elif quick:
+    if device.type == "cuda" and grid == "quick":
         sizes = [Size("base", 28, 32768, 2048, batch=8)]
-    else:
+    elif device.type == "cuda":
         sizes = [Size(p, 28, 32768, 2048, batch=16, heads=k) for p in ("small", "base") for k in (1, 4)]
+    elif grid == "quick":
+        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")]
+    else:
+        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
     for size in sizes:
-        yield Case("train", size.parameters(), lambda settings, s=size: contest(s, settings))
+        yield Case("train", size.parameters(), partial(_comparison, size))
 
 
-def contest(size: Size, settings: Settings) -> Contest:
-    """All contestants on one size."""
+def _comparison(size: Size, settings: Settings) -> Comparison:
     device, dtype = settings.device, getattr(torch, size.dtype)
     ids, labels = size.batch_of(device)
     model = size.model(device)
@@ -50,35 +53,26 @@ def contest(size: Size, settings: Settings) -> Contest:
         loss, gradient = step.plain()
         errors = {
             "loss": float((loss.double() - truth["loss"]).abs() / truth["loss"]),
-            "d_head": float((gradient.double() - truth["d_head"]).norm() / truth["d_head"].norm()),
+            "d_head": relative_error(gradient, truth["d_head"]),
         }
-        for part, error in errors.items():
-            if not error <= LIMITS[size.dtype][part]:
-                raise Wrong(errors, f"{part} of the cross-entropy is off by {error:.2g}")
+        check_errors(errors, LIMITS[size.dtype])
         step()
         return errors
 
     single = None if size.heads == 1 else "its model has one head"
-    liger = single
-    if liger is None and device.type != "cuda":
-        liger = "needs a CUDA device"
-    if liger is None:
-        try:
-            importlib.import_module("liger_kernel.transformers")
-        except Exception as error:  # a broken installation may raise anything on import
-            liger = f"{type(error).__name__}: {error}"
-    found = {
-        "products": Contestant(
-            lambda: products(model, ids.numel(), rows * size.heads, dtype), does="linear layers only"
+    liger = single or (None if device.type == "cuda" else "needs a CUDA device")
+    liger = liger or import_error("liger_kernel.transformers", cuda=True)
+    providers = {
+        "products": Provider(
+            lambda: products(model, ids.numel(), rows * size.heads, dtype), computes="linear layers only"
         ),
-        "ntpseg": Contestant(
+        "ntpseg": Provider(
             lambda: _Ours(model, ids, labels, dtype),
-            check if size.heads == 1 else _finite,
-            None,
-            "CE + TCL + HET",
+            check if size.heads == 1 else _check_finite,
+            computes="CE + TCL + HET",
         ),
-        "transformers": Contestant(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
-        "transformers + liger": Contestant(
+        "transformers": Provider(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
+        "transformers + liger": Provider(
             lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE; Liger's loss, norms and MLPs"
         ),
     }
@@ -86,14 +80,14 @@ def contest(size: Size, settings: Settings) -> Contest:
     text = config.text_config
     attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim * ids.shape[1]
     head = config.vocab_size * config.hidden_size
-    return Contest(
-        found,
+    return Comparison(
+        providers,
         "products",
         flops=6.0 * ids.numel() * (parameters + attention) + 6.0 * rows * size.heads * head,
         tokens=ids.numel(),
         graphs=False,
         dtype=dtype,
-        forget=truth.clear,
+        release=truth.clear,
     )
 
 
@@ -105,8 +99,7 @@ class _Step:
 
     def __init__(self, model: Any, head: Tensor, dtype: torch.dtype) -> None:
         self.model, self.head, self.dtype = model, head, dtype
-        cuda = head.is_cuda
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if cuda else None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if head.is_cuda else None)
 
     def loss(self) -> Tensor:
         raise NotImplementedError
@@ -136,7 +129,8 @@ class _Step:
 
 class _Ours(_Step):
     def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        own = NTPSegModel(model.config).to(ids.device)
+        own = NTPSegModel(model.config)
+        own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
         own.load_state_dict(model.state_dict())
         super().__init__(own, own.heads.weight, dtype)
         supervised = (labels[0] != -100).nonzero().flatten()
@@ -150,11 +144,11 @@ class _Ours(_Step):
 
     def cross_entropy(self) -> Tensor:
         config = self.model.config
-        kept, config.tcl_weight = config.tcl_weight, 0.0
+        tcl_weight, config.tcl_weight = config.tcl_weight, 0.0
         try:
             return self.model(**self.batch).loss
         finally:
-            config.tcl_weight = kept
+            config.tcl_weight = tcl_weight
 
 
 class _Theirs(_Step):
@@ -186,16 +180,16 @@ def products(model: NTPSegModel, tokens: int, rows: int, dtype: torch.dtype) -> 
     device = model.heads.weight.device
     work = [(tokens, weight.to(dtype)) for weight in matrices(model)] + [(rows, model.heads.weight.detach().to(dtype))]
     shapes = {(count, size) for count, weight in work for size in weight.shape}
-    given = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
-    made = {shape: torch.empty(shape, device=device, dtype=dtype) for shape in shapes}
-    results = [torch.empty_like(weight) for _, weight in work]
+    inputs = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+    outputs = {shape: torch.empty(shape, device=device, dtype=dtype) for shape in shapes}
+    gradients = [torch.empty_like(weight) for _, weight in work]
 
     def step() -> None:
-        for (count, weight), result in zip(work, results, strict=True):
+        for (count, weight), gradient in zip(work, gradients, strict=True):
             wide, narrow = (count, weight.shape[0]), (count, weight.shape[1])
-            torch.mm(given[narrow], weight.t(), out=made[wide])
-            torch.mm(given[wide].t(), given[narrow], out=result)
-            torch.mm(given[wide], weight, out=made[narrow])
+            torch.mm(inputs[narrow], weight.t(), out=outputs[wide])
+            torch.mm(inputs[wide].t(), inputs[narrow], out=gradient)
+            torch.mm(inputs[wide], weight, out=outputs[narrow])
 
     return step
 
@@ -217,8 +211,8 @@ def _truth(model: NTPSegModel, ids: Tensor, labels: Tensor) -> dict[str, Tensor]
     return {"loss": total, "d_head": head.grad.double()}
 
 
-def _finite(step: _Step) -> dict[str, float]:
+def _check_finite(step: _Step) -> dict[str, float]:
     loss = float(step())
-    if loss != loss or loss == float("inf"):
-        raise Wrong({"loss": loss}, "the loss is no finite number")
+    if not math.isfinite(loss):
+        raise Inaccurate({"loss": loss}, f"loss must be finite, got {loss}")
     return {}

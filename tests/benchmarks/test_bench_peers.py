@@ -17,10 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import loss
-from benchmarks.harness import Wrong
+from benchmarks.harness import Inaccurate
 from benchmarks.operands import Operands, Shape
 from benchmarks.peers import cross_entropy
 from benchmarks.peers.cross_entropy import PEERS, Peer, unavailable
+from benchmarks.verifier import FULL, Verifier
 
 CPU = torch.device("cpu")
 
@@ -118,20 +119,20 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_compute_the_mean(name: str, stand_ins: None) -> None:
     if name.startswith("torch") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this PyTorch has no linear cross-entropy")
-    it = Operands.make(Shape(16, 16, 40, 1, 2, "peaked", "float32"), CPU)
+    it = Operands.random(Shape(16, 16, 40, 1, 2, "peaked", "float32"), CPU)
     call = PEERS[name].load()
-    assert max(loss._Judge(it).errors(loss.cross_entropy(it, call), "CE").values()) < 1e-5
+    assert max(Verifier(it).errors(loss.cross_entropy(it, call), "CE").values()) < 1e-5
     if PEERS[name].terms:
         step = loss.cross_entropy(it, call, terms=True)
-        assert max(loss._Judge(it).errors(step, loss.FULL).values()) < 1e-5
+        assert max(Verifier(it).errors(step, FULL).values()) < 1e-5
 
 
 def test_a_sum_in_place_of_the_mean_gets_no_time(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    it = Operands.make(Shape(16, 16, 40, 1, 2, "random", "float32"), CPU)
+    it = Operands.random(Shape(16, 16, 40, 1, 2, "random", "float32"), CPU)
     wrong = lambda *given, **_: _mean(*given[:3]) * len(it.target)  # noqa: E731
     monkeypatch.setattr(sys.modules["quack.linear_cross_entropy"], "chunked_linear_cross_entropy", wrong)
-    with pytest.raises(Wrong, match="loss"):
-        loss._Judge(it).errors(loss.cross_entropy(it, PEERS["quack"].load()), "CE")
+    with pytest.raises(Inaccurate, match="loss"):
+        Verifier(it).errors(loss.cross_entropy(it, PEERS["quack"].load()), "CE")
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "torch linear_cross_entropy"])
