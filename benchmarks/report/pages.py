@@ -21,8 +21,9 @@ TITLES = {
     "train": "A whole training step",
 }
 _GOALS = {
-    "loss": "goals 1.06, 1.10 and 1.20 of three cuBLAS products at D = 4096, 2048 and 1024; workspace, errors,\n"
-    "  bitwise repeatability and graph capture on the device; Liger, cut-cross-entropy and QuACK beside it",
+    "loss": "goals 1.06, 1.10 and 1.20 of three cuBLAS products at\n"
+    "  D = 4096, 2048 and 1024; workspace, errors, bitwise repeatability and graph capture on the device; Liger,\n"
+    "  cut-cross-entropy and QuACK beside it",
     "topn": "goals 4, 6 and 50 us; compute-sanitizer runs",
     "attention": "every backend but PyTorch's own",
     "decode": "tokens per second",
