@@ -19,11 +19,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -106,19 +105,11 @@ def run_step(
     start = time.monotonic()
     if limit < 5:
         return {"step": name, "seconds": 0.0, "result": "out of time"}
-    with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        reader = threading.Thread(target=_show, args=(process, log), daemon=True)
-        reader.start()
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process,
+        subprocess.Popen(["tee", str(logs / f"{name}.log")], stdin=process.stdout) as tee,
+    ):
         try:
             code = process.wait(timeout=limit)
             result = "passed" if code == 0 else f"failed ({code})"
@@ -126,15 +117,10 @@ def run_step(
             os.killpg(process.pid, signal.SIGKILL)  # the group: a benchmark may have children of its own
             process.wait()
             result = "out of time"
-        reader.join(timeout=10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tee.wait(timeout=10)
+        tee.kill()  # whoever left the group still holds the pipe
     return {"step": name, "seconds": time.monotonic() - start, "result": result}
-
-
-def _show(process: subprocess.Popen[str], log: TextIO) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        log.write(line)
 
 
 def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:

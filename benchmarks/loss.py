@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import composed
-from benchmarks.harness import Case, Comparison, Grid, Limits, Provider, Settings
+from benchmarks.harness import PEAK, Case, Comparison, Grid, Provider, Settings
 from benchmarks.harness.environment import device_name
 from benchmarks.operands import Operands, Shape
 from benchmarks.peers.cross_entropy import PEERS, CrossEntropy, unavailable
@@ -146,7 +146,8 @@ def _gate(comparison: Comparison, operands: Operands) -> None:
             comparison.reference = FLOAT32_PRODUCTS
     if operands.shape.rows >= 1024:
         gradients = (operands.hidden.numel() + operands.weight.numel()) * operands.dtype.itemsize
-        comparison.limits = Limits("ntpseg torch", GATE_RATIOS[dtype], GATE_EXTRA_BYTES, gradients)
+        limits = {**GATE_RATIOS[dtype], PEAK: GATE_EXTRA_BYTES + gradients}
+        comparison.providers["ntpseg torch"].limits = limits
 
 
 def products(rows: Tensor, weight: Tensor) -> Callable[[], None]:

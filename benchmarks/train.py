@@ -62,19 +62,14 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
     single = None if size.heads == 1 else "its model has one head"
     liger = single or (None if device.type == "cuda" else "needs a CUDA device")
     liger = liger or import_error("liger_kernel.transformers", cuda=True)
+    ours, theirs = partial(_ours, model, ids, labels, dtype), partial(_theirs, model, ids, labels, dtype)
     providers = {
         "products": Provider(
-            lambda: products(model, ids.numel(), rows * size.heads, dtype), computes="linear layers only"
+            partial(products, model, ids.numel(), rows * size.heads, dtype), computes="linear layers only"
         ),
-        "ntpseg": Provider(
-            lambda: _Ours(model, ids, labels, dtype),
-            check if size.heads == 1 else _check_finite,
-            computes="CE + TCL + HET",
-        ),
-        "transformers": Provider(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
-        "transformers + liger": Provider(
-            lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE; Liger's loss, norms and MLPs"
-        ),
+        "ntpseg": Provider(ours, check if size.heads == 1 else _check_finite, computes="CE + TCL + HET"),
+        "transformers": Provider(partial(theirs, liger=False), check, single, "CE"),
+        "transformers + liger": Provider(partial(theirs, liger=True), check, liger, "CE; Liger's loss, norms and MLPs"),
     }
     parameters = sum(weight.numel() for weight in matrices(model))
     text = config.text_config
@@ -92,75 +87,76 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
 
 
 class _Step:
-    """One training step of a model of its own; `plain` is the cross-entropy alone, without an update."""
+    """One training step of a model of its own.
 
-    model: Any
-    head: Tensor
+    Args:
+        model: what is trained.
+        head: its output matrix.
+        dtype: of the products.
+        loss: computes what is trained on.
+        cross_entropy: computes the cross-entropy alone; `loss` by default.
+    """
 
-    def __init__(self, model: Any, head: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.head, self.dtype = model, head, dtype
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        head: Tensor,
+        dtype: torch.dtype,
+        loss: Callable[[], Tensor],
+        cross_entropy: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.head, self.loss, self.cross_entropy = head, loss, cross_entropy or loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if head.is_cuda else None)
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-    def cross_entropy(self) -> Tensor:
-        return self.loss()
+        self.autocast = torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        loss = self._autocast(self.cross_entropy)
-        loss.backward()
+        """The cross-entropy and its gradient of the head, without an update."""
+        loss = self._backward(self.cross_entropy)
         assert self.head.grad is not None
         gradient = self.head.grad.clone()
         self.optimizer.zero_grad()
-        return loss.detach(), gradient
+        return loss, gradient
 
     def __call__(self) -> Tensor:
-        loss = self._autocast(self.loss)
-        loss.backward()
+        loss = self._backward(self.loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss
+
+    def _backward(self, call: Callable[[], Tensor]) -> Tensor:
+        with self.autocast:
+            loss = call()
+        loss.backward()
         return loss.detach()
 
-    def _autocast(self, call: Callable[[], Tensor]) -> Tensor:
-        with torch.autocast(self.head.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return call()
 
+def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> _Step:
+    own = NTPSegModel(model.config)
+    own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
+    own.load_state_dict(model.state_dict())
+    supervised = (labels[0] != -100).nonzero().flatten()
+    position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
+    token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one
+    batch = {"input_ids": ids, "labels": labels, "loss_start": int(supervised[0])}
 
-class _Ours(_Step):
-    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        own = NTPSegModel(model.config)
-        own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
-        own.load_state_dict(model.state_dict())
-        super().__init__(own, own.heads.weight, dtype)
-        supervised = (labels[0] != -100).nonzero().flatten()
-        position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
-        token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one
-        self.batch = {"input_ids": ids, "labels": labels, "loss_start": int(supervised[0])}
-        self.het = {"het_position": position, "het_token": token}
-
-    def loss(self) -> Tensor:
-        return self.model(**self.batch, **self.het).loss
-
-    def cross_entropy(self) -> Tensor:
-        config = self.model.config
-        tcl_weight, config.tcl_weight = config.tcl_weight, 0.0
+    def cross_entropy() -> Tensor:
+        tcl_weight, own.config.tcl_weight = own.config.tcl_weight, 0.0
         try:
-            return self.model(**self.batch).loss
+            return own(**batch).loss
         finally:
-            config.tcl_weight = tcl_weight
+            own.config.tcl_weight = tcl_weight
+
+    def loss() -> Tensor:
+        return own(**batch, het_position=position, het_token=token).loss
+
+    return _Step(own, own.heads.weight, dtype, loss, cross_entropy)
 
 
-class _Theirs(_Step):
-    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, liger: bool) -> None:
-        peer = hugging_face(model).train()
-        if liger:
-            _use_liger(peer)
-        super().__init__(peer, peer.lm_head.weight, dtype)
-        self.batch = {"input_ids": ids, "labels": labels}
-
-    def loss(self) -> Tensor:
-        return self.model(**self.batch).loss
+def _theirs(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, *, liger: bool) -> _Step:
+    peer = hugging_face(model).train()
+    if liger:
+        _use_liger(peer)
+    return _Step(peer, peer.lm_head.weight, dtype, lambda: peer(input_ids=ids, labels=labels).loss)
 
 
 def _use_liger(model: Any) -> None:

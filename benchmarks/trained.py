@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.harness import relative_error
 from benchmarks.operands import HARD_TOKENS, IGNORE_INDEX, Operands, Shape
@@ -87,9 +88,7 @@ def skipped_tiles(operands: Operands, threshold: float, tiles: Sequence[tuple[in
     """By tile, such as "128x64" rows and classes, the share of tiles that is left out of the backward products."""
     needed = (operands.rows @ operands.weight.t()).softmax(1) >= threshold
     needed[torch.arange(len(needed)), operands.target] = True
-    return {f"{height}x{width}": _idle(needed, height, width) for height, width in tiles}
-
-
-def _idle(needed: Tensor, height: int, width: int) -> float:
-    live = torch.nn.functional.max_pool2d(needed[None].float(), (height, width), ceil_mode=True)
-    return float(1 - live.mean())
+    return {
+        f"{height}x{width}": 1 - float(F.max_pool2d(needed[None].float(), (height, width), ceil_mode=True).mean())
+        for height, width in tiles
+    }

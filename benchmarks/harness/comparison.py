@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,13 +13,13 @@ import torch
 
 from benchmarks.harness.accuracy import Inaccurate
 from benchmarks.harness.environment import clock_state, describe
-from benchmarks.harness.limits import Limits
 from benchmarks.harness.memory import peak_memory
 from benchmarks.harness.rows import Row
 from benchmarks.harness.timing import Budget, Clock, cuda_graph, interleaved, quartiles, ratio_quartiles
 
 _GRAPH_SECONDS = 3e-4  # shorter steps are timed as replays of a graph of many
 CONTROL = "again"
+PEAK = "peak memory"
 
 Step = Callable[[], Any]
 Grid = Literal["full", "quick", "gate"]
@@ -37,12 +38,15 @@ class Provider:
         check: runs a step and returns its errors against the truth, or raises `Inaccurate`; None: nothing to check.
         unavailable: why it cannot run here; None where it can.
         computes: what it computes, in the words of the tables.
+        limits: what it promises: the largest median ratio to each of some providers, by name, and under `PEAK` the most
+            bytes that a step adds at its peak.
     """
 
     setup: Callable[[], Step] | None = None
     check: Callable[[Any], dict[str, float]] | None = None
     unavailable: str | None = None
     computes: str = ""
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,7 +61,6 @@ class Comparison:
         graphs: short steps may be captured in CUDA graphs.
         dtype: of the products, for the ceiling.
         release: called between the checks and the timing, to free what only the checks needed.
-        limits: what one of them promises.
         facts: what every row of the case says besides.
     """
 
@@ -69,7 +72,6 @@ class Comparison:
     graphs: bool = True
     dtype: torch.dtype = torch.float32
     release: Callable[[], Any] | None = None
-    limits: Limits | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,7 +98,6 @@ class Settings:
         device: where.
         budget: how long each comparison is timed.
         only: names of providers to run (and the reference); None: all.
-        memory: whether peaks are measured.
         without: names of providers that lost the device in an earlier process.
         cpu_time: processor time is counted in place of wall-clock time.
     """
@@ -104,7 +105,6 @@ class Settings:
     device: torch.device
     budget: Budget
     only: frozenset[str] | None = None
-    memory: bool = True
     without: frozenset[str] = frozenset()
     cpu_time: bool = False
 
@@ -142,7 +142,7 @@ def run_case(case: Case, settings: Settings) -> list[Row]:
             raise DeviceLost(name)
     if comparison.release is not None:
         comparison.release()
-    peaks = _peaks(steps, rows, device) if settings.memory else {}
+    peaks = _peaks(steps, rows, device)
     if comparison.reference in steps:
         try:
             _measure(comparison, steps, rows, peaks, settings)
@@ -224,8 +224,21 @@ def _measure(
         }
         if peaks.get(name) is not None:
             row["memory"] = peaks[name]
-        if comparison.limits is not None and comparison.limits.provider == name:
-            row["limits"] = comparison.limits.check(seconds, peaks.get(name))
+        if limits := comparison.providers[name].limits:
+            row["limits"] = _check_limits(limits, name, seconds, peaks.get(name))
+
+
+def _check_limits(
+    limits: Mapping[str, float], name: str, seconds: dict[str, list[float]], peak: dict[str, Any] | None
+) -> dict[str, Any]:
+    checked = {}
+    for other, limit in limits.items():
+        if other == PEAK and peak is not None:
+            checked[other] = {"median": peak["delta"], "limit": limit}
+        elif other in seconds:
+            ratios = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+            checked[other] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)], "limit": limit}
+    return {other: check | {"met": check["median"] <= check["limit"]} for other, check in checked.items()}
 
 
 def capture_graphs(calls: dict[str, Step], repeats: dict[str, int], clock: Clock) -> None:

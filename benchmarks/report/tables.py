@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from benchmarks.harness.rows import Row
 
@@ -73,23 +72,17 @@ def details(rows: Sequence[Row]) -> Iterator[str]:
 
 def limits(rows: Sequence[Row]) -> Iterator[str]:
     """What was promised against what, and the worst case of it."""
-    checks = [(row, other, result) for row in rows for other, result in row.get("limits", {}).items()]
+    checks: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row in rows:
+        for other, check in row.get("limits", {}).items():
+            who = f"{row['benchmark']}, {row['dtype']}, threads {row['threads']}"
+            checks.setdefault((who, other), []).append((check["median"] / check["limit"], row))
     if checks:
-        yield "| | against | cases | worst | limit | met |"
-        yield "|---|---|---:|---:|---:|---:|"
-    keyed: dict[tuple[str, ...], list[tuple[Row, dict[str, Any]]]] = {}
-    for row, other, result in checks:
-        key = (row["benchmark"], f"{row['dtype']}, threads {row['threads']}", other)
-        keyed.setdefault(key, []).append((row, result))
-    for (benchmark, how, other), results in keyed.items():
-        row, worst = max(results, key=lambda item: _measured(item[1]) / item[1]["limit"])
-        met = sum(result["met"] for _, result in results)
-        cells = [f"{benchmark}, {how}", other, len(results), f"{_measured(worst):.3g} ({case_name(row)})"]
-        yield f"| {' | '.join(map(str, cells))} | {worst['limit']:g} | {met} |"
-
-
-def _measured(result: dict[str, Any]) -> float:
-    return result["ratio"]["median"] if "ratio" in result else result["bytes"]
+        yield from ("| | against | cases | met | worst case | of its limit |", "|---|---|---:|---:|---|---:|")
+    for (who, other), measured in checks.items():
+        share, row = max(measured, key=lambda item: item[0])
+        met = sum(share <= 1 for share, _ in measured)
+        yield f"| {who} | {other} | {len(measured)} | {met} | {case_name(row)} | {share:.0%} |"
 
 
 def absent(rows: Sequence[Row]) -> Iterator[str]:
