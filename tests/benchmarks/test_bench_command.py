@@ -113,8 +113,8 @@ def test_the_steps_share_ten_minutes(built: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_a_step_is_stopped_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "print('hello', flush=True); import time; time.sleep(60)"]
-    found = gpu_check.run_step("slow", command, 6.0, dict(os.environ), tmp_path)
-    assert found["result"] == "out of time" and found["seconds"] < 30
+    result = gpu_check.run_step("slow", command, 6.0, dict(os.environ), tmp_path)
+    assert result["result"] == "out of time" and result["seconds"] < 30
     assert "hello" in (tmp_path / "slow.log").read_text()
     command = [sys.executable, "-c", "raise SystemExit(4)"]
     assert gpu_check.run_step("bad", command, 60.0, dict(os.environ), tmp_path)["result"] == "failed (4)"

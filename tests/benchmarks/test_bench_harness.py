@@ -75,8 +75,8 @@ def test_only_what_is_right_is_timed() -> None:
         large=Provider(_raises(torch.OutOfMemoryError("too large"))),
         broken=Provider(_raises(KeyError("x"))),
     )
-    found = {row["contestant"]: row for row in run_case(case, SETTINGS)}
-    statuses = {name: row["status"] for name, row in found.items()}
+    rows_by_name = {row["contestant"]: row for row in run_case(case, SETTINGS)}
+    statuses = {name: row["status"] for name, row in rows_by_name.items()}
     assert statuses == {
         "reference": "ok",
         "good": "ok",
@@ -85,12 +85,12 @@ def test_only_what_is_right_is_timed() -> None:
         "large": "out of memory",
         "broken": "failed",
     }
-    assert [name for name, row in found.items() if "seconds" in row] == ["reference", "good"]
+    assert [name for name, row in rows_by_name.items() if "seconds" in row] == ["reference", "good"]
     assert not timed
-    assert found["wrong"]["error"] == {"value": 3.0} and found["wrong"]["reason"] == "off by 3"
-    assert found["away"]["reason"] == "not installed"
-    assert found["good"]["ratio"]["median"] > 1.5
-    assert found["reference"]["ratio"]["median"] == 1.0
+    assert rows_by_name["wrong"]["error"] == {"value": 3.0} and rows_by_name["wrong"]["reason"] == "off by 3"
+    assert rows_by_name["away"]["reason"] == "not installed"
+    assert rows_by_name["good"]["ratio"]["median"] > 1.5
+    assert rows_by_name["reference"]["ratio"]["median"] == 1.0
 
 
 def test_a_case_too_large_for_the_device_is_a_row() -> None:
@@ -109,9 +109,9 @@ def test_running_out_of_memory_after_the_check() -> None:
 
         return step
 
-    found = {row["contestant"]: row for row in run_case(_case(large=Provider(make)), SETTINGS)}
-    assert found["large"]["status"] == "out of memory" and "seconds" not in found["large"]
-    assert "seconds" in found["reference"]
+    rows_by_name = {row["contestant"]: row for row in run_case(_case(large=Provider(make)), SETTINGS)}
+    assert rows_by_name["large"]["status"] == "out of memory" and "seconds" not in rows_by_name["large"]
+    assert "seconds" in rows_by_name["reference"]
 
 
 def test_timing_that_breaks_off_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,15 +130,15 @@ def test_a_provider_that_loses_the_device_is_left_out_of_a_new_process(
     case = _case(peer=Provider(_raises(RuntimeError("an illegal memory access was encountered"))))
     with pytest.raises(DeviceLost, match="peer"):
         run_case(case, SETTINGS)
-    found = {
+    rows_by_name = {
         row["contestant"]: row for row in run_case(case, Settings(CPU, SETTINGS.budget, without=frozenset({"peer"})))
     }
-    assert found["peer"]["status"] == "failed" and "seconds" in found["reference"]
+    assert rows_by_name["peer"]["status"] == "failed" and "seconds" in rows_by_name["reference"]
 
     became: list[list[str]] = []
     grid = [_case(), case]
     monkeypatch.setattr(suite, "cases_of", lambda *_: iter(grid))
-    monkeypatch.setattr(command, "_replace_process", lambda it: became.append(it[it.index("topn") :]))
+    monkeypatch.setattr(command, "_replace_process", lambda command: became.append(command[command.index("topn") :]))
     arguments = ["topn", "--quick", "--device", "cpu", "--results", str(tmp_path)]
     command.main(arguments)
     assert became == [[*arguments, "--resume", "topn:1", "peer"]]
@@ -161,8 +161,8 @@ def test_a_row_says_where_and_on_what_it_was_taken() -> None:
 
 def test_only_some_providers() -> None:
     case = _case(a=Provider(lambda: lambda: None), b=Provider(lambda: lambda: None))
-    found = run_case(case, Settings(CPU, SETTINGS.budget, frozenset({"b"})))
-    assert [row["contestant"] for row in found] == ["reference", "b"]
+    rows = run_case(case, Settings(CPU, SETTINGS.budget, frozenset({"b"})))
+    assert [row["contestant"] for row in rows] == ["reference", "b"]
 
 
 def test_limits_are_held_against_ratios_and_memory() -> None:

@@ -99,14 +99,14 @@ def test_where_picks_cases(tmp_path: Path) -> None:
 
 def test_profile_runs(tmp_path: Path) -> None:
     profile_loss.main(["--quick", "--device", "cpu", "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
+    profile = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
     # Only the thirty longest are kept: a tail of short ones may be missing from the sum, never added to it.
-    shares = [row["share"] for row in found["kernels"]]
+    shares = [row["share"] for row in profile["kernels"]]
     assert shares == sorted(shares, reverse=True) and len(shares) <= 30
     assert 0.6 < sum(shares) <= 1.0 + 1e-9
-    totals = [row["seconds"] / row["share"] for row in found["kernels"]]
+    totals = [row["seconds"] / row["share"] for row in profile["kernels"]]
     assert totals == pytest.approx([totals[0]] * len(totals), rel=0.01)  # written with few digits
-    assert found["kernels"][0]["seconds"] >= found["kernels"][-1]["seconds"] > 0
+    assert profile["kernels"][0]["seconds"] >= profile["kernels"][-1]["seconds"] > 0
 
 
 def test_ncu_output_is_read() -> None:
