@@ -1,19 +1,20 @@
 """Decoding masks: our native path, our path through Hugging Face's forward, and transformers' own ``generate``.
 
 The reference is the products alone: every linear layer over the prompts, then once per mask token, and the mask codes'
-logits. No attention, no norms, no cache. Weights are random, so how many drafts the
-speculative method keeps says nothing about a trained model.
+logits. No attention, no norms, no cache. Weights are random, so how many drafts the speculative method keeps says
+nothing about a trained model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong
+from benchmarks.harness import Case, Comparison, Grid, Provider, Settings, check_errors
 from benchmarks.models import Size, hugging_face, matrices
 from ntpseg.generation import DecodingOptions, MaskGenerator
 
@@ -21,23 +22,21 @@ from ntpseg.generation import DecodingOptions, MaskGenerator
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
     """Models, grids and batch sizes."""
-    if device.type != "cuda":
-        if quick:
-            sizes = [Size("smallest", 4, 24, 64, batch=2, heads=2, dtype="float32")]
-        else:
-            sizes = [Size("tiny", 14, 256, batch=b, heads=2, dtype=d) for b in (1, 16) for d in ("float32", "bfloat16")]
-    elif quick:
+    if device.type == "cuda" and grid == "quick":
         sizes = [Size("small", 8, 1024, batch=16, heads=2)]
-    else:
+    elif device.type == "cuda":
         sizes = [Size(p, 28, 4096, batch=b, heads=2) for p in ("small", "base") for b in (1, 16, 64)]
+    elif grid == "quick":
+        sizes = [Size("smallest", 4, 24, 64, batch=2, heads=2, dtype="float32")]
+    else:
+        sizes = [Size("tiny", 14, 256, batch=b, heads=2, dtype=d) for b in (1, 16) for d in ("float32", "bfloat16")]
     for size in sizes:
-        yield Case("decode", size.parameters(), lambda settings, s=size: contest(s, settings))
+        yield Case("decode", size.parameters(), partial(_comparison, size))
 
 
-def contest(size: Size, settings: Settings) -> Contest:
-    """All contestants on one size."""
+def _comparison(size: Size, settings: Settings) -> Comparison:
     device, dtype = settings.device, getattr(torch, size.dtype)
     model, sequence = size.model(device).eval(), size.sequence()
     ids, _ = size.batch_of(device)
@@ -46,52 +45,49 @@ def contest(size: Size, settings: Settings) -> Contest:
     low, high = sequence.vocabulary.mask_range
 
     def ours(**options: Any) -> Callable[[], Tensor]:
-        generator = MaskGenerator(model, sequence, DecodingOptions(dtype=size.dtype, batch_size=size.batch, **options))
+        options |= {"dtype": size.dtype, "batch_size": size.batch}
+        generator = MaskGenerator(model, sequence, DecodingOptions(**options))
         return lambda: torch.as_tensor(generator(prompts).codes).flatten(1)
 
     def generate() -> Callable[[], Tensor]:
         peer = hugging_face(model).to(dtype).eval()
         peer.generation_config.eos_token_id = None
-        only = _OnlyCodes(low, high)
-        fixed = {"max_new_tokens": cells, "min_new_tokens": cells, "do_sample": False, "use_cache": True}
-
-        def step() -> Tensor:
-            found = peer.generate(
-                ids[:, :start], logits_processor=[only], pad_token_id=sequence.vocabulary.pad, **fixed
-            )
-            return found[:, start:].cpu() - low
-
-        return step
+        options: dict[str, Any] = {
+            "max_new_tokens": cells,
+            "min_new_tokens": cells,
+            "do_sample": False,
+            "use_cache": True,
+        }
+        options |= {"logits_processor": [_MaskCodesOnly(low, high)], "pad_token_id": sequence.vocabulary.pad}
+        return lambda: peer.generate(ids[:, :start], **options)[:, start:].cpu() - low
 
     def check(step: Callable[[], Tensor]) -> dict[str, float]:
         with torch.no_grad():
             codes = step().to(device)
-            given = torch.cat([ids[:, :start], codes + low], 1)
-            hidden = model(given).last_hidden_state[:, start - 1 : -1]
+            sequences = torch.cat([ids[:, :start], codes + low], 1)
+            hidden = model(sequences).last_hidden_state[:, start - 1 : -1]
             logits = model.next_token_logits(hidden, (low, high))
-        short = logits.amax(-1) - logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-        errors = {"choice": float((short / logits.abs().amax(-1)).max())}
-        if not errors["choice"] <= LIMITS[size.dtype]:
-            raise Wrong(
-                errors, f"a chosen code is {errors['choice']:.2g} below the best, limit {LIMITS[size.dtype]:.2g}"
-            )
-        return errors
+        below = logits.amax(-1) - logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+        return check_errors({"choice": float((below / logits.abs().amax(-1)).max())}, {"choice": LIMITS[size.dtype]})
 
-    found = {
-        "products": Contestant(
-            lambda: products(model, size, start, cells, (low, high), dtype), does="linear layers only"
+    def provider(setup: Callable[[], Callable[[], Tensor]], computes: str = "greedy") -> Provider:
+        return Provider(setup, check, computes=computes)
+
+    providers = {
+        "products": Provider(
+            lambda: products(model, size, start, cells, (low, high), dtype), computes="linear layers only"
         ),
-        "ntpseg native": Contestant(lambda: ours(decoder="native"), check, None, "greedy"),
-        "ntpseg speculative": Contestant(
-            lambda: ours(decoder="native", method="speculative"), check, None, "greedy, untrained drafts"
+        "ntpseg native": provider(partial(ours, decoder="native")),
+        "ntpseg speculative": provider(
+            partial(ours, decoder="native", method="speculative"), "greedy, untrained drafts"
         ),
-        "ntpseg huggingface": Contestant(lambda: ours(decoder="huggingface"), check, None, "greedy"),
-        "transformers generate": Contestant(generate, check, None, "greedy"),
+        "ntpseg huggingface": provider(partial(ours, decoder="huggingface")),
+        "transformers generate": provider(generate),
     }
     parameters = sum(weight.numel() for weight in matrices(model))
     codes = (high - low) * model.config.hidden_size
-    return Contest(
-        found,
+    return Comparison(
+        providers,
         "products",
         flops=2.0 * size.batch * (parameters * (start + cells - 1) + codes * cells),
         bytes=float(dtype.itemsize * (parameters + codes) * cells),
@@ -108,28 +104,28 @@ def products(
     device = model.heads.weight.device
     weights = [weight.to(dtype).t() for weight in matrices(model)]
     head = model.heads.weight.detach()[slice(*span)].to(dtype).t()
-    rooms = {}
+    buffers = {}
     for rows in (size.batch * prompt, size.batch):
         inputs = {w.shape[0]: torch.randn(rows, w.shape[0], device=device).to(dtype) for w in (*weights, head)}
         outputs = {w.shape[1]: torch.empty(rows, w.shape[1], device=device, dtype=dtype) for w in (*weights, head)}
-        rooms[rows] = inputs, outputs
+        buffers[rows] = inputs, outputs
 
-    def through(rows: int, some: list[Tensor]) -> None:
-        inputs, outputs = rooms[rows]
-        for weight in some:
+    def multiply(rows: int, matmuls: list[Tensor]) -> None:
+        inputs, outputs = buffers[rows]
+        for weight in matmuls:
             torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
 
     def step() -> None:
-        through(size.batch * prompt, weights)
+        multiply(size.batch * prompt, weights)
         for _ in range(cells - 1):
-            through(size.batch, [head, *weights])
-        through(size.batch, [head])
+            multiply(size.batch, [head, *weights])
+        multiply(size.batch, [head])
 
     return step
 
 
-class _OnlyCodes:
-    """A logits processor that leaves the mask codes alone."""
+class _MaskCodesOnly:
+    """A logits processor that allows nothing but the mask codes."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high

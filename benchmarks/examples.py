@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment
-from benchmarks.harness.rows import write
+from benchmarks.harness.environment import ROOT, describe
+from benchmarks.harness.rows import RESULTS, write
 
-_FOLDER = Path(__file__).resolve().parents[1] / "examples"
+_FOLDER = ROOT / "examples"
 RUNS = {
     **{f"causal_lm {name}": ("causal_lm.py", ["--model", name]) for name in ("llama", "qwen2", "qwen3", "emu3")},
     "llamagen_like": ("llamagen_like.py", []),
@@ -33,33 +33,33 @@ def run(script: str, arguments: list[str], threads: int) -> dict[str, Any]:
     """The figures of one example, without the curves but for their ends."""
     torch.set_num_threads(threads)
     sys.path.insert(0, str(_FOLDER))
-    found = runpy.run_path(str(_FOLDER / script))["main"](arguments)
-    curve = found["eager"]
+    result = runpy.run_path(str(_FOLDER / script))["main"](arguments)
+    curve = result["eager"]
     return {
         "steps": len(curve),
         "loss_first": curve[0],
         "loss_last": curve[-1],
-        "difference": found["difference"],
-        "eager_mb": round(found["eager_mb"], 1),
-        "fused_mb": round(found["fused_mb"], 1),
+        "difference": result["difference"],
+        "eager_mb": round(result["eager_mb"], 1),
+        "fused_mb": round(result["fused_mb"], 1),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Loss curves and peak memory of the examples.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=sorted(RUNS), default=list(RUNS))
-    parser.add_argument("--output", type=Path, default=environment.ROOT / "benchmarks" / "results" / "examples.json")
-    settings = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, default=RESULTS / "examples.json")
+    args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name in settings.only:
+    for name in args.only:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            figures = pool.apply(run, (*RUNS[name], settings.threads))
-        rows.append({"example": name, **figures, **environment.describe(device), "threads": settings.threads})
+            figures = pool.apply(run, (*RUNS[name], args.threads))
+        rows.append({"example": name, **figures, **describe(device), "threads": args.threads})
         print(json.dumps({"example": name, **figures}), flush=True)
-    write(settings.output, rows)
+    write(args.output, rows)
 
 
 if __name__ == "__main__":

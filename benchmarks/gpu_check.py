@@ -19,16 +19,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from benchmarks.harness.environment import ROOT, describe
-from benchmarks.harness.rows import RESULTS
+from benchmarks.harness.rows import RESULTS, write_text
 
 BUDGET = 590.0  # seconds, all steps together
 REPORT = 30.0  # seconds of it that are kept for the report: what has been measured by then gets written
@@ -47,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 where every step passed, 1 where one did not or there is no CUDA device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder of the peers' wheels")
-    given = parser.parse_args(arguments)
-    if given.wheels is not None and not given.wheels.is_dir():
-        print(f"gpu-check: wheels is {given.wheels}, it must be a folder of wheel files", file=sys.stderr)
+    args = parser.parse_args(arguments)
+    if args.wheels is not None and not args.wheels.is_dir():
+        print(f"gpu-check: wheels must be a folder of wheel files, got {args.wheels}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -59,67 +58,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs = ROOT / "build" / "gpu-check"
     logs.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    environment = _environment(given.wheels, logs / "peers")
-    done: list[dict[str, Any]] = []
-    todo = steps(environment)
-    for index, (name, _, command) in enumerate(todo):
-        limit = allowed(todo[index:], BUDGET - (time.monotonic() - started))
-        done.append(step(name, command, limit, environment, logs))
-        _write(done, started)
+    environment = _environment(args.wheels, logs / "peers")
+    results: list[dict[str, Any]] = []
+    pending = steps(environment)
+    for index, (name, _, command) in enumerate(pending):
+        limit = time_limit(pending[index:], BUDGET - (time.monotonic() - started))
+        results.append(run_step(name, command, limit, environment, logs))
+        _write(results, started)
     print()
-    for it in done:
-        print(f"{it['step']:<12} {it['seconds']:6.1f} s  {it['result']}")
+    for result in results:
+        print(f"{result['step']:<12} {result['seconds']:6.1f} s  {result['result']}")
     print(f"{time.monotonic() - started:.0f} s in all")
-    return 0 if all(it["result"] == "passed" for it in done) else 1
+    return 0 if all(result["result"] == "passed" for result in results) else 1
 
 
 def steps(environment: dict[str, str]) -> list[tuple[str, float, list[str]]]:
     """Name, limit in seconds and command of each."""
     python = sys.executable
     tests = [python, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
-    found = [("environment", 25.0, [python, "-c", _ENVIRONMENT])]
-    if not list((ROOT / "ntpseg").glob("_C_cuda*.so")):
-        found.append(("build", 150.0, [python, "setup.py", "-q", "build_ext", "--inplace"]))
-    found += [
-        ("tests", 70.0, [*tests, "-m", "not slow"]),
-    ]
-    limits = {"loss": 225.0, "train": 45.0, "attention": 40.0, "topn": 20.0, "decode": 35.0}
     bench = [python, "-m", "benchmarks"]
-    found += [(name, limit, [*bench, name, "--quick", "--device", "cuda"]) for name, limit in limits.items()]
-    found += [
+    build = [("build", 150.0, [python, "setup.py", "-q", "build_ext", "--inplace"])]
+    limits = {"loss": 225.0, "train": 45.0, "attention": 40.0, "topn": 20.0, "decode": 35.0}
+    return [
+        ("environment", 25.0, [python, "-c", _ENVIRONMENT]),
+        *([] if list((ROOT / "ntpseg").glob("_C_cuda*.so")) else build),
+        ("tests", 70.0, [*tests, "-m", "not slow"]),
+        *((name, limit, [*bench, name, "--quick", "--device", "cuda"]) for name, limit in limits.items()),
         ("profile", 55.0, [python, "-m", "benchmarks.profile_loss", "--quick"]),
         ("sanitizer", 30.0, [*tests, "-m", "slow"]),  # last, so that it gets whatever time is left
         ("report", REPORT, [*bench, "report"]),
     ]
-    return found
 
 
-def allowed(todo: Sequence[tuple[str, float, list[str]]], left: float) -> float:
+def time_limit(pending: Sequence[tuple[str, float, list[str]]], left: float) -> float:
     """Seconds for the first of some steps: its share, by the limits, of what is left; the report's are kept for it."""
-    if len(todo) == 1:
+    if len(pending) == 1:
         return left
-    return todo[0][1] / sum(limit for _, limit, _ in todo[:-1]) * (left - REPORT)
+    return pending[0][1] / sum(limit for _, limit, _ in pending[:-1]) * (left - REPORT)
 
 
-def step(name: str, command: Sequence[str], limit: float, environment: dict[str, str], logs: Path) -> dict[str, Any]:
+def run_step(
+    name: str, command: Sequence[str], limit: float, environment: dict[str, str], logs: Path
+) -> dict[str, Any]:
     """Runs one, shows and keeps its output; "passed", "failed (code)" or "out of time"."""
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
     if limit < 5:
         return {"step": name, "seconds": 0.0, "result": "out of time"}
-    with (logs / f"{name}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        reader = threading.Thread(target=_show, args=(process, log), daemon=True)
-        reader.start()
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process,
+        subprocess.Popen(["tee", str(logs / f"{name}.log")], stdin=process.stdout) as tee,
+    ):
         try:
             code = process.wait(timeout=limit)
             result = "passed" if code == 0 else f"failed ({code})"
@@ -127,15 +117,10 @@ def step(name: str, command: Sequence[str], limit: float, environment: dict[str,
             os.killpg(process.pid, signal.SIGKILL)  # the group: a benchmark may have children of its own
             process.wait()
             result = "out of time"
-        reader.join(timeout=10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tee.wait(timeout=10)
+        tee.kill()  # whoever left the group still holds the pipe
     return {"step": name, "seconds": time.monotonic() - start, "result": result}
-
-
-def _show(process: subprocess.Popen[str], log: TextIO) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        log.write(line)
 
 
 def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:
@@ -197,13 +182,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _write(done: list[dict[str, Any]], started: float) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def _write(results: list[dict[str, Any]], started: float) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    content = {"gpu_check": done, "seconds": round(time.monotonic() - started, 1), **describe(device)}
-    partial = RESULTS / ".gpu-check.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(RESULTS / "gpu-check.json")
+    content = {"gpu_check": results, "seconds": round(time.monotonic() - started, 1), **describe(device)}
+    write_text(RESULTS / "gpu-check.json", json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,15 +59,15 @@ class Size:
             vocab_range=None,
         )
         torch.manual_seed(0)
-        return NTPSegModel(config).to(device)
+        return NTPSegModel(config).to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
 
     def batch_of(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Input ids and labels, ``[B, T]`` each."""
-        sequence, draw = self.sequence(), torch.Generator().manual_seed(0)
+        sequence, generator = self.sequence(), torch.Generator().manual_seed(0)
         samples = []
         for _ in range(self.batch):
-            text = torch.randint(0, self.text, (_TEXT_TOKENS,), generator=draw).tolist()
-            image, mask = torch.randint(0, self.codes, (2, self.grid, self.grid), generator=draw).numpy()
+            text = torch.randint(0, self.text, (_TEXT_TOKENS,), generator=generator).tolist()
+            image, mask = torch.randint(0, self.codes, (2, self.grid, self.grid), generator=generator).numpy()
             samples.append(sequence.build(text, image, mask))
         ids, labels = (torch.stack([torch.as_tensor(x) for x in part]) for part in zip(*samples, strict=True))
         return ids.to(device), labels.to(device)

@@ -14,6 +14,7 @@ BATCH = 8
 HARD_TOKENS = 16  # per sample
 _RIGHT, _WRONG = 18.0, 12.0  # how far a sure row's logit stands above the rest, in their standard deviations
 _ACCURACY = 0.87
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class Shape:
     """One point of the grid.
 
     Attributes:
-        rows: R of head 0, a multiple of `BATCH`; head j has ``BATCH * j`` fewer.
+        rows: R of head 0, a multiple of `BATCH` where they are drawn; head j then has ``BATCH * j`` fewer.
         width, classes: D and V.
         heads, negatives: k and m.
         logits: "random", standard normal; or "peaked", as of a trained model: 87 % of the rows are right, by a margin
-            of about 18 standard deviations, and the others are as sure of a wrong token.
+            of about 18 standard deviations, and the others are as sure of a wrong token. "trained" are a model's own.
         dtype: of hidden states and matrix.
     """
 
@@ -45,10 +46,12 @@ class Shape:
 
 @dataclass
 class Operands:
-    """Tensors of one shape, none of which a contestant may write to.
+    """Tensors of one shape, none of which a provider may write to.
 
     Attributes:
-        hidden: ``[B, T, k, D]``; weight: ``[V, D]``; labels: ``[B, T]``, all supervised.
+        shape: their sizes.
+        hidden: ``[B, T, k, D]``; weight: ``[V, D]``.
+        labels: ``[B, T]`` int64, unshifted; `IGNORE_INDEX` but for one unbroken stretch of each sample.
         het: ``[B, n]`` entries, each at another position than the rest of its sample.
     """
 
@@ -59,31 +62,40 @@ class Operands:
     het: HardTokens
 
     @staticmethod
-    def make(shape: Shape, device: torch.device, seed: int = 0) -> Operands:
-        """Draws them in float32 and rounds them once."""
+    def random(shape: Shape, device: torch.device, seed: int = 0) -> Operands:
+        """Draws them in float32 and rounds them once; all positions are supervised.
+
+        Raises:
+            ValueError: `shape` has rows or logits that cannot be drawn.
+        """
         if shape.rows % BATCH:
-            raise ValueError(f"rows is {shape.rows}; it must be a multiple of {BATCH}")
-        draw = torch.Generator(device).manual_seed(seed)
+            raise ValueError(f"rows must be a multiple of {BATCH}, got {shape.rows}")
+        if shape.logits not in ("random", "peaked"):
+            raise ValueError(f"logits must be random or peaked, got {shape.logits!r}")
+        generator = torch.Generator(device).manual_seed(seed)
         time = shape.rows // BATCH + 1
         size = (BATCH, time, shape.heads, shape.width)
         dtype = getattr(torch, shape.dtype)
-        weight = torch.randn(shape.classes, shape.width, device=device, generator=draw) / shape.width**0.5
-        hidden = torch.randn(size, device=device, generator=draw)
-        labels, wrong = torch.randint(0, shape.classes, (2, BATCH, time), device=device, generator=draw)
+        weight = torch.randn(shape.classes, shape.width, device=device, generator=generator) / shape.width**0.5
+        hidden = torch.randn(size, device=device, generator=generator)
+        labels, wrong = torch.randint(0, shape.classes, (2, BATCH, time), device=device, generator=generator)
         if shape.logits == "peaked":
-            missed = torch.rand(BATCH, time, 1, device=device, generator=draw) > _ACCURACY
+            missed = torch.rand(BATCH, time, 1, device=device, generator=generator) > _ACCURACY
             for head in range(shape.heads):
                 ahead = slice(1 + head, time)
                 towards = weight[labels[:, ahead]] * torch.where(missed[:, ahead], _WRONG, _RIGHT)
                 towards += torch.where(missed[:, ahead], _RIGHT, 0.0) * weight[wrong[:, ahead]]
                 hidden[:, : time - 1 - head, head] += towards
-        elif shape.logits != "random":
-            raise ValueError(f"logits is {shape.logits!r}; it must be random or peaked")
         slots = min(HARD_TOKENS, time - 1)
-        order = torch.rand(BATCH, time - 1, device=device, generator=draw).argsort(1)
+        order = torch.rand(BATCH, time - 1, device=device, generator=generator).argsort(1)
         position = order[:, :slots] + 1
         token = wrong.gather(1, position)
         return Operands(shape, hidden.to(dtype), weight.to(dtype), labels, HardTokens(position, token))
+
+    def to(self, device: torch.device) -> Operands:
+        """The same on another device."""
+        het = HardTokens(self.het.position.to(device), self.het.token.to(device))
+        return Operands(self.shape, self.hidden.to(device), self.weight.to(device), self.labels.to(device), het)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,40 +103,48 @@ class Operands:
         return self.hidden.dtype
 
     @cached_property
-    def place(self) -> tuple[Tensor, Tensor, Tensor]:
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """Batch, time and head of each supervised row, ``[R]`` each; by head, then sample, then time."""
-        batch, time, heads, _ = self.hidden.shape
         parts = []
-        for head in range(heads):
-            b, t = torch.meshgrid(torch.arange(batch), torch.arange(time - 1 - head), indexing="ij")
-            parts.append(torch.stack([b.flatten(), t.flatten(), torch.full_like(b.flatten(), head)]))
-        b, t, j = torch.cat(parts, 1).to(self.hidden.device)
+        for head in range(self.hidden.shape[2]):
+            b, t = (self.labels[:, 1 + head :] != IGNORE_INDEX).nonzero(as_tuple=True)
+            parts.append(torch.stack([b, t, torch.full_like(b, head)]))
+        b, t, j = torch.cat(parts, 1)
         return b, t, j
 
     @cached_property
     def rows(self) -> Tensor:
         """``[R, D]`` the supervised rows alone: what a plain cross-entropy is given."""
-        return self.hidden[self.place].contiguous()
+        return self.hidden[self.index].contiguous()
 
     @cached_property
     def target(self) -> Tensor:
         """``[R]`` their targets."""
-        b, t, j = self.place
+        b, t, j = self.index
         return self.labels[b, t + 1 + j]
 
     @cached_property
-    def before(self) -> tuple[Tensor, Tensor]:
+    def predecessors(self) -> tuple[Tensor, Tensor]:
         """``[R, m]`` the rows before each row that give its negatives, and whether they exist."""
-        row = torch.arange(len(self.target), device=self.target.device).unsqueeze(1)
-        back = torch.arange(1, self.shape.negatives + 1, device=self.target.device)
-        return (row - back).clamp_min(0), back <= self.place[1].unsqueeze(1)
+        steps = torch.arange(1, self.shape.negatives + 1, device=self.target.device)
+        row = (torch.arange(len(self.target), device=self.target.device).unsqueeze(1) - steps).clamp_min(0)
+        place = self._flat_index
+        return row, place[row] == place.unsqueeze(1) - steps
 
     @cached_property
     def hard(self) -> tuple[Tensor, Tensor]:
-        """Row and token of each entry that counts."""
-        position, token = self.het.position, self.het.token
-        time = self.hidden.shape[1]
-        sample = torch.arange(len(position), device=position.device).unsqueeze(1)
-        row = (sample * (time - 1) + position - 1).flatten()
-        keep = token.flatten() != self.target[row]
-        return row[keep], token.flatten()[keep]
+        """Row and token of each entry that counts: one whose row is supervised and whose token is not its target."""
+        batch, time = self.labels.shape
+        sample = torch.arange(batch, device=self.labels.device).unsqueeze(1)
+        row_at = torch.full((self.hidden.shape[2] * batch * time,), -1, device=self.labels.device)
+        row_at[self._flat_index] = torch.arange(len(self.target), device=self.labels.device)
+        row = row_at[(sample * time + self.het.position - 1).flatten()]
+        token = self.het.token.flatten()
+        keep = (row >= 0) & (token != self.target[row])
+        return row[keep], token[keep]
+
+    @property
+    def _flat_index(self) -> Tensor:
+        b, t, j = self.index
+        batch, time = self.labels.shape
+        return (j * batch + b) * time + t

@@ -1,7 +1,7 @@
-"""The loss and its gradients in float64: the truth that every contestant of `loss` must meet.
+"""The loss and its gradients in float64: the truth that every provider of `loss` must meet.
 
 Plain autograd over some rows' logits at a time, with the counts of the whole batch. Restated from the design rather
-than taken from the package, and able to take the negatives from a contestant's own predictions: two logits that differ
+than taken from the package, and able to take the negatives from a provider's own predictions: two logits that differ
 by less than a rounding may be ordered either way, and TCL then has another, equally right, negative.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.operands import Operands
 
@@ -46,11 +47,11 @@ def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) 
     rows, target = operands.rows, operands.target
     count = len(target)
     d_rows = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
-    chosen = torch.empty_like(target)
+    used = torch.empty_like(target)
     loss = torch.zeros((), dtype=torch.float64, device=rows.device)
     gap = 0.0
     hard_row, hard_token = operands.hard
-    earlier, exists = operands.before
+    earlier, exists = operands.predecessors
     step = max(1, _LOGIT_BYTES // (8 * len(weight)))
     for start in range(0, count, step):
         cut = slice(start, min(start + step, count))
@@ -58,24 +59,24 @@ def truth(operands: Operands, *, terms: bool, prediction: Tensor | None = None) 
         y = target[cut]
         z = hidden @ weight.t()
         z_y = z.gather(1, y.unsqueeze(1)).squeeze(1)
-        own = z.detach()
-        top, best = own.max(1)
-        chosen[cut] = best if prediction is None else prediction[cut]
-        short = top - own.gather(1, chosen[cut].unsqueeze(1)).squeeze(1)
-        gap = max(gap, float((short / own.abs().amax()).max()))
+        logits = z.detach()
+        row_max, argmax = logits.max(1)
+        used[cut] = argmax if prediction is None else prediction[cut]
+        below = row_max - logits.gather(1, used[cut].unsqueeze(1)).squeeze(1)
+        gap = max(gap, float((below / logits.abs().amax()).max()))
         part = (z.logsumexp(1) - z_y).sum() / count
         if terms:
-            negative = chosen[earlier[cut]]
-            there = exists[cut] & (negative != y.unsqueeze(1))
-            far = (z.gather(1, negative) - z_y.unsqueeze(1)).masked_fill(~there, -torch.inf)
-            part = part + torch.cat([far, torch.zeros_like(far[:, :1])], 1).logsumexp(1).sum() / count
+            negative = used[earlier[cut]]
+            counts = exists[cut] & (negative != y.unsqueeze(1))
+            excess = (z.gather(1, negative) - z_y.unsqueeze(1)).masked_fill(~counts, -torch.inf)
+            # the zero is the 1 in log(1 + sum)
+            part = part + torch.cat([excess, torch.zeros_like(excess[:, :1])], 1).logsumexp(1).sum() / count
             here = (hard_row >= cut.start) & (hard_row < cut.stop)
             row = hard_row[here] - cut.start
-            excess = z[row, hard_token[here]] - z_y[row]
-            part = part + torch.nn.functional.softplus(excess).sum() / len(hard_row)
+            part = part + F.softplus(z[row, hard_token[here]] - z_y[row]).sum() / len(hard_row)
         part.backward()
         assert hidden.grad is not None
         d_rows[cut] = hidden.grad
         loss += part.detach()
     assert weight.grad is not None
-    return Truth(loss, d_rows, weight.grad, chosen, gap)
+    return Truth(loss, d_rows, weight.grad, used, gap)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.environment import clock_state, describe
-from benchmarks.harness.rows import RESULTS, rounded
+from benchmarks.harness.rows import RESULTS, rounded, write_text
 from benchmarks.loss import ours
 from benchmarks.operands import Operands, Shape
 
@@ -50,16 +50,15 @@ def kernels(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any
 
     cuda = device.type == "cuda"
     step()
-    activity = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with profile(activities=[*activity, ProfilerActivity.CPU] if cuda else activity) as found:
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
         for _ in range(_STEPS):
             step()
         if cuda:
             torch.cuda.synchronize(device)
     rows = []
-    for item in found.key_averages():
-        on_device = item.device_type != torch.autograd.DeviceType.CPU
-        if on_device != cuda:
+    for item in profiler.key_averages():
+        if (item.device_type != torch.autograd.DeviceType.CPU) != cuda:
             continue
         seconds = (item.self_device_time_total if cuda else item.self_cpu_time_total) / 1e6 / _STEPS
         rows.append({"kernel": item.key[:160], "calls": item.count / _STEPS, "seconds": seconds})
@@ -75,8 +74,9 @@ def nsight(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
         return {"unavailable": "ncu is not on the PATH"}
     command = [program, "--csv", "--clock-control", "none", "--profile-from-start", "off"]
     command += ["--metrics", ",".join(_METRICS), sys.executable, "-m", "benchmarks.profile_loss", "--once", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -114,24 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--once", type=int, nargs="?", const=0, help="run one step of this shape; what ncu starts")
-    given = parser.parse_args(arguments)
-    device = torch.device(given.device)
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
     backend = "triton" if device.type == "cuda" else "torch"
-    if given.once is not None:
-        step = ours(Operands.make(shapes(device, given.quick)[given.once], device), backend)
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+    if args.once is not None:
+        _run_once(ours(Operands.random(shapes(device, args.quick)[args.once], device), backend))
         return
     profiles: list[dict[str, Any]] = []
-    path = given.results / f"profile-{device.type}{'-quick' if given.quick else ''}.json"
-    for number, shape in enumerate(shapes(device, given.quick)):
-        step = ours(Operands.make(shape, device), backend)
-        rows = kernels(step, device)
-        del step
+    path = args.results / f"profile-{device.type}{'-quick' if args.quick else ''}.json"
+    for number, shape in enumerate(shapes(device, args.quick)):
+        rows = kernels(ours(Operands.random(shape, device), backend), device)
         entry = {"case": shape.parameters(), "backend": backend, **describe(device), "kernels": rows}
         entry |= {"clock": clock_state(device)}
         profiles.append(entry)
@@ -141,17 +133,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write(path, profiles)  # before ncu: it may be what takes too long
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            entry["ncu"] = nsight([str(number), "--device", given.device], _NCU_SECONDS[given.quick])
+            entry["ncu"] = nsight([str(number), "--device", args.device], _NCU_SECONDS[args.quick])
             _write(path, profiles)
             print("  ncu:", entry["ncu"].get("unavailable") or f"{len(entry['ncu']['kernels'])} launches")
     print(f"written to {path}")
 
 
+def _run_once(step: Callable[[], Any]) -> None:
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def _write(path: Path, profiles: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"profiles": rounded(profiles)}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({"profiles": rounded(profiles)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,34 +9,37 @@ per layer, pair of tokens and feature for causal attention.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Contest, Contestant, Settings, Wrong
+from benchmarks.harness import Case, Comparison, Grid, Inaccurate, Provider, Settings, check_errors, relative_error
 from benchmarks.models import Size, hugging_face, matrices
+from benchmarks.peers import import_error
 from ntpseg.models import NTPSegModel
 
 LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
     """Models and batches."""
-    if device.type != "cuda":
-        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
-        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")] if quick else sizes
-    elif quick:
+    if device.type == "cuda" and grid == "quick":
         sizes = [Size("base", 28, 32768, 2048, batch=8)]
-    else:
+    elif device.type == "cuda":
         sizes = [Size(p, 28, 32768, 2048, batch=16, heads=k) for p in ("small", "base") for k in (1, 4)]
+    elif grid == "quick":
+        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")]
+    else:
+        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
     for size in sizes:
-        yield Case("train", size.parameters(), lambda settings, s=size: contest(s, settings))
+        yield Case("train", size.parameters(), partial(_comparison, size))
 
 
-def contest(size: Size, settings: Settings) -> Contest:
-    """All contestants on one size."""
+def _comparison(size: Size, settings: Settings) -> Comparison:
     device, dtype = settings.device, getattr(torch, size.dtype)
     ids, labels = size.batch_of(device)
     model = size.model(device)
@@ -50,123 +53,110 @@ def contest(size: Size, settings: Settings) -> Contest:
         loss, gradient = step.plain()
         errors = {
             "loss": float((loss.double() - truth["loss"]).abs() / truth["loss"]),
-            "d_head": float((gradient.double() - truth["d_head"]).norm() / truth["d_head"].norm()),
+            "d_head": relative_error(gradient, truth["d_head"]),
         }
-        for part, error in errors.items():
-            if not error <= LIMITS[size.dtype][part]:
-                raise Wrong(errors, f"{part} of the cross-entropy is off by {error:.2g}")
+        check_errors(errors, LIMITS[size.dtype])
         step()
         return errors
 
     single = None if size.heads == 1 else "its model has one head"
-    liger = single
-    if liger is None and device.type != "cuda":
-        liger = "needs a CUDA device"
-    if liger is None:
-        try:
-            importlib.import_module("liger_kernel.transformers")
-        except Exception as error:  # a broken installation may raise anything on import
-            liger = f"{type(error).__name__}: {error}"
-    found = {
-        "products": Contestant(
-            lambda: products(model, ids.numel(), rows * size.heads, dtype), does="linear layers only"
+    liger = single or (None if device.type == "cuda" else "needs a CUDA device")
+    liger = liger or import_error("liger_kernel.transformers", cuda=True)
+    ours, theirs = partial(_ours, model, ids, labels, dtype), partial(_theirs, model, ids, labels, dtype)
+    providers = {
+        "products": Provider(
+            partial(products, model, ids.numel(), rows * size.heads, dtype), computes="linear layers only"
         ),
-        "ntpseg": Contestant(
-            lambda: _Ours(model, ids, labels, dtype),
-            check if size.heads == 1 else _finite,
-            None,
-            "CE + TCL + HET",
-        ),
-        "transformers": Contestant(lambda: _Theirs(model, ids, labels, dtype, False), check, single, "CE"),
-        "transformers + liger": Contestant(
-            lambda: _Theirs(model, ids, labels, dtype, True), check, liger, "CE; Liger's loss, norms and MLPs"
-        ),
+        "ntpseg": Provider(ours, check if size.heads == 1 else _check_finite, computes="CE + TCL + HET"),
+        "transformers": Provider(partial(theirs, liger=False), check, single, "CE"),
+        "transformers + liger": Provider(partial(theirs, liger=True), check, liger, "CE; Liger's loss, norms and MLPs"),
     }
     parameters = sum(weight.numel() for weight in matrices(model))
     text = config.text_config
     attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim * ids.shape[1]
     head = config.vocab_size * config.hidden_size
-    return Contest(
-        found,
+    return Comparison(
+        providers,
         "products",
         flops=6.0 * ids.numel() * (parameters + attention) + 6.0 * rows * size.heads * head,
         tokens=ids.numel(),
         graphs=False,
         dtype=dtype,
-        forget=truth.clear,
+        release=truth.clear,
     )
 
 
 class _Step:
-    """One training step of a model of its own; `plain` is the cross-entropy alone, without an update."""
+    """One training step of a model of its own.
 
-    model: Any
-    head: Tensor
+    Args:
+        model: what is trained.
+        head: its output matrix.
+        dtype: of the products.
+        loss: computes what is trained on.
+        cross_entropy: computes the cross-entropy alone; `loss` by default.
+    """
 
-    def __init__(self, model: Any, head: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.head, self.dtype = model, head, dtype
-        cuda = head.is_cuda
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if cuda else None)
-
-    def loss(self) -> Tensor:
-        raise NotImplementedError
-
-    def cross_entropy(self) -> Tensor:
-        return self.loss()
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        head: Tensor,
+        dtype: torch.dtype,
+        loss: Callable[[], Tensor],
+        cross_entropy: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.head, self.loss, self.cross_entropy = head, loss, cross_entropy or loss
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if head.is_cuda else None)
+        self.autocast = torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        loss = self._autocast(self.cross_entropy)
-        loss.backward()
+        """The cross-entropy and its gradient of the head, without an update."""
+        loss = self._backward(self.cross_entropy)
         assert self.head.grad is not None
         gradient = self.head.grad.clone()
         self.optimizer.zero_grad()
-        return loss.detach(), gradient
+        return loss, gradient
 
     def __call__(self) -> Tensor:
-        loss = self._autocast(self.loss)
-        loss.backward()
+        loss = self._backward(self.loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss
+
+    def _backward(self, call: Callable[[], Tensor]) -> Tensor:
+        with self.autocast:
+            loss = call()
+        loss.backward()
         return loss.detach()
 
-    def _autocast(self, call: Callable[[], Tensor]) -> Tensor:
-        with torch.autocast(self.head.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return call()
 
+def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> _Step:
+    own = NTPSegModel(model.config)
+    own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
+    own.load_state_dict(model.state_dict())
+    supervised = (labels[0] != -100).nonzero().flatten()
+    position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
+    token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one
+    batch = {"input_ids": ids, "labels": labels, "loss_start": int(supervised[0])}
 
-class _Ours(_Step):
-    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        own = NTPSegModel(model.config).to(ids.device)
-        own.load_state_dict(model.state_dict())
-        super().__init__(own, own.heads.weight, dtype)
-        supervised = (labels[0] != -100).nonzero().flatten()
-        position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
-        token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one
-        self.batch = {"input_ids": ids, "labels": labels, "loss_start": int(supervised[0])}
-        self.het = {"het_position": position, "het_token": token}
-
-    def loss(self) -> Tensor:
-        return self.model(**self.batch, **self.het).loss
-
-    def cross_entropy(self) -> Tensor:
-        config = self.model.config
-        kept, config.tcl_weight = config.tcl_weight, 0.0
+    def cross_entropy() -> Tensor:
+        tcl_weight, own.config.tcl_weight = own.config.tcl_weight, 0.0
         try:
-            return self.model(**self.batch).loss
+            return own(**batch).loss
         finally:
-            config.tcl_weight = kept
+            own.config.tcl_weight = tcl_weight
+
+    def loss() -> Tensor:
+        return own(**batch, het_position=position, het_token=token).loss
+
+    return _Step(own, own.heads.weight, dtype, loss, cross_entropy)
 
 
-class _Theirs(_Step):
-    def __init__(self, model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, liger: bool) -> None:
-        peer = hugging_face(model).train()
-        if liger:
-            _use_liger(peer)
-        super().__init__(peer, peer.lm_head.weight, dtype)
-        self.batch = {"input_ids": ids, "labels": labels}
-
-    def loss(self) -> Tensor:
-        return self.model(**self.batch).loss
+def _theirs(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, *, liger: bool) -> _Step:
+    peer = hugging_face(model).train()
+    if liger:
+        _use_liger(peer)
+    return _Step(peer, peer.lm_head.weight, dtype, lambda: peer(input_ids=ids, labels=labels).loss)
 
 
 def _use_liger(model: Any) -> None:
@@ -186,16 +176,16 @@ def products(model: NTPSegModel, tokens: int, rows: int, dtype: torch.dtype) -> 
     device = model.heads.weight.device
     work = [(tokens, weight.to(dtype)) for weight in matrices(model)] + [(rows, model.heads.weight.detach().to(dtype))]
     shapes = {(count, size) for count, weight in work for size in weight.shape}
-    given = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
-    made = {shape: torch.empty(shape, device=device, dtype=dtype) for shape in shapes}
-    results = [torch.empty_like(weight) for _, weight in work]
+    inputs = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+    outputs = {shape: torch.empty(shape, device=device, dtype=dtype) for shape in shapes}
+    gradients = [torch.empty_like(weight) for _, weight in work]
 
     def step() -> None:
-        for (count, weight), result in zip(work, results, strict=True):
+        for (count, weight), gradient in zip(work, gradients, strict=True):
             wide, narrow = (count, weight.shape[0]), (count, weight.shape[1])
-            torch.mm(given[narrow], weight.t(), out=made[wide])
-            torch.mm(given[wide].t(), given[narrow], out=result)
-            torch.mm(given[wide], weight, out=made[narrow])
+            torch.mm(inputs[narrow], weight.t(), out=outputs[wide])
+            torch.mm(inputs[wide].t(), inputs[narrow], out=gradient)
+            torch.mm(inputs[wide], weight, out=outputs[narrow])
 
     return step
 
@@ -217,8 +207,8 @@ def _truth(model: NTPSegModel, ids: Tensor, labels: Tensor) -> dict[str, Tensor]
     return {"loss": total, "d_head": head.grad.double()}
 
 
-def _finite(step: _Step) -> dict[str, float]:
+def _check_finite(step: _Step) -> dict[str, float]:
     loss = float(step())
-    if loss != loss or loss == float("inf"):
-        raise Wrong({"loss": loss}, "the loss is no finite number")
+    if not math.isfinite(loss):
+        raise Inaccurate({"loss": loss}, f"loss must be finite, got {loss}")
     return {}

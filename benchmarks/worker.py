@@ -5,14 +5,16 @@ Reads JSON commands from stdin, one a line, and answers each with one line on wh
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from typing import Any
 
-from benchmarks.command import cases_of, parser, settings_of
-from benchmarks.harness import Case, Settings
-from benchmarks.harness.contest import admit, capture
+import torch
+
+from benchmarks import suite
+from benchmarks.harness.comparison import capture_graphs, checked_step
 from benchmarks.harness.environment import describe
 from benchmarks.harness.timing import Clock
 
@@ -21,40 +23,40 @@ class Worker:
     """Holds the steps of the case at hand."""
 
     def __init__(self, arguments: list[str]) -> None:
-        import torch
-
-        self.given = parser().parse_args(arguments)
-        if self.given.threads:
-            torch.set_num_threads(self.given.threads)
-        self.settings: Settings = settings_of(self.given)
-        self.clock = Clock(self.settings.device)
+        options = argparse.ArgumentParser()
+        suite.add_options(options)
+        self.args = options.parse_args(arguments)
+        if self.args.threads:
+            torch.set_num_threads(self.args.threads)
+        self.settings = suite.run_settings(self.args)
+        self.clock = Clock(self.settings.device, self.settings.cpu_time)
         self.calls: dict[str, Any] = {}
         self.repeats: dict[str, int] = {}
 
     def cases(self, name: str) -> dict[str, Any]:
         """The grid of a benchmark."""
-        self.grid: list[Case] = list(cases_of(name, self.given, self.settings.device))
+        self.grid = list(suite.cases_of(name, self.args, self.settings.device))
         return {"cases": [case.parameters for case in self.grid], **describe(self.settings.device)}
 
     def build(self, index: int) -> dict[str, Any]:
         """Checks ours; answers with the names that are right and why others are not there."""
         self.calls.clear()
-        self.contest = self.grid[index].build(self.settings)
+        self.comparison = self.grid[index].build(self.settings)
         missing = {}
-        for name, contestant in self.contest.contestants.items():
+        for name, provider in self.comparison.providers.items():
             if not name.startswith("ntpseg"):
                 continue
             row: dict[str, Any] = {"contestant": name}
-            step = admit(contestant, row)
+            step = checked_step(provider, row)
             if step is None:
                 missing[name] = f"{row['status']}: {row.get('reason')}"
             else:
                 self.calls[name] = step
-        if self.contest.forget is not None:
-            self.contest.forget()
+        if self.comparison.release is not None:
+            self.comparison.release()
         self.repeats = dict.fromkeys(self.calls, 1)
-        if self.contest.graphs and self.clock.cuda:
-            capture(self.calls, self.repeats, self.clock)
+        if self.comparison.graphs and self.clock.cuda:
+            capture_graphs(self.calls, self.repeats, self.clock)
         return {"ready": list(self.calls), "missing": missing}
 
     def round(self, names: list[str]) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Patterns(Dataset):
     """Rows of one repeated number with a prompt that is not supervised: learnable within a few steps."""
 
     def __init__(self, rows: int, length: int, vocabulary: int) -> None:
-        make = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(3, vocabulary, (rows, 1), generator=make).expand(rows, length).contiguous()
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(3, vocabulary, (rows, 1), generator=generator).expand(rows, length).contiguous()
         self.ids[:, ::7] = 3
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ def build(name: str, vocabulary: int, width: int) -> PreTrainedModel:
 def train(model: PreTrainedModel, data: Dataset, steps: int) -> list[float]:
     """The losses of a Trainer run with gradient accumulation."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        training = TrainingArguments(
             folder,
             max_steps=steps,
             per_device_train_batch_size=8,
@@ -89,7 +89,7 @@ def train(model: PreTrainedModel, data: Dataset, steps: int) -> list[float]:
             save_strategy="no",
             disable_tqdm=True,
         )
-        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer = Trainer(model, training, train_dataset=data)
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -101,12 +101,12 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=6)
-    settings = parser.parse_args(arguments)
-    data = Patterns(64, settings.length, settings.vocabulary)
-    sizes = (settings.model, settings.vocabulary, settings.width)
+    args = parser.parse_args(arguments)
+    data = Patterns(64, args.length, args.vocabulary)
+    sizes = (args.model, args.vocabulary, args.width)
     return compare(
-        lambda: train(build(*sizes), data, settings.steps),
-        lambda: train(fuse_causal_lm(build(*sizes), negatives=0), data, settings.steps),
+        lambda: train(build(*sizes), data, args.steps),
+        lambda: train(fuse_causal_lm(build(*sizes), negatives=0), data, args.steps),
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
 

@@ -7,6 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+
+def fit(optimizer: torch.optim.Optimizer, loss_function: Callable[[], Tensor], steps: int) -> list[float]:
+    """Trains for some steps and returns their losses; `loss_function` draws its own batch."""
+    losses = []
+    for _ in range(steps):
+        loss = loss_function()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def peak_megabytes(function: Callable[[], list[float]], device: torch.device) -> tuple[list[float], float]:

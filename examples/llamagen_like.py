@@ -9,9 +9,10 @@ shift, and masks its loss with a weight per token (``valid``): ``(loss * valid).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
-from compare import compare
+from compare import compare, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
@@ -53,21 +54,18 @@ def fused_loss(model: ImageGenerator, states: Tensor, codes: Tensor, valid: Tens
     return ntp_loss(states, model.head.weight, codes, shift=False, token_weights=valid, negatives=0).loss
 
 
-def train(loss_function, settings: argparse.Namespace, device: torch.device) -> list[float]:
+def train(loss_function: Callable[..., Tensor], args: argparse.Namespace, device: torch.device) -> list[float]:
     torch.manual_seed(0)
-    model = ImageGenerator(settings.codes, 4, settings.width, settings.tokens).to(device)
+    model = ImageGenerator(args.codes, 4, args.width, args.tokens).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    pictures = torch.randint(0, settings.codes, (4, settings.tokens), device=device)
-    losses = []
-    for _ in range(settings.steps):
-        label = torch.randint(0, 4, (settings.batch,), device=device)
-        valid = (torch.rand(settings.batch, settings.tokens, device=device) > 0.2).float()
-        loss = loss_function(model, model.states(label, pictures[label]), pictures[label], valid)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+    pictures = torch.randint(0, args.codes, (4, args.tokens), device=device)
+
+    def loss() -> Tensor:
+        label = torch.randint(0, 4, (args.batch,), device=device)
+        valid = (torch.rand(args.batch, args.tokens, device=device) > 0.2).float()
+        return loss_function(model, model.states(label, pictures[label]), pictures[label], valid)
+
+    return fit(optimizer, loss, args.steps)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -77,9 +75,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
-    settings = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return compare(lambda: train(own_loss, settings, device), lambda: train(fused_loss, settings, device), device)
+    return compare(lambda: train(own_loss, args, device), lambda: train(fused_loss, args, device), device)
 
 
 if __name__ == "__main__":

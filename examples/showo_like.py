@@ -10,9 +10,10 @@ rows of the batch: the slices cost nothing, and the head's weight gathers the gr
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
-from compare import compare
+from compare import compare, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,32 +52,25 @@ def fused_loss(model: OmniModel, states: Tensor, labels: Tensor, images: int) ->
     return IMAGE_WEIGHT * image.loss + TEXT_WEIGHT * text.loss
 
 
-def batch(settings: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+def batch(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
     """Input ids and labels ``[B, T]``: image rows first, each with a text prompt that is not supervised."""
-    rows, length = 2 * settings.images, settings.tokens
+    rows, length = 2 * args.images, args.tokens
     ids = torch.randint(0, TEXT, (rows, length), device=device)
     labels = ids.clone()
-    codes = torch.randint(TEXT, MASK_TOKEN, (settings.images, length), device=device)
-    hidden = torch.rand(settings.images, length, device=device) < 0.5
+    codes = torch.randint(TEXT, MASK_TOKEN, (args.images, length), device=device)
+    hidden = torch.rand(args.images, length, device=device) < 0.5
     hidden[:, : length // 4] = False
-    ids[: settings.images] = torch.where(hidden, MASK_TOKEN, codes)
-    labels[: settings.images] = torch.where(hidden, codes, -100)
+    ids[: args.images] = torch.where(hidden, MASK_TOKEN, codes)
+    labels[: args.images] = torch.where(hidden, codes, -100)
     return ids, labels
 
 
-def train(loss_function, settings: argparse.Namespace, device: torch.device) -> list[float]:
+def train(loss_function: Callable[..., Tensor], args: argparse.Namespace, device: torch.device) -> list[float]:
     torch.manual_seed(0)
-    model = OmniModel(settings.width).to(device)
+    model = OmniModel(args.width).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    ids, labels = batch(settings, device)
-    losses = []
-    for _ in range(settings.steps):
-        loss = loss_function(model, model.states(ids), labels, settings.images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+    ids, labels = batch(args, device)
+    return fit(optimizer, lambda: loss_function(model, model.states(ids), labels, args.images), args.steps)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -85,9 +79,9 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
-    settings = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return compare(lambda: train(own_loss, settings, device), lambda: train(fused_loss, settings, device), device)
+    return compare(lambda: train(own_loss, args, device), lambda: train(fused_loss, args, device), device)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness.timing import Clock, Effort, interleaved
+from benchmarks.harness.timing import Budget, Clock, interleaved
 
 
 @functools.cache
@@ -15,10 +17,10 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, side: int | None = No
     """FLOP/s of a large square product on random data (zeros would run faster than real data does)."""
     if side is None:
         side = 8192 if device.type == "cuda" else 1024
-    make = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, device=device, generator=make).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    seconds = _best(lambda: torch.mm(a, b, out=out), device)
+    seconds = _seconds(lambda: torch.mm(a, b, out=out), device)
     return 2 * side**3 / seconds
 
 
@@ -29,13 +31,12 @@ def copy_bytes(device: torch.device, size: int | None = None) -> float:
         size = (2 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _best(lambda: target.copy_(source), device)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _best(call: object, device: torch.device) -> float:
-    assert callable(call)
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     call()
-    least = 10 if time.perf_counter() - start < 1 else 3
-    times = interleaved({"call": call}, Clock(device), Effort(seconds=0.3, least=least, most=50))["call"]
-    return sorted(times)[len(times) // 2] if device.type == "cuda" else min(times)
+    rounds = 10 if time.perf_counter() - start < 1 else 3
+    times = interleaved({"call": call}, Clock(device), Budget(seconds=0.3, min_rounds=rounds, max_rounds=50))["call"]
+    return statistics.median(times) if device.type == "cuda" else min(times)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ _PACKAGES = (
     *("triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
     *("flash-attn", "xformers"),
 )
+_SETTINGS = ("NTPSEG_CPU_ISA", "NTPSEG_DISABLE_NATIVE", "OMP_WAIT_POLICY")  # what changes a CPU's figures
 _CLOCK_FIELDS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -29,37 +32,37 @@ _CLOCK_FIELDS = {
 
 def commit(root: Path = ROOT) -> str:
     """The short hash, with "+" where tracked files differ from it; "unknown" outside a checkout."""
-    found = _output(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
-    if not found:
+    revision = _output(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
+    if not revision:
         return os.environ.get("NTPSEG_COMMIT", "unknown")
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "-uno", "--", "ntpseg", "kernels", "csrc"])
-    return found + ("+" if changed else "")
+    return revision + ("+" if changed else "")
 
 
 @functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
     """What does not change during a run."""
     import ntpseg
+    from ntpseg.ops import extension_status
 
     root = Path(ntpseg.__file__).resolve().parents[1]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ntpseg": ntpseg.__version__}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found = {"commit": commit(root), "device": device_name(device), "kind": device.type, "versions": versions}
+    machine = {"commit": commit(root), "device": device_name(device), "kind": device.type, "versions": versions}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _nvidia_smi(["driver_version"], device)[0] or "unknown"
-        found["capability"] = f"sm_{card.major}{card.minor}"
-        found["memory_bytes"] = card.total_memory
-        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
-    else:
-        found["driver"] = "none"
-        found["threads"] = torch.get_num_threads()
-    return found
+        return machine | {
+            "cuda": torch.version.cuda,
+            "driver": _nvidia_smi(["driver_version"], device)[0] or "unknown",
+            "capability": f"sm_{card.major}{card.minor}",
+            "memory_bytes": card.total_memory,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    native = next((line for line in extension_status().splitlines() if line.startswith("cpu")), "")
+    settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+    return machine | {"driver": "none", "threads": torch.get_num_threads(), "native": native, "settings": settings}
 
 
 def device_name(device: torch.device) -> str:
@@ -72,6 +75,11 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
     name = next((x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")), "CPU")
     return name + "".join(f", {flag}" for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text)
+
+
+def slug(device: str) -> str:
+    """A device's name in file names, without its instruction sets."""
+    return re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
 
 
 def clock_state(device: torch.device) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def _number(text: str) -> Any:
 
 def _output(command: Sequence[str]) -> str:
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    return result.stdout.strip() if result.returncode == 0 else ""

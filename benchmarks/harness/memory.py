@@ -13,7 +13,7 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak(call: Callable[[], Any], device: torch.device) -> dict[str, Any] | None:
+def peak_memory(call: Callable[[], Any], device: torch.device) -> dict[str, Any] | None:
     """Peak bytes of one call beyond what was there before it (`delta`), and in all (`absolute`).
 
     What the call leaves behind (gradients) is part of the peak. On a CPU the absolute figure is the whole process.
@@ -33,17 +33,17 @@ def peak(call: Callable[[], Any], device: torch.device) -> dict[str, Any] | None
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        most = torch.cuda.max_memory_allocated(device)
-        return {"delta": most - before, "absolute": most, "method": "max_memory_allocated"}
+        peak = torch.cuda.max_memory_allocated(device)
+        return {"delta": peak - before, "absolute": peak, "method": "max_memory_allocated"}
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the allocator still holds would hide in `before`
         _CLEAR.write_text("5")
         before = _resident("VmRSS")
         call()
-        most = _resident("VmHWM")
+        peak = _resident("VmHWM")
     except (OSError, AttributeError):
         return None
-    return {"delta": max(most - before, 0), "absolute": most, "method": "resident set"}
+    return {"delta": max(peak - before, 0), "absolute": peak, "method": "resident set"}
 
 
 def _resident(field: str) -> int:

@@ -1,4 +1,8 @@
-"""Rows of results in JSON files, each file whole or absent."""
+"""Rows of results in JSON files, each file whole or absent.
+
+A row is a flat dict. Its key ``contestant`` is the provider's name and ``does`` what that computes: the names of the
+first result files, kept so that old and new rows can be read together.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,18 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 Row = dict[str, Any]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """One row a line between the brackets of a JSON list, under a temporary name first."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name first, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = ",\n".join(json.dumps(rounded(row)) for row in rows)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """One row a line between the brackets of a JSON list."""
+    lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def read(folder: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs every contestant once, so that other load falls on all alike."""
+"""Interleaved timing: every round runs every provider once, so that other load falls on all alike."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _HEAD_START_CYCLES = 1_000_000  # about half a millisecond
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long one contest is timed.
+class Budget:
+    """How long one comparison is timed.
 
     Attributes:
-        seconds: time budget of all rounds together.
-        least, most: bounds on the number of rounds.
+        seconds: of all rounds together.
+        min_rounds, max_rounds: bounds on the number of rounds, whatever they take.
         warmup: rounds before the first that counts.
     """
 
     seconds: float
-    least: int
-    most: int
+    min_rounds: int
+    max_rounds: int
     warmup: int = 2
 
 
@@ -35,30 +35,34 @@ class Clock:
 
     There a call starts behind other work, as it does in a training step, where the host runs ahead: launches count only
     as far as the device waits for them, after a synchronisation for example.
+
+    Args:
+        device: of the calls.
+        cpu_time: count the process's own processor time, which other jobs on a busy machine disturb less; CPU only.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
+        self.read = time.process_time if cpu_time else time.perf_counter
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
 
     @property
     def method(self) -> str:
         """What the rows say about how the time was taken."""
-        return "cuda events, L2 flushed, launches ahead" if self.cuda else "perf_counter"
+        return self.read.__name__ if self.flush is None else "cuda events, L2 flushed, launches ahead"
 
     def round(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         """Seconds of each call, one after another."""
-        if not self.cuda:
-            spent = []
+        if self.flush is None:
+            seconds = []
             for call in calls:
-                start = time.perf_counter()
+                start = self.read()
                 call()
-                spent.append(time.perf_counter() - start)
-            return spent
+                seconds.append(self.read() - start)
+            return seconds
         events = []
         for call in calls:
-            assert self.flush is not None
             self.flush.zero_()
             torch.cuda._sleep(_HEAD_START_CYCLES)
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -67,10 +71,10 @@ class Clock:
             pair[1].record()
             events.append(pair)
         torch.cuda.synchronize(self.device)
-        return [first.elapsed_time(last) / 1e3 for first, last in events]
+        return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], clock: Clock, effort: Effort) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Callable[[], Any]], clock: Clock, budget: Budget) -> dict[str, list[float]]:
     """Seconds of every call in every round.
 
     The order turns by one place a round, so that nobody always follows the same neighbour.
@@ -78,15 +82,15 @@ def interleaved(calls: dict[str, Callable[[], Any]], clock: Clock, effort: Effor
     Args:
         calls: at least one, each one step of work.
         clock: of their device.
-        effort: rounds go on until the budget is spent, within its bounds.
+        budget: rounds go on until its seconds are spent, within its bounds.
     """
     names = list(calls)
-    for _ in range(effort.warmup):
+    for _ in range(budget.warmup):
         clock.round([calls[name] for name in names])
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.perf_counter() + effort.seconds
+    deadline = time.perf_counter() + budget.seconds
     turn = 0
-    while turn < effort.least or (turn < effort.most and time.perf_counter() < deadline):
+    while turn < budget.min_rounds or (turn < budget.max_rounds and time.perf_counter() < deadline):
         first = turn % len(names)
         order = names[first:] + names[:first]
         for name, spent in zip(order, clock.round([calls[name] for name in order]), strict=True):
@@ -95,7 +99,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], clock: Clock, effort: Effor
     return seconds
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and least value."""
     if len(values) == 1:
         return dict.fromkeys(("median", "p25", "p75", "least"), values[0])
@@ -103,12 +107,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "p25": low, "p75": high, "least": min(values)}
 
 
-def ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+def ratio_quartiles(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
     """The same of the ratio within each round."""
-    return spread([a / b for a, b in zip(values, reference, strict=True)])
+    return quartiles([a / b for a, b in zip(values, reference, strict=True)])
 
 
-def as_graph(call: Callable[[], Any], repeats: int) -> Callable[[], Any]:
+def cuda_graph(call: Callable[[], Any], repeats: int) -> Callable[[], Any]:
     """A CUDA graph of `repeats` calls: what many small launches cost without the gaps between them.
 
     Raises:

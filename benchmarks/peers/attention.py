@@ -38,8 +38,8 @@ def flash(module: str) -> Attention:
     function = importlib.import_module(module).flash_attn_func
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        found = function(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
-        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+        out = function(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return call
 
@@ -50,8 +50,8 @@ def xformers() -> Attention:
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask = ops.LowerTriangularMask()
-        turned = (x.transpose(1, 2) for x in (query, key, value))
-        return ops.memory_efficient_attention(*turned, attn_bias=mask).transpose(1, 2)
+        heads_last = (x.transpose(1, 2) for x in (query, key, value))
+        return ops.memory_efficient_attention(*heads_last, attn_bias=mask).transpose(1, 2)
 
     return call
 
@@ -63,14 +63,3 @@ def flex(length: int, device: torch.device) -> Attention:
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda query, key, value: compiled(query, key, value, block_mask=mask)
-
-
-def installed(module: str) -> str | None:
-    """Why a package for CUDA cannot be used; None where it can be tried."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a build for another PyTorch fails with whatever its loader raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-    return None

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.peers import import_error
+
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,14 +37,14 @@ class Peer:
     Attributes:
         load: returns a function of rows ``[R, D]``, weight ``[V, D]`` and targets ``[R]``; may raise ImportError.
         cuda: it needs a CUDA device.
-        does: what sets it apart, for the tables.
+        computes: what sets it apart, for the tables.
         terms: whether it also competes with TCL and HET composed beside it.
         refuses: why it cannot take rows and weight of these shapes and dtypes; None where it can.
     """
 
     load: Callable[[], CrossEntropy]
     cuda: bool
-    does: str
+    computes: str
     terms: bool = False
     refuses: Callable[[Tensor, Tensor], str | None] = _takes_all
 
@@ -56,12 +58,7 @@ def unavailable(peer: Peer, rows: Tensor, weight: Tensor) -> str | None:
 
 @functools.cache
 def _broken(peer: Peer) -> str | None:
-    try:
-        peer.load()
-    except Exception as error:  # a broken installation may raise anything on import
-        text = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-    return None
+    return import_error(peer.load)
 
 
 def _pytorch() -> CrossEntropy:
@@ -98,11 +95,11 @@ def _quack_unfused() -> CrossEntropy:
     return lambda rows, weight, target: call(rows, weight, None, target, inplace_backward=True)
 
 
-def _multiples(rows: Tensor, weight: Tensor, **of: int) -> str | None:
+def _multiples(rows: Tensor, weight: Tensor, **factors: int) -> str | None:
     sizes = {"R": len(rows), "V": weight.shape[0], "D": weight.shape[1]}
-    for name, step in of.items():
-        if sizes[name] % step:
-            return f"takes {name} in multiples of {step}; {sizes[name]} is none"
+    for name, factor in factors.items():
+        if sizes[name] % factor:
+            return f"takes {name} in multiples of {factor}; {sizes[name]} is none"
     return None
 
 
@@ -136,7 +133,7 @@ PEERS = {
     "cut-cross-entropy": Peer(
         lambda: _cut("high"),
         cuda=True,
-        does="CE, sums in its own dtype, small gradients filtered (its default)",
+        computes="CE, sums in its own dtype, small gradients filtered (its default)",
         terms=True,
         refuses=_half_only,
     ),

@@ -1,5 +1,5 @@
-"""Tables and plots from the rows of results, written into the benchmark section of docs/results.md."""
+"""Tables and plots from the rows of results: an index, docs/benchmarks.md, and one page a machine below it."""
 
-from benchmarks.report.section import write_report
+from benchmarks.report.pages import write_report
 
 __all__ = ["write_report"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import Row
+from benchmarks.harness.rows import Row, write_text
 from benchmarks.report.tables import case_name, group
 
 _CASES = 6
@@ -28,24 +29,17 @@ def draw(rows: Sequence[Row], folder: Path, name: str) -> list[tuple[str, Path]]
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "ntpseg", "svg.fonttype": "none", "font.size": 8})
     timed = [row for row in rows if "seconds" in row]
-    if not timed:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for title, kind, call in (
-        ("Speed", "speed", _speed),
-        ("Memory", "memory", _memory),
-        ("Roofline", "roofline", _roof),
-    ):
-        figure = call(timed)
+    plots = []
+    for title, call in (("Speed", _speed), ("Memory", _memory), ("Roofline", _roofline)):
+        figure = call(timed) if timed else None
         if figure is None:
             continue
-        path = folder / f"{name}-{kind}.svg"
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, format="svg", metadata={"Date": None})
-        partial.replace(path)
-        found.append((title, path))
-    return found
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        path = folder / f"{name}-{title.lower()}.svg"
+        write_text(path, svg.getvalue())
+        plots.append((title, path))
+    return plots
 
 
 def _speed(rows: Sequence[Row]) -> Any:
@@ -61,7 +55,7 @@ def _memory(rows: Sequence[Row]) -> Any:
     )
 
 
-def _some(cases: list[list[Row]]) -> list[list[Row]]:
+def _subset(cases: list[list[Row]]) -> list[list[Row]]:
     """As many as a picture can show, from the first to the last."""
     if len(cases) <= _CASES:
         return cases
@@ -76,20 +70,20 @@ def _whiskers(row: Row) -> tuple[float, float]:
 def _bars(rows: Sequence[Row], value: Any, label: str, whiskers: Any) -> Any:
     from matplotlib.figure import Figure
 
-    cases = _some(list(group(rows, "case").values()))
+    cases = _subset(list(group(rows, "case").values()))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     figure = Figure(figsize=(9, 0.16 * len(cases) * len(names) + 1.4), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(cases)
     for number, case in enumerate(cases):
         by_name = {row["contestant"]: row for row in case}
-        there = [name for name in names if name in by_name]
-        where = [names.index(name) + number * height for name in there]
-        values = [value(by_name[name]) for name in there]
-        spread = None
+        present = [name for name in names if name in by_name]
+        y = [names.index(name) + number * height for name in present]
+        values = [value(by_name[name]) for name in present]
+        error = None
         if whiskers is not None:
-            spread = list(zip(*(whiskers(by_name[name]) for name in there), strict=True))
-        axes.barh(where, values, height, xerr=spread, label=case_name(case[0]), error_kw={"linewidth": 0.6})
+            error = list(zip(*(whiskers(by_name[name]) for name in present), strict=True))
+        axes.barh(y, values, height, xerr=error, label=case_name(case[0]), error_kw={"linewidth": 0.6})
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -99,7 +93,7 @@ def _bars(rows: Sequence[Row], value: Any, label: str, whiskers: Any) -> Any:
     return figure
 
 
-def _roof(rows: Sequence[Row]) -> Any:
+def _roofline(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
     points = [row for row in rows if row["work"]["flops"] and row["work"]["bytes"] and "ceiling" in row]

@@ -12,10 +12,10 @@ COLUMNS = 4  # cases side by side in one summary table
 
 def group(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
     """Rows by the values of some fields, in the order they came."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(_text(row[key]) for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(_text(row[key]) for key in keys), []).append(row)
+    return groups
 
 
 def case_name(row: Row) -> str:
@@ -25,7 +25,7 @@ def case_name(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Contestants down, cases across; each cell the time and its ratio to the reference."""
+    """Providers down, cases across; each cell the time and its ratio to the reference."""
     cases = list(group(rows, "case").values())
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     for first in range(0, len(cases), COLUMNS):
@@ -34,18 +34,18 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| | computes | {' | '.join(heads)} |"
         yield "|---|---|" + "---:|" * len(part)
         for name in names:
-            there = [case[name] for case in part if name in case]
-            if any("seconds" in row for row in there):
+            present = [case[name] for case in part if name in case]
+            if any("seconds" in row for row in present):
                 cells = [_cell(case.get(name)) for case in part]
-                yield f"| {name} | {there[0].get('does', '')} | {' | '.join(cells)} |"
+                yield f"| {name} | {present[0].get('does', '')} | {' | '.join(cells)} |"
         yield ""
 
 
 def details(rows: Sequence[Row]) -> Iterator[str]:
-    """One line per case and contestant, with everything a row knows."""
-    lines = ["| case | contestant | median ms | quartiles ms | rounds | over reference | noise of the reference"]
-    lines[0] += " | extra MiB | MiB in all | error | tokens/s | of the FLOP ceiling | load | timed by |"
-    lines.append("|---|---|" + "---:|" * 11 + "---|")
+    """One line per case and provider, with everything a row knows."""
+    columns = "case | provider | median ms | quartiles ms | rounds | over reference | noise of the reference"
+    yield f"| {columns} | extra MiB | MiB in all | error | tokens/s | of the FLOP ceiling | load | timed by |"
+    yield "|---|---|" + "---:|" * 11 + "---|"
     for row in rows:
         if "seconds" not in row:
             continue
@@ -67,8 +67,22 @@ def details(rows: Sequence[Row]) -> Iterator[str]:
             str(row["clock"].get("load", "")),
             row["timing"],
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    yield from lines
+        yield f"| {' | '.join(cells)} |"
+
+
+def limits(rows: Sequence[Row]) -> Iterator[str]:
+    """What was promised against what, and the worst case of it."""
+    checks: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row in rows:
+        for other, check in row.get("limits", {}).items():
+            who = f"{row['benchmark']}, {row['dtype']}, threads {row['threads']}"
+            checks.setdefault((who, other), []).append((check["median"] / check["limit"], row))
+    if checks:
+        yield from ("| | against | cases | met | worst case | of its limit |", "|---|---|---:|---:|---|---:|")
+    for (who, other), measured in checks.items():
+        share, row = max(measured, key=lambda item: item[0])
+        met = sum(share <= 1 for share, _ in measured)
+        yield f"| {who} | {other} | {len(measured)} | {met} | {case_name(row)} | {share:.0%} |"
 
 
 def absent(rows: Sequence[Row]) -> Iterator[str]:

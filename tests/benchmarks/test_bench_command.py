@@ -103,20 +103,18 @@ def test_the_steps_share_ten_minutes(built: bool, monkeypatch: pytest.MonkeyPatc
         assert sum(limit for _, limit, _ in steps) + 15 <= gpu_check.BUDGET < 600
     left = gpu_check.BUDGET - 15
     for index, (_, limit, _) in enumerate(steps):  # every step takes all that it may
-        share = gpu_check.allowed(steps[index:], left)
+        share = gpu_check.time_limit(steps[index:], left)
         assert share >= (limit * 0.999 if built else limit * 0.75)
         left -= share
     assert left == pytest.approx(0, abs=1e-6)
-    quick = gpu_check.allowed(steps[2:], gpu_check.BUDGET - 30)  # the first two were fast: the others get their time
+    quick = gpu_check.time_limit(steps[2:], gpu_check.BUDGET - 30)  # the first two were fast: the others get their time
     assert quick > steps[2][1]
 
 
 def test_a_step_is_stopped_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "print('hello', flush=True); import time; time.sleep(60)"]
-    found = gpu_check.step("slow", command, 6.0, dict(os.environ), tmp_path)
-    assert found["result"] == "out of time" and found["seconds"] < 30
+    result = gpu_check.run_step("slow", command, 6.0, dict(os.environ), tmp_path)
+    assert result["result"] == "out of time" and result["seconds"] < 30
     assert "hello" in (tmp_path / "slow.log").read_text()
-    assert (
-        gpu_check.step("bad", [sys.executable, "-c", "raise SystemExit(4)"], 60.0, dict(os.environ), tmp_path)["result"]
-        == "failed (4)"
-    )
+    command = [sys.executable, "-c", "raise SystemExit(4)"]
+    assert gpu_check.run_step("bad", command, 60.0, dict(os.environ), tmp_path)["result"] == "failed (4)"

@@ -11,38 +11,51 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command
-from benchmarks.harness import Case, Contest, Contestant, DeviceLost, Settings, Wrong, memory, rows, run_case
-from benchmarks.harness import contest as contests
-from benchmarks.harness.timing import Clock, Effort, interleaved, ratios, spread
+from benchmarks import command, suite
+from benchmarks.harness import (
+    PEAK,
+    Case,
+    Comparison,
+    DeviceLost,
+    Inaccurate,
+    Provider,
+    Settings,
+    memory,
+    rows,
+    run_case,
+)
+from benchmarks.harness import comparison as comparisons
+from benchmarks.harness.timing import Budget, Clock, interleaved, quartiles, ratio_quartiles
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, Effort(seconds=0.0, least=5, most=5, warmup=1))
+SETTINGS = Settings(CPU, Budget(seconds=0.0, min_rounds=5, max_rounds=5, warmup=1))
 
 
 def test_everyone_runs_once_a_round_in_a_turning_order() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = interleaved(calls, Clock(CPU), Effort(seconds=0.0, least=3, most=9, warmup=1))
+    seconds = interleaved(calls, Clock(CPU), Budget(seconds=0.0, min_rounds=3, max_rounds=9, warmup=1))
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
 
 
 def test_rounds_go_on_while_there_is_time() -> None:
-    seconds = interleaved({"a": lambda: time.sleep(0.001)}, Clock(CPU), Effort(seconds=0.05, least=1, most=1000))
+    seconds = interleaved(
+        {"a": lambda: time.sleep(0.001)}, Clock(CPU), Budget(seconds=0.05, min_rounds=1, max_rounds=1000)
+    )
     assert 1 < len(seconds["a"]) <= 60
     assert min(seconds["a"]) >= 0.001
 
 
 def test_spread_and_ratios_are_medians_and_quartiles() -> None:
-    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0, "least": 1.0}
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0, "least": 1.0}
     # of the ratio within a round, not the ratio of the medians (which would be 1)
-    assert ratios([1.0, 10.0, 4.0], [2.0, 4.0, 10.0])["median"] == 0.5
+    assert ratio_quartiles([1.0, 10.0, 4.0], [2.0, 4.0, 10.0])["median"] == 0.5
 
 
-def _contest(**contestants: Contestant) -> Case:
-    reference = Contestant(lambda: lambda: time.sleep(0.001))
-    build = lambda settings: Contest({"reference": reference, **contestants}, "reference", flops=1e6)  # noqa: E731
+def _case(**providers: Provider) -> Case:
+    reference = Provider(lambda: lambda: time.sleep(0.001))
+    build = lambda settings: Comparison({"reference": reference, **providers}, "reference", flops=1e6)  # noqa: E731
     return Case("made-up", {"n": 1}, build)
 
 
@@ -55,15 +68,15 @@ def _raises(error: Exception) -> Callable[..., Any]:
 
 def test_only_what_is_right_is_timed() -> None:
     timed: list[str] = []
-    case = _contest(
-        good=Contestant(lambda: lambda: time.sleep(0.003), lambda step: {"value": 0.0}),
-        wrong=Contestant(lambda: lambda: timed.append("wrong"), _raises(Wrong({"value": 3.0}, "off by 3"))),
-        away=Contestant(None, unavailable="not installed"),
-        large=Contestant(_raises(torch.OutOfMemoryError("too large"))),
-        broken=Contestant(_raises(KeyError("x"))),
+    case = _case(
+        good=Provider(lambda: lambda: time.sleep(0.003), lambda step: {"value": 0.0}),
+        wrong=Provider(lambda: lambda: timed.append("wrong"), _raises(Inaccurate({"value": 3.0}, "off by 3"))),
+        away=Provider(None, unavailable="not installed"),
+        large=Provider(_raises(torch.OutOfMemoryError("too large"))),
+        broken=Provider(_raises(KeyError("x"))),
     )
-    found = {row["contestant"]: row for row in run_case(case, SETTINGS)}
-    statuses = {name: row["status"] for name, row in found.items()}
+    rows_by_name = {row["contestant"]: row for row in run_case(case, SETTINGS)}
+    statuses = {name: row["status"] for name, row in rows_by_name.items()}
     assert statuses == {
         "reference": "ok",
         "good": "ok",
@@ -72,12 +85,12 @@ def test_only_what_is_right_is_timed() -> None:
         "large": "out of memory",
         "broken": "failed",
     }
-    assert [name for name, row in found.items() if "seconds" in row] == ["reference", "good"]
+    assert [name for name, row in rows_by_name.items() if "seconds" in row] == ["reference", "good"]
     assert not timed
-    assert found["wrong"]["error"] == {"value": 3.0} and found["wrong"]["reason"] == "off by 3"
-    assert found["away"]["reason"] == "not installed"
-    assert found["good"]["ratio"]["median"] > 1.5
-    assert found["reference"]["ratio"]["median"] == 1.0
+    assert rows_by_name["wrong"]["error"] == {"value": 3.0} and rows_by_name["wrong"]["reason"] == "off by 3"
+    assert rows_by_name["away"]["reason"] == "not installed"
+    assert rows_by_name["good"]["ratio"]["median"] > 1.5
+    assert rows_by_name["reference"]["ratio"]["median"] == 1.0
 
 
 def test_a_case_too_large_for_the_device_is_a_row() -> None:
@@ -96,49 +109,49 @@ def test_running_out_of_memory_after_the_check() -> None:
 
         return step
 
-    found = {row["contestant"]: row for row in run_case(_contest(large=Contestant(make)), SETTINGS)}
-    assert found["large"]["status"] == "out of memory" and "seconds" not in found["large"]
-    assert "seconds" in found["reference"]
+    rows_by_name = {row["contestant"]: row for row in run_case(_case(large=Provider(make)), SETTINGS)}
+    assert rows_by_name["large"]["status"] == "out of memory" and "seconds" not in rows_by_name["large"]
+    assert "seconds" in rows_by_name["reference"]
 
 
 def test_timing_that_breaks_off_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: Any) -> dict[str, list[float]]:
         raise RuntimeError("unspecified launch failure")
 
-    monkeypatch.setattr(contests, "interleaved", breaks)
-    (row,) = run_case(_contest(), SETTINGS)
+    monkeypatch.setattr(comparisons, "interleaved", breaks)
+    (row,) = run_case(_case(), SETTINGS)
     assert row["status"] == "failed" and "broke off: unspecified launch failure" in row["reason"]
 
 
-def test_a_contestant_that_loses_the_device_is_left_out_of_a_new_process(
+def test_a_provider_that_loses_the_device_is_left_out_of_a_new_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(contests, "alive", lambda device: False)
-    case = _contest(peer=Contestant(_raises(RuntimeError("an illegal memory access was encountered"))))
+    monkeypatch.setattr(comparisons, "alive", lambda device: False)
+    case = _case(peer=Provider(_raises(RuntimeError("an illegal memory access was encountered"))))
     with pytest.raises(DeviceLost, match="peer"):
         run_case(case, SETTINGS)
-    found = {
-        row["contestant"]: row for row in run_case(case, Settings(CPU, SETTINGS.effort, without=frozenset({"peer"})))
+    rows_by_name = {
+        row["contestant"]: row for row in run_case(case, Settings(CPU, SETTINGS.budget, without=frozenset({"peer"})))
     }
-    assert found["peer"]["status"] == "failed" and "seconds" in found["reference"]
+    assert rows_by_name["peer"]["status"] == "failed" and "seconds" in rows_by_name["reference"]
 
     became: list[list[str]] = []
-    grid = [_contest(), case]
-    monkeypatch.setattr(command, "cases_of", lambda *_: iter(grid))
-    monkeypatch.setattr(command, "_become", lambda it: became.append(it[it.index("topn") :]))
+    grid = [_case(), case]
+    monkeypatch.setattr(suite, "cases_of", lambda *_: iter(grid))
+    monkeypatch.setattr(command, "_replace_process", lambda command: became.append(command[command.index("topn") :]))
     arguments = ["topn", "--quick", "--device", "cpu", "--results", str(tmp_path)]
     command.main(arguments)
     assert became == [[*arguments, "--resume", "topn:1", "peer"]]
     assert len(rows.read(tmp_path)) == 1  # what was measured before is written already
     assert command.main(became[0]) == 0
     assert [row["contestant"] for row in rows.read(tmp_path)] == ["reference", "reference", "peer"]
-    grid.append(_contest(other=Contestant(_raises(RuntimeError("again")))))
+    grid.append(_case(other=Provider(_raises(RuntimeError("again")))))
     command.main(became[0])
     assert became[-1] == [*arguments, "--resume", "topn:2", "other", "peer"]
 
 
 def test_a_row_says_where_and_on_what_it_was_taken() -> None:
-    row = run_case(_contest(), SETTINGS)[0]
+    row = run_case(_case(), SETTINGS)[0]
     for key in ("commit", "device", "driver", "kind", "versions", "clock", "seconds", "noise", "timing", "memory"):
         assert key in row, key
     assert row["versions"]["torch"] == torch.__version__
@@ -146,18 +159,33 @@ def test_a_row_says_where_and_on_what_it_was_taken() -> None:
     json.dumps(row)
 
 
-def test_only_some_contestants() -> None:
-    case = _contest(a=Contestant(lambda: lambda: None), b=Contestant(lambda: lambda: None))
-    found = run_case(case, Settings(CPU, SETTINGS.effort, frozenset({"b"})))
-    assert [row["contestant"] for row in found] == ["reference", "b"]
+def test_only_some_providers() -> None:
+    case = _case(a=Provider(lambda: lambda: None), b=Provider(lambda: lambda: None))
+    rows = run_case(case, Settings(CPU, SETTINGS.budget, frozenset({"b"})))
+    assert [row["contestant"] for row in rows] == ["reference", "b"]
+
+
+def test_limits_are_held_against_ratios_and_memory() -> None:
+    seconds = {"ours": [1.0, 1.0, 4.0], "theirs": [2.0, 4.0, 4.0]}
+    limits = {"theirs": 0.5, "absent": 1.0, PEAK: 10.0}
+    assert comparisons._check_limits(limits, "ours", seconds, {"delta": 16}) == {
+        "theirs": {"median": 0.5, "range": [0.25, 1.0], "limit": 0.5, "met": True},
+        PEAK: {"median": 16, "limit": 10.0, "met": False},
+    }
+    assert set(comparisons._check_limits(limits, "ours", seconds, None)) == {"theirs"}
+
+
+def test_processor_time_does_not_count_sleep() -> None:
+    (slept,) = Clock(CPU, cpu_time=True).round([lambda: time.sleep(0.05)])
+    assert slept < 0.04 and Clock(CPU, cpu_time=True).method == "process_time"
 
 
 def test_peak_memory_sees_what_a_step_frees_again() -> None:
-    found = memory.peak(lambda: torch.ones(40 << 18).sum(), CPU)  # 40 MiB
-    if found is None:
+    peak = memory.peak_memory(lambda: torch.ones(40 << 18).sum(), CPU)  # 40 MiB
+    if peak is None:
         pytest.skip("this system does not let the peak be reset")
-    assert 35 < found["delta"] / 2**20 < 60
-    assert found["absolute"] > found["delta"]
+    assert 35 < peak["delta"] / 2**20 < 60
+    assert peak["absolute"] > peak["delta"]
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import loss
-from benchmarks.harness import Wrong
+from benchmarks.harness import Inaccurate
 from benchmarks.operands import Operands, Shape
 from benchmarks.peers import cross_entropy
 from benchmarks.peers.cross_entropy import PEERS, Peer, unavailable
+from benchmarks.verifier import FULL, Verifier
 
 CPU = torch.device("cpu")
 
@@ -118,20 +119,20 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_compute_the_mean(name: str, stand_ins: None) -> None:
     if name.startswith("torch") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this PyTorch has no linear cross-entropy")
-    it = Operands.make(Shape(16, 16, 40, 1, 2, "peaked", "float32"), CPU)
+    operands = Operands.random(Shape(16, 16, 40, 1, 2, "peaked", "float32"), CPU)
     call = PEERS[name].load()
-    assert max(loss._Judge(it).errors(loss.cross_entropy(it, call), "CE").values()) < 1e-5
+    assert max(Verifier(operands).errors(loss.cross_entropy(operands, call), "CE").values()) < 1e-5
     if PEERS[name].terms:
-        step = loss.cross_entropy(it, call, terms=True)
-        assert max(loss._Judge(it).errors(step, loss.FULL).values()) < 1e-5
+        step = loss.cross_entropy(operands, call, terms=True)
+        assert max(Verifier(operands).errors(step, FULL).values()) < 1e-5
 
 
 def test_a_sum_in_place_of_the_mean_gets_no_time(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    it = Operands.make(Shape(16, 16, 40, 1, 2, "random", "float32"), CPU)
-    wrong = lambda *given, **_: _mean(*given[:3]) * len(it.target)  # noqa: E731
+    operands = Operands.random(Shape(16, 16, 40, 1, 2, "random", "float32"), CPU)
+    wrong = lambda *args, **_: _mean(*args[:3]) * len(operands.target)  # noqa: E731
     monkeypatch.setattr(sys.modules["quack.linear_cross_entropy"], "chunked_linear_cross_entropy", wrong)
-    with pytest.raises(Wrong, match="loss"):
-        loss._Judge(it).errors(loss.cross_entropy(it, PEERS["quack"].load()), "CE")
+    with pytest.raises(Inaccurate, match="loss"):
+        Verifier(operands).errors(loss.cross_entropy(operands, PEERS["quack"].load()), "CE")
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "torch linear_cross_entropy"])
@@ -144,20 +145,20 @@ def test_calls_fit_the_installed_peer(name: str, monkeypatch: pytest.MonkeyPatch
         pytest.skip(f"{type(error).__name__}: {error}")
     real, bound = getattr(module, attribute), []
 
-    def bind(signature: inspect.Signature, *given: Any, **named: Any) -> torch.Tensor:
-        bound.append(signature.bind(*given, **named).arguments)
+    def bind(signature: inspect.Signature, *args: Any, **kwargs: Any) -> torch.Tensor:
+        bound.append(signature.bind(*args, **kwargs).arguments)
         return torch.zeros(())
 
     if inspect.isclass(real):  # its constructor runs for real
         signature = inspect.signature(real.forward)
-        monkeypatch.setattr(real, "forward", lambda *given, **named: bind(signature, *given, **named))
+        monkeypatch.setattr(real, "forward", lambda *args, **kwargs: bind(signature, *args, **kwargs))
         stood, known = inspect.signature(STAND_INS[path][attribute]), inspect.signature(real)
     else:
         known, stood = inspect.signature(real), inspect.signature(STAND_INS[path][attribute])
-        monkeypatch.setattr(module, attribute, lambda *given, **named: bind(known, *given, **named))
+        monkeypatch.setattr(module, attribute, lambda *args, **kwargs: bind(known, *args, **kwargs))
     PEERS[name].load()(torch.zeros(16, 8), torch.zeros(40, 8), torch.zeros(16, dtype=torch.int64))
-    (found,) = bound
-    shapes = [tuple(x.shape) for x in found.values() if isinstance(x, torch.Tensor)]
+    (arguments,) = bound
+    shapes = [tuple(x.shape) for x in arguments.values() if isinstance(x, torch.Tensor)]
     assert sorted(shapes) == [(16,), (16, 8), (40, 8)]
     for parameter in stood.parameters.values():  # the stand-in above says what the real one says
         assert parameter.name in known.parameters, parameter.name
@@ -188,8 +189,8 @@ def _operands(rows: int, classes: int, width: int, dtype: torch.dtype) -> tuple[
 def test_what_a_peer_cannot_take(
     name: str, shape: tuple[int, int, int], dtype: torch.dtype, reason: str | None
 ) -> None:
-    found = PEERS[name].refuses(*_operands(*shape, dtype))
-    assert found is None if reason is None else reason in str(found)
+    refused = PEERS[name].refuses(*_operands(*shape, dtype))
+    assert refused is None if reason is None else reason in str(refused)
 
 
 def test_a_broken_installation_is_a_reason() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from benchmarks import loss, profile_loss
-from benchmarks.command import BENCHMARKS, main
+from benchmarks.command import main
 from benchmarks.harness.rows import read
+from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
-from benchmarks.report.section import BEGIN, END, write_report
+from benchmarks.suite import BENCHMARKS
 
 QUICK = ["--quick", "--device", "cpu", "--seconds", "0"]
 
@@ -54,21 +55,24 @@ def test_loss_knows_its_peers(results: Path) -> None:
 
 
 def test_report_replaces_its_own_section_only(results: Path, tmp_path: Path) -> None:
-    docs = tmp_path / "results.md"
+    docs = tmp_path / "benchmarks.md"
     profile_loss.main(["--quick", "--device", "cpu", "--results", str(results)])
-    docs.write_text(f"# Results\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    docs.write_text(f"# Benchmarks\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     write_report(results, docs)
     text = docs.read_text()
-    assert text.startswith("# Results\n\nbefore\n\n" + BEGIN) and text.endswith(END + "\n\nafter\n")
+    assert text.startswith("# Benchmarks\n\nbefore\n\n" + BEGIN) and text.endswith(END + "\n\nafter\n")
     assert "\nold\n" not in text
-    for title in ("Loss, forward and backward", "Decoding masks", "A whole training step"):
-        assert f"#### {title}" in text
     assert "No figure here was taken on a GPU" in text and "`ntpseg bench loss`" in text
-    assert "- liger: unavailable: needs a CUDA device" in text
+    (path,) = (tmp_path / "benchmarks").iterdir()
+    assert f"(benchmarks/{path.name}): attention, decode, loss, topn, train" in text
+    page = path.read_text()
+    for title in ("Loss, forward and backward", "Decoding masks", "A whole training step"):
+        assert f"## {title}" in page
+    assert "- liger: unavailable: needs a CUDA device" in page
     pictures = sorted((tmp_path / "figures").glob("*.svg"))
     assert any("roofline" in p.name for p in pictures) and any("memory" in p.name for p in pictures)
-    assert all(f"(figures/{p.name})" in text for p in pictures)
-    assert "### Kernels of the loss: R 64" in text
+    assert all(f"(../figures/{p.name})" in page for p in pictures)
+    assert "## Kernels of the loss: R 64" in page
 
 
 def test_pictures_change_with_the_rows_only(results: Path, tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_pictures_change_with_the_rows_only(results: Path, tmp_path: Path) -> No
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"results is .*no rows"):
+    with pytest.raises(ValueError, match=r"results must be a folder with rows .*no rows"):
         write_report(tmp_path, tmp_path / "results.md")
 
 
@@ -95,14 +99,14 @@ def test_where_picks_cases(tmp_path: Path) -> None:
 
 def test_profile_runs(tmp_path: Path) -> None:
     profile_loss.main(["--quick", "--device", "cpu", "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
+    profile = json.loads((tmp_path / "profile-cpu-quick.json").read_text())["profiles"][0]
     # Only the thirty longest are kept: a tail of short ones may be missing from the sum, never added to it.
-    shares = [row["share"] for row in found["kernels"]]
+    shares = [row["share"] for row in profile["kernels"]]
     assert shares == sorted(shares, reverse=True) and len(shares) <= 30
     assert 0.6 < sum(shares) <= 1.0 + 1e-9
-    totals = [row["seconds"] / row["share"] for row in found["kernels"]]
+    totals = [row["seconds"] / row["share"] for row in profile["kernels"]]
     assert totals == pytest.approx([totals[0]] * len(totals), rel=0.01)  # written with few digits
-    assert found["kernels"][0]["seconds"] >= found["kernels"][-1]["seconds"] > 0
+    assert profile["kernels"][0]["seconds"] >= profile["kernels"][-1]["seconds"] > 0
 
 
 def test_ncu_output_is_read() -> None:
@@ -145,13 +149,13 @@ def test_ncu_says_why_it_says_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_quick_on_a_gpu_measures_what_matters_first() -> None:
-    quick = loss.shapes(torch.device("cuda"), True)
+    quick = loss.shapes(torch.device("cuda"), "quick")
     assert [(s.width, s.classes) for s in quick[:2]] == [(4096, 32768), (4096, 184622)]
     plain = {(s.width, s.classes) for s in quick if (s.rows, s.heads, s.dtype) == (6272, 1, "bfloat16")}
     assert plain == {(d, v) for d in (1024, 2048, 4096) for v in (32768, 184622)}
     assert (quick[-1].rows, quick[-1].heads) == (32768, 4)
     assert {s.logits for s in quick} == {"random", "peaked"}
-    full = loss.shapes(torch.device("cuda"), False)
+    full = loss.shapes(torch.device("cuda"), "full")
     assert {(s.width, s.classes, s.rows) for s in full if s.classes == 184622} == {
         (d, 184622, r) for d in (1024, 2048, 4096) for r in (6272, 32768)
     }

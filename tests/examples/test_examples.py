@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     ],
 )
 def test_curve_equals_the_models_own(name: str, arguments: list[str]) -> None:
-    found = importlib.import_module(name).main(arguments)
-    assert len(found["fused"]) >= 2
-    assert found["fused"][0] != found["fused"][-1]
-    assert found["difference"] < 2e-4
+    result = importlib.import_module(name).main(arguments)
+    assert len(result["fused"]) >= 2
+    assert result["fused"][0] != result["fused"][-1]
+    assert result["difference"] < 2e-4

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +87,17 @@ def test_run_directory(run) -> None:
     assert all(0.0 <= line["eval_token_dice"] <= 1.0 for line in evaluated)
 
 
-def test_gradient_filter_benchmark(run, tmp_path, monkeypatch) -> None:
-    """`benchmarks/gradient_filter.py` on a run: smaller tiles skip no less, and gradients stay."""
-    folder, output = Path(__file__).resolve().parents[2] / "benchmarks", tmp_path / "filter.json"
-    tiles = ("128x64", "1x1")
-    arguments = [str(run), "--samples", "2", "--threshold", "1e-6", "--tiles", *tiles, "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["gradient_filter.py", *arguments])
-    monkeypatch.syspath_prepend(str(folder))
-    runpy.run_path(str(folder / "gradient_filter.py"), run_name="__main__")
-    found = json.loads(output.read_text())
-    skipped = [found["skipped_share_of_tiles"][tile] for tile in tiles]
+def test_gradient_filter_benchmark(run, monkeypatch) -> None:
+    """The loss benchmark on a run: smaller tiles skip no less, and gradients stay."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from benchmarks import loss, trained
+
+    operands = trained.trained_operands(run, samples=2)
+    exact, filtered = (loss.ours(operands, "torch", threshold)() for threshold in (0.0, 1e-6))
+    skipped = list(trained.skipped_tiles(operands, 1e-6, ((128, 64), (1, 1))).values())
     assert 0 <= skipped[0] <= skipped[1] < 1
-    assert max(found["relative_error"].values()) < 1e-3
+    facts = trained.filter_facts(operands, exact, filtered)
+    assert max(facts["relative_error"].values()) < 1e-3
 
 
 def test_bundle_round_trip(run, data, tmp_path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import regression
 from benchmarks.command import main
 from benchmarks.harness.environment import ROOT
-from benchmarks.harness.timing import Effort
+from benchmarks.harness.timing import Budget
 
 
 class _Fake:
@@ -36,16 +36,16 @@ class _Fake:
     [([1.2], True), ([1.04], False), ([0.8], False), ([1.0, 1.0, 3.0], False), ([1.3, 0.8, 1.3, 0.8, 1.3], False)],
 )
 def test_slower_means_beyond_threshold_and_noise(now: list[float], slower: bool) -> None:
-    given = argparse.Namespace(only=None, base="main", threshold=0.05)
-    effort = Effort(seconds=0.0, least=11, most=11, warmup=0)
-    (row,) = compare._benchmark("loss", given, [_Fake(now), _Fake([1.0])], effort)  # type: ignore[list-item]
+    args = argparse.Namespace(only=None, base="main", threshold=0.05)
+    budget = Budget(seconds=0.0, min_rounds=11, max_rounds=11, warmup=0)
+    (row,) = regression._benchmark("loss", args, [_Fake(now), _Fake([1.0])], budget)  # type: ignore[list-item]
     assert row["slower"] is slower
     assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
 
 
 def test_median_interval_narrows() -> None:
-    assert compare.median_interval([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
-    low, middle, high = compare.median_interval([float(i) for i in range(100)])
+    assert regression.median_interval([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
+    low, middle, high = regression.median_interval([float(i) for i in range(100)])
     assert (middle, low, high) == (49.5, 40.0, 59.0)
 
 
@@ -69,5 +69,5 @@ def test_against_the_last_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not _is_checkout(), reason="not a git checkout")
 def test_unknown_revision() -> None:
-    with pytest.raises(ValueError, match="base is 'nowhere'"):
+    with pytest.raises(ValueError, match=r"base must be a revision of .*, got 'nowhere'"):
         main(["topn", "--quick", "--device", "cpu", "--base", "nowhere"])

@@ -3,7 +3,7 @@
 A segmenter that reads image and sentence must beat this by a margin; where captions were derived from the masks it is
 far from zero. The threshold on the mean mask is the one that does best on the validation split.
 
-usage: python benchmarks/baselines/text_prior.py DATA [--size 224] [--out result.json]
+    python -m benchmarks.accuracy.text_prior DATA [--size 224] [--out result.json]
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import arrays, score, split, write
 
+from benchmarks.accuracy.common import arrays, score, split, write
 from ntpseg.evaluation.metrics import dice_scores
 
 THRESHOLDS = np.arange(0.15, 0.651, 0.05)

@@ -1,4 +1,4 @@
-"""What both baselines share: reading a data set at one size, scoring at each image's own size, writing the result."""
+"""What the baselines share: reading a data set at one size, scoring at each image's own size, writing the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def split(path: Path, name: str, limit: int | None = None) -> list[Record]:
     """The records of one split that have a mask, at most `limit` of them."""
     records = [r for r in load_records(path) if r.split == name and r.mask is not None]
     if not records:
-        raise ValueError(f"{path} has no {name} records with masks; it must have at least 1")
+        raise ValueError(f"data must have {name} records with masks, got {path}, which has none")
     return records[:limit]
 
 
@@ -31,16 +31,23 @@ def arrays(records: Sequence[Record], size: int, channels: int = 1) -> tuple[np.
     images = np.empty((len(records), channels, size, size), np.float32)
     masks = np.empty((len(records), size, size), bool)
     for i, record in enumerate(records):
-        image, mask = prepare(read_image(record.image), read_mask(record.mask), size, channels)
-        images[i], masks[i] = image, mask[0] > 0.5
+        image, mask = prepare(read_image(record.image), true_mask(record), size, channels)
+        images[i] = image
+        masks[i] = np.asarray(mask)[0] > 0.5
     return images, masks
+
+
+def true_mask(record: Record) -> np.ndarray:
+    """The mask of a record that has one, bool ``[H, W]``."""
+    assert record.mask is not None  # `split` leaves the others out
+    return read_mask(record.mask)
 
 
 def score(records: Sequence[Record], predict: Callable[[int], np.ndarray]) -> dict[str, Any]:
     """Summary of the metrics; `predict(i)` gives record i's foreground probability float ``[S, S]``."""
     parts = []
     for i, record in enumerate(records):
-        truth = read_mask(record.mask)
+        truth = true_mask(record)
         parts.append(segmentation_metrics(resize_mask(predict(i), *truth.shape)[None], truth[None]))
     return summarise(concatenate(parts), [r.subject for r in records])
 

@@ -6,7 +6,7 @@ which a convolution could not tell left from right. Data, size, augmentation and
 Training stops by its processor time, so that other work on the machine does not count; augmentation is included,
 validation for the learning curve is not.
 
-usage: python benchmarks/baselines/unet.py DATA --minutes 30 [--text] [--size 224] [--augment '{"flip": 0.5}'] [--out R]
+    python -m benchmarks.accuracy.unet DATA --minutes 30 [--text] [--size 224] [--augment '{"flip": 0.5}'] [--out R]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arrays, score, split, write
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
+from benchmarks.accuracy.common import arrays, score, split, write
 from ntpseg.data import Augmentation
 from ntpseg.evaluation.metrics import dice_scores
 
@@ -43,11 +43,12 @@ class Network(nn.Module):
 
     def __init__(self, size: int, channels: int, codes: int, width: int) -> None:
         super().__init__()
-        self.text = nn.Linear(codes, TEXT_CHANNELS) if codes else None
+        self.text: nn.Linear | None = nn.Linear(codes, TEXT_CHANNELS) if codes else None
         extra = TEXT_CHANNELS + 2 if codes else 0
         widths = [width * 2**i for i in range(5)]
         self.unet = UNet(2, channels + extra, 1, widths, (2, 2, 2, 2), num_res_units=2, norm="batch")
         line = torch.linspace(-1, 1, size)
+        self.place: Tensor
         self.register_buffer("place", torch.stack(torch.meshgrid(line, line, indexing="ij"))[None])
 
     def forward(self, image: Tensor, code: Tensor | None) -> Tensor:
@@ -73,7 +74,7 @@ class Trainer:
                     self.names.setdefault(word, len(self.names))
         self.augmentation = Augmentation(**json.loads(args.augment))
         self.network = Network(args.size, args.channels, len(self.names), args.width)
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stub lacks it
         self.curve: list[dict[str, float]] = []
 
     def code(self, texts: list[str]) -> Tensor | None:
@@ -89,22 +90,22 @@ class Trainer:
     def predict(self, images: np.ndarray, texts: list[str]) -> np.ndarray:
         """Foreground probabilities float32 ``[N, S, S]``."""
         self.network.eval()
-        found = []
+        probabilities = []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
             for i in range(0, len(images), 32):
                 logits = self.network(torch.from_numpy(images[i : i + 32]), self.code(texts[i : i + 32]))
-                found.append(logits[:, 0].float().sigmoid().numpy())
-        return np.concatenate(found)
+                probabilities.append(logits[:, 0].float().sigmoid().numpy())
+        return np.concatenate(probabilities)
 
     def batch(self, chosen: np.ndarray, seed: int) -> tuple[Tensor, Tensor, list[str]]:
         """Augmented images, masks and sentences."""
         rng = np.random.default_rng([self.args.seed, seed])
-        made = [
+        samples = [
             self.augmentation.apply(self.images[i], self.masks[i][None].astype(np.float32), self.train[i].text, rng)
             for i in chosen
         ]
-        images, masks = (torch.from_numpy(np.stack([m[n] for m in made])) for n in (0, 1))  # type: ignore[misc]
-        return images, masks, [m[2] for m in made]
+        images, masks, texts = zip(*samples, strict=True)
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks)), list(texts)
 
     def fit(self) -> None:
         """Train until the core-minutes are used up; the learning rate follows them."""
@@ -113,20 +114,20 @@ class Trainer:
         val_images, val_masks = arrays(val, args.size, args.channels)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, weight_decay=0.01)
         loss_of = DiceCELoss(sigmoid=True, batch=True)
-        budget, used, step, due = 60.0 * args.minutes, 0.0, 0, 0.1
+        budget, used, step, next_point = 60.0 * args.minutes, 0.0, 0, 0.1
         # One batch is augmented in a thread while the last one trains.
         with ThreadPoolExecutor(1) as pool:
             order = self._order(0)
-            waiting = pool.submit(self.batch, order[: args.batch_size], 0)
+            pending = pool.submit(self.batch, order[: args.batch_size], 0)
             while used < budget:
                 started = time.process_time()
-                images, masks, texts = waiting.result()
+                images, masks, texts = pending.result()
                 step += 1
                 per_epoch = max(1, len(self.train) // args.batch_size)
                 if step % per_epoch == 0:
                     order = self._order(step // per_epoch)
                 first = step % per_epoch * args.batch_size
-                waiting = pool.submit(self.batch, order[first : first + args.batch_size], step)
+                pending = pool.submit(self.batch, order[first : first + args.batch_size], step)
                 done = used / budget
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
@@ -138,8 +139,8 @@ class Trainer:
                 loss.backward()
                 optimizer.step()
                 used += time.process_time() - started
-                if used / budget >= due or used >= budget:
-                    due += 0.1
+                if used / budget >= next_point or used >= budget:
+                    next_point += 0.1
                     dice = dice_scores(self.predict(val_images, [r.text for r in val]) >= 0.5, val_masks)
                     point = {"minutes": used / 60, "step": step, "loss": float(loss), "val_dice": float(dice.mean())}
                     self.curve.append(point)
@@ -168,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     if args.size % 16:
-        parser.error(f"--size is {args.size}; it must be a multiple of 16")
+        parser.error(f"--size must be a multiple of 16, got {args.size}")
     return args
 
 

@@ -2,7 +2,7 @@
 
 The revision is checked out into a temporary folder, and one process per revision builds each case and checks it; then
 the two take turns, one round each, and the ratio is taken round by round. The benchmarks themselves are this tree's on
-both sides. A contestant fails where the median ratio is above the threshold and the interval around it excludes 1.
+both sides. A provider fails where the median ratio is above the threshold and the interval around it excludes 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.harness.environment import ROOT
 from benchmarks.harness.rows import Row, write
-from benchmarks.harness.timing import Effort
+from benchmarks.harness.timing import Budget
 
 
 class Side:
@@ -32,7 +32,7 @@ class Side:
 
     Args:
         package: folder that holds its ``ntpseg``.
-        arguments: the command line's own.
+        arguments: the worker's options.
     """
 
     def __init__(self, package: Path, arguments: Sequence[str]) -> None:
@@ -51,13 +51,12 @@ class Side:
             RuntimeError: the worker failed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        text = ""
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
-        except BrokenPipeError as error:
-            raise RuntimeError("a worker ended before its time; its own message is above") from error
-        text = self.process.stdout.readline()
+            text = self.process.stdout.readline()
         if not text:
-            raise RuntimeError("a worker ended before its time; its own message is above")
+            raise RuntimeError("worker exited early; its own message is above")
         answer = json.loads(text)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -71,53 +70,50 @@ class Side:
         self.process.wait(timeout=60)
 
 
-def compare(given: argparse.Namespace) -> int:
+def compare_with_base(args: argparse.Namespace, names: Sequence[str], budget: Budget) -> int:
     """Prints and writes the comparison; returns 1 where something became slower than the threshold allows.
+
+    Args:
+        args: the command line.
+        names: of the benchmarks.
+        budget: of one provider of one case.
 
     Raises:
         ValueError: the revision does not exist.
     """
-    from benchmarks.command import names_of, settings_of
-
-    effort = settings_of(given).effort
-    arguments = _own_arguments(given)
+    arguments = _worker_arguments(args)
     rows: list[Row] = []
-    with base_package(given.base) as package:
+    with base_package(args.base) as package:
         sides = [Side(ROOT, arguments), Side(package, arguments)]
         try:
-            for name in names_of(given.what):
-                for row in _benchmark(name, given, sides, effort):
+            for name in names:
+                for row in _benchmark(name, args, sides, budget):
                     rows.append(row)
                     print(_line(row), flush=True)
-                    write(given.results / f"compare-{sides_name(row)}.json", rows)
+                    write(args.results / f"compare-{row['kind']}.json", rows)
         finally:
             for side in sides:
                 side.close()
     slower = [row for row in rows if row["slower"]]
-    print(f"{len(rows)} comparisons, {len(slower)} slower than {given.base} by more than {given.threshold:.0%}")
+    print(f"{len(rows)} comparisons, {len(slower)} slower than {args.base} by more than {args.threshold:.0%}")
     if not rows:
         print("nothing of ours could run on both sides")
     return 1 if slower or not rows else 0
-
-
-def sides_name(row: Row) -> str:
-    """For the file: the kind of device."""
-    return row["kind"]
 
 
 @contextlib.contextmanager
 def base_package(revision: str) -> Iterator[Path]:
     """A folder that holds nothing but the revision's ``ntpseg``, native operators included where this tree has them."""
     git = ["git", "-C", str(ROOT)]
-    found = subprocess.run([*git, "rev-parse", "--verify", f"{revision}^{{commit}}"], capture_output=True, text=True)
-    if found.returncode:
-        raise ValueError(f"base is {revision!r}, which is no revision of {ROOT}")
+    resolved = subprocess.run([*git, "rev-parse", "--verify", f"{revision}^{{commit}}"], capture_output=True, text=True)
+    if resolved.returncode:
+        raise ValueError(f"base must be a revision of {ROOT}, got {revision!r}")
+    commit = resolved.stdout.strip()
     folder = Path(tempfile.mkdtemp(prefix="ntpseg-base-"))
     tree, package = folder / "tree", folder / "package"
     try:
-        add = [*git, "worktree", "add", "--detach", "--quiet", str(tree), found.stdout.strip()]
-        subprocess.run(add, check=True)
-        _native(tree, git, found.stdout.strip())
+        subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), commit], check=True)
+        _native(tree, git, commit)
         package.mkdir()
         (package / "ntpseg").symlink_to(tree / "ntpseg")
         yield package
@@ -131,8 +127,7 @@ def _native(tree: Path, git: list[str], revision: str) -> None:
     built = list((ROOT / "ntpseg").glob("_C*.so"))
     if not built or os.environ.get("NTPSEG_DISABLE_NATIVE") == "1":
         return
-    same = subprocess.run([*git, "diff", "--quiet", revision, "--", "csrc", "setup.py"]).returncode == 0
-    if same:
+    if subprocess.run([*git, "diff", "--quiet", revision, "--", "csrc", "setup.py"]).returncode == 0:
         for path in built:
             shutil.copy2(path, tree / "ntpseg" / path.name)
         return
@@ -140,46 +135,45 @@ def _native(tree: Path, git: list[str], revision: str) -> None:
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True)
 
 
-def _benchmark(name: str, given: argparse.Namespace, sides: list[Side], effort: Effort) -> Iterator[Row]:
+def _benchmark(name: str, args: argparse.Namespace, sides: list[Side], budget: Budget) -> Iterator[Row]:
     grids = [side.ask("cases", name) for side in sides]
-    fixed = {key: value for key, value in grids[0].items() if key != "cases"}
+    environment = {key: value for key, value in grids[0].items() if key != "cases"}
     for index, parameters in enumerate(grids[0]["cases"]):
         built = [side.ask("build", index) for side in sides]
-        names = [x for x in built[0]["ready"] if x in built[1]["ready"] and (not given.only or x in given.only)]
-        for which, answer in zip(("this tree", given.base), built, strict=True):
+        names = [x for x in built[0]["ready"] if x in built[1]["ready"] and (not args.only or x in args.only)]
+        for which, answer in zip(("this tree", args.base), built, strict=True):
             for missing, reason in answer["missing"].items():
-                if all(missing in side["missing"] for side in built):
-                    continue
-                print(f"{name} {missing}: not on the side of {which}: {reason}")
+                if not all(missing in side["missing"] for side in built):
+                    print(f"{name} {missing}: not on the side of {which}: {reason}")
         if not names:
             continue
-        now, base = _turns(sides, names, effort)
-        for contestant in names:
-            ratio = [a / b for a, b in zip(now[contestant], base[contestant], strict=True)]
-            low, middle, high = median_interval(ratio)
+        now, base = _turns(sides, names, budget)
+        for provider in names:
+            ratios = [a / b for a, b in zip(now[provider], base[provider], strict=True)]
+            low, middle, high = median_interval(ratios)
             yield {
                 "compared": name,
                 "case": parameters,
-                "name": contestant,
-                **fixed,
-                "base": given.base,
+                "name": provider,
+                **environment,
+                "base": args.base,
                 "base_commit": grids[1]["commit"],
-                "seconds": {"now": statistics.median(now[contestant]), "base": statistics.median(base[contestant])},
-                "ratio": {"median": middle, "low": low, "high": high, "rounds": len(ratio)},
-                "slower": middle > 1 + given.threshold and low > 1,
+                "seconds": {"now": statistics.median(now[provider]), "base": statistics.median(base[provider])},
+                "ratio": {"median": middle, "low": low, "high": high, "rounds": len(ratios)},
+                "slower": middle > 1 + args.threshold and low > 1,
             }
 
 
 def _turns(
-    sides: list[Side], names: list[str], effort: Effort
+    sides: list[Side], names: list[str], budget: Budget
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     seconds: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in sides]
-    for _ in range(effort.warmup):
+    for _ in range(budget.warmup):
         for side in sides:
             side.ask("round", names)
-    deadline = time.perf_counter() + effort.seconds * len(names)
+    deadline = time.perf_counter() + budget.seconds * len(names)
     turn = 0
-    while turn < max(effort.least, 7) or (turn < effort.most and time.perf_counter() < deadline):
+    while turn < max(budget.min_rounds, 7) or (turn < budget.max_rounds and time.perf_counter() < deadline):
         for which in (0, 1) if turn % 2 else (1, 0):
             for name, spent in zip(names, sides[which].ask("round", names)["seconds"], strict=True):
                 seconds[which][name].append(spent)
@@ -194,12 +188,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return ordered[place], statistics.median(ordered), ordered[-1 - place]
 
 
-def _own_arguments(given: argparse.Namespace) -> list[str]:
-    found = ["--quick"] if given.quick else []
-    for name in ("device", "threads", "seconds"):
-        if getattr(given, name) is not None:
-            found += [f"--{name}", str(getattr(given, name))]
-    return found + (["--where", *given.where] if given.where else [])
+def _worker_arguments(args: argparse.Namespace) -> list[str]:
+    arguments = [f"--{name}" for name in ("quick", "gate") if getattr(args, name)]
+    for name in ("device", "threads", "clock", "seconds", "run"):
+        if getattr(args, name) is not None:
+            arguments += [f"--{name}", str(getattr(args, name))]
+    return arguments + (["--where", *args.where] if args.where else [])
 
 
 def _line(row: Row) -> str:

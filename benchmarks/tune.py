@@ -1,4 +1,4 @@
-"""Times the forward product's candidates on this machine's GPU against cuBLAS: ``python -m ntpseg.kernels.tune``.
+"""Times the forward product's candidates on this machine's GPU against cuBLAS: ``python -m benchmarks.tune``.
 
 Prints one JSON line per shape and candidate: the median over interleaved repetitions of (candidate) / (cuBLAS product
 of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into `ntpseg.kernels.table` by
