@@ -19,7 +19,7 @@ from loss_cpu_gate import commit, cpu_name
 
 from ntpseg import ntp_loss
 from ntpseg.losses import LossOptions
-from ntpseg.losses.rows import plan_rows
+from ntpseg.losses.compaction import plan_rows
 from ntpseg.models.bundle import Bundle
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.training.dataset import Collator, TokenDataset

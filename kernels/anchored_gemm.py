@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ntpseg.kernels.dialect import anchored_exp, narrow, operand, rebase
-from ntpseg.kernels.partials import Anchors, Partials
-from ntpseg.kernels.table import GemmConfig
+from ntpseg.kernels.gemm_configs import GemmConfig
+from ntpseg.kernels.tl_utils import anchored_exp, narrow, operand, rebase
+from ntpseg.kernels.workspace import Anchors, Partials
 
 
 @triton.jit

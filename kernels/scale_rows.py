@@ -1,6 +1,7 @@
-"""Row-scaled copies between dtypes.
+"""Copies scaled row by row, and a tensor scaled in place by one number that lies on the device.
 
-Reference: ``out = (source.float() * scale[:, None] * factor).to(out.dtype)``.
+Reference: ``out = (source.float() * scale[:, None] * factor).to(out.dtype)``, and
+``out = (out.float() * factor).to(out.dtype)``. PyTorch would round the factor to the dtype of `out` first.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED, narrow
+from ntpseg.kernels.tl_utils import INTERPRETED, narrow, operand
 
 
 @triton.jit(do_not_specialize=["rows", "factor"])
@@ -55,4 +56,21 @@ def scale_rows(source: Tensor, scale: Tensor, out: Tensor, factor: float = 1.0) 
         BD=depth,
         num_warps=4,
     )
+    return out
+
+
+@triton.jit
+def rescale_kernel(out, factor_ptr, entries, SIZE: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        value = operand(tl.load(out + place, mask=place < entries, other=0.0)).to(tl.float32)
+        tl.store(out + place, narrow(value * factor, out.dtype.element_ty), mask=place < entries)
+
+
+def rescale(out: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies `out`, contiguous, by `factor`, 0-dim fp32, and returns it."""
+    if out.numel():
+        size = 1 << 16 if INTERPRETED else 8192
+        rescale_kernel[(triton.cdiv(out.numel(), size),)](out, factor, out.numel(), SIZE=size, num_warps=8)
     return out

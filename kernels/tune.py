@@ -1,8 +1,8 @@
 """Times the forward product's candidates on this machine's GPU against cuBLAS: ``python -m ntpseg.kernels.tune``.
 
 Prints one JSON line per shape and candidate: the median over interleaved repetitions of (candidate) / (cuBLAS product
-of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into `ntpseg.kernels.table` by
-hand, with its line as evidence.
+of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into
+`ntpseg.kernels.gemm_configs` by hand, with its line as evidence.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import asdict
 import torch
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
-from ntpseg.kernels.partials import Anchors, Partials
-from ntpseg.kernels.table import TABLE, GemmConfig, architecture, programs
+from ntpseg.kernels.gemm_configs import TABLE, GemmConfig, architecture, programs
+from ntpseg.kernels.workspace import Anchors, Partials
 
 CANDIDATES: dict[str, tuple[GemmConfig, ...]] = {
     "sm_80": (

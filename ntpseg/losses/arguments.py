@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ntpseg.losses.compaction import filled
 from ntpseg.losses.options import LossOptions, NumItems
-from ntpseg.losses.rows import filled
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens

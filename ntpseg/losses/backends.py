@@ -5,7 +5,7 @@ A backend is one function
     rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult
 
 What it is given
-    `rows`: the compacted supervised rows, see `ntpseg.losses.rows.Rows` (hidden, target, share, reach, het, ...).
+    `rows`: the compacted supervised rows, see `ntpseg.losses.compaction.Rows` (hidden, target, share, reach, het, ...).
         R may be 0.
     `weight`: ``[V, D]`` (one segment) or ``[k, V, D]`` (k segments), already cut to ``options.vocab_range``, the same
         dtype as ``rows.hidden``. Its last dimension is contiguous; do not assume the rest. Never write to it.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntpseg.losses.backends import gradient_dtype, load_backend
+from ntpseg.losses.compaction import RowPlan, plan_rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.planning import plan_batch
 from ntpseg.losses.vocab_parallel import Shard
 from ntpseg.ops.loss import register_loss
 
@@ -93,6 +94,23 @@ def fused_loss(
             d_hidden,
             d_weight,
         )
+
+
+def plan_batch(hidden: Tensor, labels: Tensor, classes: int, options: LossOptions, **keywords: Any) -> Any:
+    """See `ntpseg.losses.compaction.plan_rows` for the arguments and errors.
+
+    Returns:
+        A `RowPlan`, or a `ntpseg.losses.compaction_triton.KernelPlan`, which offers the same.
+    """
+    if options.backend == "triton" and hidden.dtype != torch.float64 and labels.numel():
+        from ntpseg.kernels.tl_utils import INTERPRETED
+        from ntpseg.losses.compaction_triton import plan_by_kernels
+
+        if hidden.is_cuda or INTERPRETED:
+            return plan_by_kernels(hidden, labels, classes, options, **keywords)
+    rows, ntp_share = plan_rows(hidden, labels, classes, options, **keywords)
+    batch, time, heads, _ = hidden.shape
+    return RowPlan(rows, ntp_share, (batch, time, heads), int(options.shift))
 
 
 loss_op = register_loss(fused_loss)

@@ -10,8 +10,6 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ntpseg.losses.packing import pack, unpack
-
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
@@ -87,13 +85,13 @@ class LossOptions:
 
     def to_text(self) -> str:
         """All values in one line; what a custom operator's schema can carry, and torch.compile can trace."""
-        return pack([getattr(self, name) for name in _FIELDS])
+        return _pack([getattr(self, name) for name in _FIELDS])
 
     @staticmethod
     @lru_cache(maxsize=64)
     def from_text(text: str) -> LossOptions:
         """The inverse of `to_text`."""
-        return LossOptions(*unpack(text))  # type: ignore[arg-type]
+        return LossOptions(*_unpack(text))  # type: ignore[arg-type]
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
@@ -155,3 +153,43 @@ class NTPOutput:
     head_prediction: Tensor | None = None
     head_nll: Tensor | None = None
     head_margin: Tensor | None = None
+
+
+_Value = None | bool | int | float | str | tuple[float, ...] | tuple[int, ...]
+
+
+def _pack(values: list[_Value]) -> str:
+    """One string for a list of None, booleans, numbers, short words and tuples of numbers.
+
+    JSON or ``repr`` would do, but torch.compile can follow neither where it holds a number as dynamic; ``float.hex`` it
+    can, and that is exact (for whole numbers up to 2**53).
+    """
+    return ";".join([_pack_one(value) for value in values])
+
+
+def _unpack(text: str) -> list[_Value]:
+    """The inverse of `_pack`."""
+    return [_unpack_one(item) for item in text.split(";")]
+
+
+def _pack_one(value: _Value) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return "'" + value
+    if isinstance(value, tuple):
+        return "(" + ",".join([_pack_one(item) for item in value])
+    return ("i" if isinstance(value, int) else "f") + float(value).hex()
+
+
+def _unpack_one(item: str) -> _Value:
+    if item in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[item]
+    if item.startswith("'"):
+        return item[1:]
+    if item.startswith("("):
+        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]
+    number = float.fromhex(item[1:])
+    return int(number) if item.startswith("i") else number

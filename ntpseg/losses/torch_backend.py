@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ntpseg.losses import products
 from ntpseg.losses.backends import RowsResult, gradient_dtype
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 from ntpseg.losses.vocab_parallel import Shard
 from ntpseg.ops import loss_cpu
 

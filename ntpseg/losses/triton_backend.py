@@ -6,14 +6,14 @@ import contextlib
 
 import torch
 
-from ntpseg.kernels.combine import Weights
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
-from ntpseg.kernels.partials import RowStates
+from ntpseg.kernels.chunk_loop import Segment, SegmentResult, Setting, run_segment
+from ntpseg.kernels.row_reduce import Weights
+from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.workspace import RowStates
 from ntpseg.losses import torch_backend
 from ntpseg.losses.backends import RowsResult, gradient_dtype
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 from ntpseg.losses.vocab_parallel import Shard
 
 

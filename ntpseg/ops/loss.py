@@ -98,7 +98,7 @@ def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _rescale() -> Callable[[Tensor, Tensor], Tensor] | None:
     try:
-        from ntpseg.kernels.rescale import rescale
+        from ntpseg.kernels.scale_rows import rescale
     except ImportError:
         return None
     return rescale

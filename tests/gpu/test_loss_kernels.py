@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 from ntpseg.kernels import chunks
-from ntpseg.kernels.engine import Setting
+from ntpseg.kernels.chunk_loop import Setting
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 
 pytestmark = pytest.mark.gpu
 

@@ -26,14 +26,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ntpseg.kernels import chunks
-from ntpseg.kernels.combine import Weights
-from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
-from ntpseg.kernels.hard_table import hard_table, rank_hard
-from ntpseg.kernels.partials import RowStates
-from ntpseg.kernels.placing import place_results, take_rows
-from ntpseg.kernels.planning import Layout, make_rows, mark
-from ntpseg.kernels.rescale import rescale
-from ntpseg.kernels.table import TABLE
+from ntpseg.kernels.chunk_loop import Segment, SegmentResult, Setting, run_segment
+from ntpseg.kernels.compaction import Layout, make_rows, mark
+from ntpseg.kernels.gather_scatter import place_results, take_rows
+from ntpseg.kernels.gemm_configs import TABLE
+from ntpseg.kernels.hard_tokens import hard_table, rank_hard
+from ntpseg.kernels.row_reduce import Weights
+from ntpseg.kernels.scale_rows import rescale
+from ntpseg.kernels.workspace import RowStates
 
 _POINTERS = {
     torch.bfloat16: "*bf16",

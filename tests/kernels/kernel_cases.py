@@ -7,12 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.engine import Setting
-from ntpseg.kernels.table import GemmConfig, Tiles
+from ntpseg.kernels.chunk_loop import Setting
+from ntpseg.kernels.gemm_configs import GemmConfig, Tiles
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 
 # The interpreter's tiles once more, with tensor descriptors, parts and flattening as on sm_90.
 _WITH_DESCRIPTORS = GemmConfig(64, 128, 64, warps=4, stages=1, tma=True, flatten=True)

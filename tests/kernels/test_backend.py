@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 from loss_cases import PARTS, Case, draw
 
 from ntpseg import NumItems, ntp_loss
-from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")

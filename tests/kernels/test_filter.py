@@ -11,14 +11,13 @@ pytest.importorskip("triton")
 
 from kernel_cases import DESCRIPTORS, distance, draw_rows, run, truth
 
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.engine import Setting
-from ntpseg.kernels.filtered import filtered_d_hidden, filtered_d_weight
-from ntpseg.kernels.live_tiles import LiveTiles, live_tiles
-from ntpseg.kernels.partials import Partials, RowStates
-from ntpseg.kernels.table import TABLE, Tiles
+from ntpseg.kernels.chunk_loop import Setting
+from ntpseg.kernels.gemm_configs import TABLE, Tiles
+from ntpseg.kernels.gradient_filter import LiveTiles, filtered_d_hidden, filtered_d_weight, live_tiles
+from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.workspace import Partials, RowStates
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 

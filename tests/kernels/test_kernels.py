@@ -12,17 +12,16 @@ pytest.importorskip("triton")
 from kernel_cases import DESCRIPTORS, distance, draw_rows
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
-from ntpseg.kernels.beside import add_beside
-from ntpseg.kernels.combine import Weights, combine, overflow_gap, redo_list
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.logits_pass import BLOCK_CLASSES, logits_exp, logits_statistics
-from ntpseg.kernels.pair_logits import pair_logits
-from ntpseg.kernels.partials import Anchors, Partials, RowStates
-from ntpseg.kernels.products import add_product, product
-from ntpseg.kernels.rescale import rescale
-from ntpseg.kernels.scale_rows import scale_rows
-from ntpseg.kernels.table import TABLE, GemmConfig
-from ntpseg.kernels.touch_up import touch_up, touched_tokens
+from ntpseg.kernels.contrastive import touch_up, touched_tokens
+from ntpseg.kernels.gemm_configs import TABLE, GemmConfig
+from ntpseg.kernels.indexed_dot import pair_logits
+from ntpseg.kernels.logits_epilogue import BLOCK_CLASSES, logits_exp, logits_statistics
+from ntpseg.kernels.matmul import add_product, product
+from ntpseg.kernels.row_reduce import Weights, combine, overflow_gap, redo_list
+from ntpseg.kernels.scale_rows import rescale, scale_rows
+from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.weight_grad import add_beside
+from ntpseg.kernels.workspace import Anchors, Partials, RowStates
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 

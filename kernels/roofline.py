@@ -1,6 +1,6 @@
 """What each configuration computes and moves, against the floor of the algorithm: 6RVD FLOPs and 6RV bytes.
 
-``python -m ntpseg.kernels.floor`` prints the table of docs/kernels.md. Counted from the launch parameters, not
+``python -m ntpseg.kernels.roofline`` prints the table of docs/kernels.md. Counted from the launch parameters, not
 measured: operand tiles that a product reads again from L2 are left out, as they are for any library product.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ntpseg.kernels.chunks import bytes_of_sum, bytes_per_row, plan_chunks
-from ntpseg.kernels.table import TABLE
+from ntpseg.kernels.gemm_configs import TABLE
 
 SHAPES = tuple(
     (rows, classes, width) for classes in (32768, 184622) for width in (1024, 2048, 4096) for rows in (6272, 32768)

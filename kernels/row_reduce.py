@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import FAR_ANCHOR, INTERPRETED, LN2, LOG2E, NO_TOKEN
-from ntpseg.kernels.partials import Anchors, Partials, RowStates
+from ntpseg.kernels.tl_utils import FAR_ANCHOR, INTERPRETED, LN2, LOG2E, NO_TOKEN
+from ntpseg.kernels.workspace import Anchors, Partials, RowStates
 
 # Above exp(48) the smallest row scale would leave the normal range of bf16; float16 itself ends at exp(11).
 _LIMIT = {torch.float16: 10.0}

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
 from ntpseg.kernels.chunks import plan_chunks, row_stride
-from ntpseg.kernels.combine import Weights, combine, overflow_gap, redo_list
-from ntpseg.kernels.dialect import LOG2E
-from ntpseg.kernels.filtered import filtered_d_hidden
-from ntpseg.kernels.live_tiles import live_tiles
-from ntpseg.kernels.logits_pass import BLOCK_CLASSES, logits_exp, logits_statistics
-from ntpseg.kernels.partials import Anchors, Partials, RowStates
-from ntpseg.kernels.products import product
+from ntpseg.kernels.contrastive import touch_up, touched_tokens
+from ntpseg.kernels.gemm_configs import TABLE, Tiles, architecture, programs
+from ntpseg.kernels.gradient_filter import filtered_d_hidden, live_tiles
+from ntpseg.kernels.logits_epilogue import BLOCK_CLASSES, logits_exp, logits_statistics
+from ntpseg.kernels.matmul import product
+from ntpseg.kernels.row_reduce import Weights, combine, overflow_gap, redo_list
 from ntpseg.kernels.scale_rows import scale_rows
-from ntpseg.kernels.shard import Shard, own_tokens, single_logits, whole_vocabulary
-from ntpseg.kernels.table import TABLE, Tiles, architecture, programs
-from ntpseg.kernels.touch_up import touch_up, touched_tokens
-from ntpseg.kernels.weight_sum import WeightSum
+from ntpseg.kernels.tl_utils import LOG2E
+from ntpseg.kernels.vocab_parallel import Shard, own_tokens, single_logits, whole_vocabulary
+from ntpseg.kernels.weight_grad import WeightSum
+from ntpseg.kernels.workspace import Anchors, Partials, RowStates
 
 _ALIGNED_FEATURES = 8  # 16-bit features in 16 bytes
 

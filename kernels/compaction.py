@@ -3,7 +3,7 @@
 A cell is a (head j, sample b, time t), in this order; it predicts the label at ``t + shift + j``. Supervised cells
 become rows, in the order of cells.
 
-Reference: ``ntpseg.losses.rows.plan_rows``, a hundred small operators of PyTorch, which a GPU would wait for.
+Reference: ``ntpseg.losses.compaction.plan_rows``, a hundred small operators of PyTorch, which a GPU would wait for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def make_rows(
         segments: with `padded`, whether each head has ``count / k`` rows of its own.
     """
     device = labels.device
-    # one allocation each, as in `ntpseg.kernels.partials`
+    # one allocation each, as in `ntpseg.kernels.workspace`
     index, target, source = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(3))
     if padded:
         for each in (index, target, source):

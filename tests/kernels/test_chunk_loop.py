@@ -1,4 +1,4 @@
-"""The chunk loop over the kernels against float64, for every engine, dtype, option and trap."""
+"""The chunk loop over the kernels against float64, for every forward product, dtype, option and trap."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kernel_cases import (
     truth,
 )
 
-from ntpseg.kernels import chunks, engine, products
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.engine import Setting
+from ntpseg.kernels import chunk_loop, chunks, matmul
+from ntpseg.kernels.chunk_loop import Setting
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import triton_backend
 from ntpseg.losses.options import LossOptions
 
@@ -111,12 +111,12 @@ def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("filtered", [0.0, 1e-9])
 def test_weight_gradient_summed_beside_itself(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 40_000)
-    monkeypatch.setattr(products, "SLICE_BYTES", 4 * 72 * 200)  # two slices, or three of whole tiles
+    monkeypatch.setattr(matmul, "SLICE_BYTES", 4 * 72 * 200)  # two slices, or three of whole tiles
     rows, weight = draw_rows(dtype=BF16, leaders=True)
     setting = Setting(fused=True, chunk_bytes=384 * 2 * 50, gradient_filter=filtered)
     planned = []
     monkeypatch.setattr(
-        engine, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
+        chunk_loop, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
     )
     found, wanted = run(rows, weight, LossOptions(), setting), truth(rows, weight, LossOptions())
     assert planned == [chunks.Chunks(47, 3, beside=True)]
@@ -134,9 +134,9 @@ def test_weight_gradient_summed_beside_itself(filtered: float, monkeypatch: pyte
 def test_unaligned_rows_are_padded(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = draw_rows(width=width, dtype=dtype, scale=3.0)
     widths = []
-    launch = engine.anchored_gemm
+    launch = chunk_loop.anchored_gemm
     monkeypatch.setattr(
-        engine, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
+        chunk_loop, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
     )
     assert_agrees(run(rows, weight, LossOptions()), truth(rows, weight, LossOptions()), dtype)
     assert set(widths) == {(-(-width // 8) * 8,) * 2}

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.combine import Weights
-from ntpseg.kernels.dialect import INTERPRETED, LOG2E, log1p, narrow
-from ntpseg.kernels.partials import RowStates
+from ntpseg.kernels.row_reduce import Weights
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, log1p, narrow
+from ntpseg.kernels.workspace import RowStates
 
 
 @triton.jit(do_not_specialize=["first", "rows", "negatives", "columns"])

@@ -1,4 +1,4 @@
-"""`ntpseg.losses.rows` and `ntpseg.losses.placement` on a GPU: a dozen launches and at most one synchronisation."""
+"""`ntpseg.losses.compaction` on a GPU: a dozen launches and at most one synchronisation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.hard_table import hard_table, rank_hard
-from ntpseg.kernels.placing import place_results, take_rows
-from ntpseg.kernels.planning import Layout, Marks, make_rows, mark
+from ntpseg.kernels.compaction import Layout, Marks, make_rows, mark
+from ntpseg.kernels.gather_scatter import place_results, take_rows
+from ntpseg.kernels.hard_tokens import hard_table, rank_hard
+from ntpseg.losses.compaction import OUT_OF_RANGE, TOO_MANY_ROWS, Rows, filled, raise_out_of_range
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import OUT_OF_RANGE, TOO_MANY_ROWS, Rows, filled, raise_out_of_range
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """What `ntpseg.losses.placement.RowPlan` is, with `slot` ``[B * T * k]``: the row of each (sample, time, head)."""
+    """What `ntpseg.losses.compaction.RowPlan` is, with `slot` ``[B * T * k]``: the row of each (sample, time, head)."""
 
     rows: Rows
     ntp_share: Tensor
@@ -47,7 +47,7 @@ def plan_by_kernels(
     num_rows: Tensor | None = None,
     num_het: Tensor | None = None,
 ) -> KernelPlan:
-    """See `ntpseg.losses.rows.plan_rows` for the arguments and errors; not for float64."""
+    """See `ntpseg.losses.compaction.plan_rows` for the arguments and errors; not for float64."""
     batch, time, heads, _ = hidden.shape
     low = options.vocab_range[0] if options.vocab_range else 0
     layout = Layout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)

@@ -14,12 +14,11 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 
 from loss_cases import Case, draw
 
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.placing import take_rows
+from ntpseg.kernels.gather_scatter import take_rows
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
-from ntpseg.losses.placement import RowPlan
-from ntpseg.losses.rows import plan_rows
-from ntpseg.losses.rows_by_kernels import KernelPlan, plan_by_kernels
+from ntpseg.losses.compaction import RowPlan, plan_rows
+from ntpseg.losses.compaction_triton import KernelPlan, plan_by_kernels
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.dialect import LOG2E, NO_TOKEN
-from ntpseg.kernels.pair_logits import pair_logits
-from ntpseg.kernels.partials import Anchors, Partials
+from ntpseg.kernels.indexed_dot import pair_logits
+from ntpseg.kernels.tl_utils import LOG2E, NO_TOKEN
+from ntpseg.kernels.workspace import Anchors, Partials
 
 
 class Shard(Protocol):
@@ -83,5 +83,5 @@ def whole_vocabulary(partials: Partials, anchors: Anchors, shard: Shard | None) 
 
 
 def _anchor(top: Tensor, anchors: Anchors) -> Tensor:
-    """What sums with this maximum were taken at, see `ntpseg.kernels.dialect.anchored_exp`."""
+    """What sums with this maximum were taken at, see `ntpseg.kernels.tl_utils.anchored_exp`."""
     return torch.where(top > anchors.limit, top * LOG2E.value, anchors.anchor)

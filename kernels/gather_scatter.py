@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "time"])

@@ -12,9 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from ntpseg.losses import LossOptions
-from ntpseg.losses.placement import RowPlan
-from ntpseg.losses.rows import plan_rows
-from ntpseg.losses.rows_by_kernels import KernelPlan, plan_by_kernels
+from ntpseg.losses.compaction import RowPlan, plan_rows
+from ntpseg.losses.compaction_triton import KernelPlan, plan_by_kernels
 
 pytestmark = pytest.mark.gpu
 

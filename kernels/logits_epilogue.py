@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED, LOG2E, anchored_exp, narrow
-from ntpseg.kernels.partials import Anchors, Partials
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, anchored_exp, narrow
+from ntpseg.kernels.workspace import Anchors, Partials
 
 BLOCK_CLASSES = 512
 

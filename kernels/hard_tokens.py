@@ -1,6 +1,6 @@
 """The hard error tokens of a batch, ``[B, n]`` positions and tokens, as a table by row.
 
-Reference: ``ntpseg.losses.rows._het_table``.
+Reference: ``ntpseg.losses.compaction._het_table``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.planning import Layout, Marks
+from ntpseg.kernels.compaction import Layout, Marks
+from ntpseg.kernels.tl_utils import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["entries", "slots", "time", "shift", "low", "classes"])
@@ -111,7 +111,7 @@ def hard_table(
     Args:
         token: ``[B, n]`` int64 contiguous.
         cell, rank: from `rank_hard`.
-        slot: of `ntpseg.kernels.planning.PlannedRows`.
+        slot: of `ntpseg.kernels.compaction.PlannedRows`.
         layout: sizes.
         rows, width: R and the most entries of a row.
     """
