@@ -1,9 +1,9 @@
-"""Which rows are supervised and what each of them is about, in a few launches and at most one synchronisation.
+"""Compaction: the supervised rows of a batch, in a few launches and at most one synchronisation.
 
 A cell is a (head j, sample b, time t), in this order; it predicts the label at ``t + shift + j``. Supervised cells
 become rows, in the order of cells.
 
-Reference: ``ntpseg.losses.compaction.plan_rows``, a hundred small operators of PyTorch, which a GPU would wait for.
+Reference: `ntpseg.losses.compaction.compact`, a hundred small operators of PyTorch, which a GPU would wait for.
 """
 
 from __future__ import annotations
@@ -19,83 +19,94 @@ from ntpseg.kernels.tl_utils import INTERPRETED
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes and constants of one call; the slice of the vocabulary has `classes` classes from `low` on."""
+class BatchLayout:
+    """Sizes and constants of one call.
+
+    Attributes:
+        heads, batch, time: k, B and T.
+        shift: 1 where head 0 predicts the next position, else 0.
+        ignore_index: label of an unsupervised position.
+        class_start, classes: the slice of the vocabulary that takes part.
+    """
 
     heads: int
     batch: int
     time: int
     shift: int
     ignore_index: int
-    low: int
+    class_start: int
     classes: int
 
     @property
     def cells(self) -> int:
+        """``k * B * T``."""
         return self.heads * self.batch * self.time
 
 
 @dataclass(frozen=True)
-class Marks:
-    """What the first look at the labels finds.
+class SupervisedCells:
+    """Which cells are supervised; all ``[k * B * T]`` but for `status`.
 
     Attributes:
-        unit: ``[k * B * T]`` fp32, weight of each cell, 0 where it is unsupervised.
-        flag: the same shape, int32, 1 where it is supervised.
-        end: the same shape, int64, number of supervised cells up to and with this one.
-        notes: ``[3]`` int32: one more than the last cell whose label is out of range, or 0; the most hard tokens of any
-            row; the number of hard tokens that count.
+        token_weight: fp32, weight of each cell, 0 where it is unsupervised.
+        supervised: int32, 1 where it is supervised.
+        prefix_sum: int64, number of supervised cells up to and with this one.
+        status: ``[3]`` int32: one more than the last cell whose label is out of range, or 0; the most hard tokens of
+            any row; the number of hard tokens that count.
     """
 
-    unit: Tensor
-    flag: Tensor
-    end: Tensor
-    notes: Tensor
+    token_weight: Tensor
+    supervised: Tensor
+    prefix_sum: Tensor
+    status: Tensor
 
 
 @triton.jit
-def label_of(labels, cell, inside, batch, time, shift, ignore):
-    """Label that a cell predicts, `ignore` beyond the end of its sequence."""
+def label_of(labels, cell, cell_mask, batch, time, shift, ignore):
+    """Label that a cell predicts (`ignore` beyond the end of its sequence), its offset and whether it is within."""
     head = cell // (batch * time)
     position = cell % time + shift + head
     sample = cell // time % batch
-    there = inside & (position < time)
-    return tl.load(labels + sample * time + position, mask=there, other=ignore), sample * time + position, there
+    in_sequence = cell_mask & (position < time)
+    offsets = sample * time + position
+    return tl.load(labels + offsets, mask=in_sequence, other=ignore), offsets, in_sequence
 
 
-@triton.jit(do_not_specialize=["cells", "batch", "time", "shift", "ignore", "low", "classes"])
-def mark_kernel(
+@triton.jit(do_not_specialize=["cells", "batch", "time", "shift", "ignore", "class_start", "classes"])
+def find_supervised_kernel(
     labels,
-    weights,
-    unit_ptr,
-    flag_ptr,
-    notes_ptr,
+    weights_ptr,
+    token_weight_ptr,
+    supervised_ptr,
+    status_ptr,
     cells,
     batch,
     time,
     shift,
     ignore,
-    low,
+    class_start,
     classes,
     WEIGHTED: tl.constexpr,
-    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    cell = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = cell < cells
-    label, place, there = label_of(labels, cell, inside, batch, time, shift, ignore)
-    flag = there & (label != ignore)
-    unit = tl.where(flag, 1.0, 0.0)
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    cell_mask = cell < cells
+    label, offsets, in_sequence = label_of(labels, cell, cell_mask, batch, time, shift, ignore)
+    supervised = in_sequence & (label != ignore)
+    token_weight = tl.where(supervised, 1.0, 0.0)
     if WEIGHTED:
-        unit = tl.where(flag, tl.load(weights + place, mask=there, other=0.0).to(tl.float32), 0.0)
-    tl.store(unit_ptr + cell, unit, mask=inside)
-    tl.store(flag_ptr + cell, flag.to(tl.int32), mask=inside)
-    bad = flag & ((label < low) | (label >= low + classes))
-    last = tl.max(tl.where(bad, cell + 1, 0), 0)
-    if last > 0:
-        tl.atomic_max(notes_ptr, last.to(tl.int32))
+        token_weight = tl.where(
+            supervised, tl.load(weights_ptr + offsets, mask=in_sequence, other=0.0).to(tl.float32), 0.0
+        )
+    tl.store(token_weight_ptr + cell, token_weight, mask=cell_mask)
+    tl.store(supervised_ptr + cell, supervised.to(tl.int32), mask=cell_mask)
+    bad = supervised & ((label < class_start) | (label >= class_start + classes))
+    last_bad = tl.max(tl.where(bad, cell + 1, 0), 0)
+    if last_bad > 0:
+        tl.atomic_max(status_ptr, last_bad.to(tl.int32))
 
 
-def mark(labels: Tensor, token_weights: Tensor | None, layout: Layout) -> Marks:
+def find_supervised(labels: Tensor, token_weights: Tensor | None, layout: BatchLayout) -> SupervisedCells:
     """Finds the supervised cells.
 
     Args:
@@ -104,86 +115,100 @@ def mark(labels: Tensor, token_weights: Tensor | None, layout: Layout) -> Marks:
         layout: sizes.
     """
     cells, device = layout.cells, labels.device
-    unit = torch.empty(cells, dtype=torch.float32, device=device)
-    flag = torch.empty(cells, dtype=torch.int32, device=device)
-    notes = torch.zeros(3, dtype=torch.int32, device=device)
+    token_weight = torch.empty(cells, dtype=torch.float32, device=device)
+    supervised = torch.empty(cells, dtype=torch.int32, device=device)
+    status = torch.zeros(3, dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
-    mark_kernel[(triton.cdiv(cells, size),)](
+    find_supervised_kernel[(triton.cdiv(cells, size),)](
         labels,
         labels if token_weights is None else token_weights,
-        unit,
-        flag,
-        notes,
+        token_weight,
+        supervised,
+        status,
         cells,
         layout.batch,
         layout.time,
         layout.shift,
         layout.ignore_index,
-        layout.low,
+        layout.class_start,
         layout.classes,
         WEIGHTED=token_weights is not None,
-        SIZE=size,
+        BLOCK_SIZE=size,
         num_warps=4,
     )
-    return Marks(unit, flag, flag.cumsum(0), notes)
+    return SupervisedCells(token_weight, supervised, supervised.cumsum(0), status)
 
 
-@triton.jit(do_not_specialize=["cells", "heads", "batch", "time", "shift", "ignore", "low", "negatives", "size"])
-def rows_kernel(
+@triton.jit(
+    do_not_specialize=[
+        "cells",
+        "heads",
+        "batch",
+        "time",
+        "shift",
+        "ignore",
+        "class_start",
+        "negatives",
+        "rows_per_segment",
+    ]
+)
+def write_rows_kernel(
     labels,
-    unit_ptr,
-    flag_ptr,
-    end_ptr,
+    token_weight_ptr,
+    supervised_ptr,
+    prefix_sum_ptr,
     num_rows_ptr,
     head_weight_ptr,
     num_het_ptr,
     index_ptr,
     target_ptr,
-    source_ptr,
-    slot_ptr,
-    reach_ptr,
-    share_ptr,
-    ntp_share_ptr,
-    het_share_ptr,
+    gather_index_ptr,
+    inverse_index_ptr,
+    num_negatives_ptr,
+    row_weight_ptr,
+    ntp_weight_ptr,
+    entry_weight_ptr,
     cells,
     heads,
     batch,
     time,
     shift,
     ignore,
-    low,
+    class_start,
     negatives,
-    size,
+    rows_per_segment,
     HEAD_WEIGHTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    cell = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = cell < cells
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    cell_mask = cell < cells
     head = cell // (batch * time)
-    step = cell % time
-    flag = tl.load(flag_ptr + cell, mask=inside, other=0) != 0
-    end = tl.load(end_ptr + cell, mask=inside, other=0)
-    slot = end - 1
-    if SEGMENTS:  # every head's rows start at a multiple of `size`, however many they are
-        before = tl.load(end_ptr + head * batch * time - 1, mask=inside & (head > 0), other=0)
-        slot = slot - before + head * size
-        flag = flag & (slot < (head + 1) * size)
-    elif size >= 0:
-        flag = flag & (slot < size)
+    position = cell % time
+    supervised = tl.load(supervised_ptr + cell, mask=cell_mask, other=0) != 0
+    prefix_sum = tl.load(prefix_sum_ptr + cell, mask=cell_mask, other=0)
+    row = prefix_sum - 1
+    if SEGMENTS:  # every head's rows start at a multiple of `rows_per_segment`, however many they are
+        before = tl.load(prefix_sum_ptr + head * batch * time - 1, mask=cell_mask & (head > 0), other=0)
+        row = row - before + head * rows_per_segment
+        supervised = supervised & (row < (head + 1) * rows_per_segment)
+    elif rows_per_segment >= 0:
+        supervised = supervised & (row < rows_per_segment)
 
     # (sample, time, head) is the order of hidden
-    row = (cell - head * batch * time) * heads + head
-    tl.store(slot_ptr + row, tl.where(flag, slot, -1).to(tl.int32), mask=inside)
-    tl.store(source_ptr + slot, row, mask=flag)
-    tl.store(index_ptr + slot, cell, mask=flag)
-    label, _, _ = label_of(labels, cell, inside, batch, time, shift, ignore)
-    tl.store(target_ptr + slot, label - low, mask=flag)
+    hidden_row = (cell - head * batch * time) * heads + head
+    tl.store(inverse_index_ptr + hidden_row, tl.where(supervised, row, -1).to(tl.int32), mask=cell_mask)
+    tl.store(gather_index_ptr + row, hidden_row, mask=supervised)
+    tl.store(index_ptr + row, cell, mask=supervised)
+    label, _, _ = label_of(labels, cell, cell_mask, batch, time, shift, ignore)
+    tl.store(target_ptr + row, label - class_start, mask=supervised)
 
     # supervised cells among those at most `negatives` earlier in the same sequence
-    earliest = cell - tl.minimum(step, negatives)
-    first = tl.load(end_ptr + earliest, mask=inside, other=0) - tl.load(flag_ptr + earliest, mask=inside, other=0)
-    tl.store(reach_ptr + slot, (end - 1 - first).to(tl.int32), mask=flag)
+    window_start = cell - tl.minimum(position, negatives)
+    before_window = tl.load(prefix_sum_ptr + window_start, mask=cell_mask, other=0) - tl.load(
+        supervised_ptr + window_start, mask=cell_mask, other=0
+    )
+    tl.store(num_negatives_ptr + row, (prefix_sum - 1 - before_window).to(tl.int32), mask=supervised)
 
     denominator = 0.0
     for j in range(heads):
@@ -191,107 +216,109 @@ def rows_kernel(
         if HEAD_WEIGHTS:
             rows = rows * tl.load(head_weight_ptr + j)
         denominator += rows
-    unit = tl.load(unit_ptr + cell, mask=flag, other=0.0)
-    weighted = unit
+    token_weight = tl.load(token_weight_ptr + cell, mask=supervised, other=0.0)
+    weighted = token_weight
     if HEAD_WEIGHTS:
-        weighted = unit * tl.load(head_weight_ptr + head, mask=inside, other=0.0)
-    share = tl.where(denominator > 0, tl.div_rn(weighted, tl.where(denominator > 0, denominator, 1.0)), 0.0)
-    tl.store(share_ptr + slot, share, mask=flag)
-    first_rows = tl.load(num_rows_ptr)
-    alone = tl.where(first_rows > 0, tl.div_rn(unit, tl.where(first_rows > 0, first_rows, 1.0)), 0.0)
-    tl.store(ntp_share_ptr + slot, tl.where(head == 0, alone, 0.0), mask=flag)
+        weighted = token_weight * tl.load(head_weight_ptr + head, mask=cell_mask, other=0.0)
+    row_weight = tl.where(denominator > 0, tl.div_rn(weighted, tl.where(denominator > 0, denominator, 1.0)), 0.0)
+    tl.store(row_weight_ptr + row, row_weight, mask=supervised)
+    ntp_denominator = tl.load(num_rows_ptr)
+    ntp_weight = tl.where(
+        ntp_denominator > 0, tl.div_rn(token_weight, tl.where(ntp_denominator > 0, ntp_denominator, 1.0)), 0.0
+    )
+    tl.store(ntp_weight_ptr + row, tl.where(head == 0, ntp_weight, 0.0), mask=supervised)
     if tl.program_id(0) == 0:
         entries = tl.load(num_het_ptr).to(tl.float32)
-        tl.store(het_share_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
+        tl.store(entry_weight_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
 
 
 @dataclass(frozen=True)
-class PlannedRows:
+class RowTable:
     """The rows and where they came from.
 
     Attributes:
-        index, target, source: ``[R]`` int64, cell, label and row of ``[B, T, k]``; -1 on padding rows.
-        reach: ``[R]`` int32; share, ntp_share: ``[R]`` fp32; 0 on padding rows.
-        het_share: 0-dim fp32, weight of one hard token.
-        slot: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
+        index, target, gather_index: ``[R]`` int64, cell, label and row of ``[B, T, k]``; -1 on padding rows.
+        num_negatives: ``[R]`` int32; row_weight, ntp_weight: ``[R]`` fp32; 0 on padding rows.
+        entry_weight: 0-dim fp32, weight of one hard token.
+        inverse_index: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
     """
 
     index: Tensor
     target: Tensor
-    source: Tensor
-    reach: Tensor
-    share: Tensor
-    ntp_share: Tensor
-    het_share: Tensor
-    slot: Tensor
+    gather_index: Tensor
+    num_negatives: Tensor
+    row_weight: Tensor
+    ntp_weight: Tensor
+    entry_weight: Tensor
+    inverse_index: Tensor
 
 
-def make_rows(
+def write_rows(
     labels: Tensor,
-    marks: Marks,
+    cells: SupervisedCells,
     num_rows: Tensor,
     num_het: Tensor | None,
     head_weights: Tensor | None,
-    layout: Layout,
+    layout: BatchLayout,
     negatives: int,
-    count: int,
+    total_rows: int,
     *,
     padded: bool,
     segments: bool,
-) -> PlannedRows:
+) -> RowTable:
     """Writes the rows.
 
     Args:
         labels: ``[B, T]`` int64 contiguous.
-        marks: from `mark`.
+        cells: from `find_supervised`.
         num_rows: ``[k]`` fp32; num_het: 0-dim, None for the entries that count in this batch.
         head_weights: ``[k]`` fp32, None for weights of one.
         layout: sizes.
         negatives: m.
-        count: R, padding rows included.
-        padded: whether there may be fewer than `count` supervised cells (or, wrongly, more: those are left out).
-        segments: with `padded`, whether each head has ``count / k`` rows of its own.
+        total_rows: R, padding rows included.
+        padded: whether there may be fewer than `total_rows` supervised cells (or, wrongly, more: those are left out).
+        segments: with `padded`, whether each head has ``total_rows / k`` rows of its own.
     """
     device = labels.device
     # one allocation each, as in `ntpseg.kernels.workspace`
-    index, target, source = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(3))
+    index, target, gather_index = (torch.empty(total_rows, dtype=torch.int64, device=device) for _ in range(3))
     if padded:
-        for each in (index, target, source):
-            each.fill_(-1)
-    room = torch.zeros if padded else torch.empty
-    share, ntp_share = (room(count, dtype=torch.float32, device=device) for _ in range(2))
-    het_share = torch.empty((), dtype=torch.float32, device=device)
-    reach = room(count, dtype=torch.int32, device=device)
-    slot = torch.empty(layout.cells, dtype=torch.int32, device=device)
+        for tensor in (index, target, gather_index):
+            tensor.fill_(-1)
+    allocate = torch.zeros if padded else torch.empty
+    row_weight, ntp_weight = (allocate(total_rows, dtype=torch.float32, device=device) for _ in range(2))
+    entry_weight = torch.empty((), dtype=torch.float32, device=device)
+    num_negatives = allocate(total_rows, dtype=torch.int32, device=device)
+    inverse_index = torch.empty(layout.cells, dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
-    rows_kernel[(triton.cdiv(layout.cells, size),)](
+    write_rows_kernel[(triton.cdiv(layout.cells, size),)](
         labels,
-        marks.unit,
-        marks.flag,
-        marks.end,
+        cells.token_weight,
+        cells.supervised,
+        cells.prefix_sum,
         num_rows,
         num_rows if head_weights is None else head_weights,
-        marks.notes[2] if num_het is None else num_het,
+        cells.status[2] if num_het is None else num_het,
         index,
         target,
-        source,
-        slot,
-        reach,
-        share,
-        ntp_share,
-        het_share,
+        gather_index,
+        inverse_index,
+        num_negatives,
+        row_weight,
+        ntp_weight,
+        entry_weight,
         layout.cells,
         layout.heads,
         layout.batch,
         layout.time,
         layout.shift,
         layout.ignore_index,
-        layout.low,
+        layout.class_start,
         negatives,
-        (count // layout.heads if segments else count) if padded else -1,
+        (total_rows // layout.heads if segments else total_rows) if padded else -1,
         HEAD_WEIGHTS=head_weights is not None,
         SEGMENTS=padded and segments,
-        SIZE=size,
+        BLOCK_SIZE=size,
         num_warps=4,
     )
-    return PlannedRows(index, target, source, reach, share, ntp_share, het_share, slot)
+    return RowTable(index, target, gather_index, num_negatives, row_weight, ntp_weight, entry_weight, inverse_index)

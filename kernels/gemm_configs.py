@@ -14,69 +14,74 @@ import torch
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One tile of a matrix product.
+    """One tile of a matrix product ``[M, K] @ [K, N]``; upper case is what the kernels take as constexpr.
 
     Attributes:
-        rows, classes, depth: tile of hidden rows, vocabulary classes and the reduced dimension.
-        warps, stages: warps per program and software-pipeline depth.
-        tma: operands through tensor-memory descriptors (sm_90 and later) instead of pointers.
-        flatten: one pipeline over all tiles of the persistent program, so that the next tile loads during an epilogue.
-        parts: the epilogue works on the tile in this many column parts (1, 2 or 4), which bounds its registers.
-        group: row blocks that share a weight tile in L2.
-        residents: programs per multiprocessor in the persistent grid.
+        BLOCK_M, BLOCK_N, BLOCK_K: the tile.
+        num_warps, num_stages: warps per program and software-pipeline depth.
+        TMA: operands through tensor-memory descriptors (sm_90 and later) instead of pointers.
+        FLATTEN: one pipeline over all tiles of the persistent program, so that the next tile loads during an epilogue.
+        EPILOGUE_SUBTILE: the epilogue works on the tile in this many column parts (1, 2 or 4), which bounds its
+            registers.
+        GROUP_SIZE_M: row blocks that share a weight tile in L2.
+        ctas_per_sm: programs per multiprocessor in the persistent grid.
     """
 
-    rows: int
-    classes: int
-    depth: int
-    warps: int
-    stages: int
-    tma: bool
-    flatten: bool = False
-    parts: int = 1
-    group: int = 8
-    residents: int = 1
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    TMA: bool
+    FLATTEN: bool = False
+    EPILOGUE_SUBTILE: int = 1
+    GROUP_SIZE_M: int = 8
+    ctas_per_sm: int = 1
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """The choices for one architecture: forward product, and the block-sparse gradients of the filter."""
+class ArchConfigs:
+    """The choices for one architecture.
+
+    Attributes:
+        forward: logits, ``M, N, K`` = rows, classes, features; its tile is the granularity of the gradient filter.
+        d_hidden: filtered gradient of the hidden states, rows x features over the classes.
+        d_weight: filtered gradient of the weight, classes x features over the rows.
+    """
 
     forward: GemmConfig
     d_hidden: GemmConfig
     d_weight: GemmConfig
 
 
-# d_hidden tiles are rows x features with the classes reduced, d_weight tiles classes x features with the rows reduced;
-# their `classes` is the feature tile. The forward tile fixes the granularity of the filter.
-TABLE: dict[str, Tiles] = {
-    "sm_80": Tiles(
-        forward=GemmConfig(128, 256, 32, warps=8, stages=4, tma=False),
-        d_hidden=GemmConfig(128, 128, 32, warps=8, stages=4, tma=False),
-        d_weight=GemmConfig(128, 128, 32, warps=8, stages=4, tma=False),
+GEMM_CONFIGS: dict[str, ArchConfigs] = {
+    "sm_80": ArchConfigs(
+        forward=GemmConfig(128, 256, 32, num_warps=8, num_stages=4, TMA=False),
+        d_hidden=GemmConfig(128, 128, 32, num_warps=8, num_stages=4, TMA=False),
+        d_weight=GemmConfig(128, 128, 32, num_warps=8, num_stages=4, TMA=False),
     ),
-    "sm_90": Tiles(
-        forward=GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=4),
-        d_hidden=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
-        d_weight=GemmConfig(128, 128, 64, warps=8, stages=3, tma=True),
+    "sm_90": ArchConfigs(
+        forward=GemmConfig(128, 256, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=4),
+        d_hidden=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, TMA=True),
+        d_weight=GemmConfig(128, 128, 64, num_warps=8, num_stages=3, TMA=True),
     ),
-    "sm_100": Tiles(
+    "sm_100": ArchConfigs(
         # two programs per multiprocessor: one's epilogue hides behind the other's products
-        forward=GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, parts=4, residents=2),
-        d_hidden=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
-        d_weight=GemmConfig(128, 128, 64, warps=8, stages=3, tma=True),
+        forward=GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, EPILOGUE_SUBTILE=4, ctas_per_sm=2),
+        d_hidden=GemmConfig(128, 256, 64, num_warps=8, num_stages=3, TMA=True),
+        d_weight=GemmConfig(128, 128, 64, num_warps=8, num_stages=3, TMA=True),
     ),
     # The interpreter's cost is per program and iteration, whatever the tile.
-    "interpreter": Tiles(
-        forward=GemmConfig(64, 128, 64, warps=4, stages=1, tma=False),
-        d_hidden=GemmConfig(64, 128, 64, warps=4, stages=1, tma=False),
-        d_weight=GemmConfig(64, 128, 64, warps=4, stages=1, tma=False),
+    "interpreter": ArchConfigs(
+        forward=GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=False),
+        d_hidden=GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=False),
+        d_weight=GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=False),
     ),
 }
 
 
 def architecture(device: torch.device) -> str:
-    """Key into `TABLE` for a device.
+    """Key into `GEMM_CONFIGS` for a device.
 
     Raises:
         ValueError: the device is older than sm_80 (no bf16 tensor cores).
@@ -94,8 +99,9 @@ def architecture(device: torch.device) -> str:
     return "sm_80"
 
 
-def programs(config: GemmConfig, tiles: int, device: torch.device) -> int:
-    """Size of a persistent grid."""
+def persistent_grid(config: GemmConfig, num_tiles: int, device: torch.device) -> int:
+    """Number of programs of a persistent kernel that has this many tiles to do."""
     if device.type != "cuda":
-        return min(2, max(tiles, 1))
-    return max(1, min(tiles, config.residents * torch.cuda.get_device_properties(device).multi_processor_count))
+        return min(2, max(num_tiles, 1))
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(num_tiles, config.ctas_per_sm * num_sms))

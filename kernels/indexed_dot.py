@@ -1,4 +1,4 @@
-"""Single logits: z[r, token] for a few tokens per row, in fp32, without the product of everything with everything.
+"""Single logits: z[r, token] for a few tokens per row, in fp32, without the whole matrix product.
 
 Reference: ``(hidden.float().unsqueeze(1) * weight.float()[tokens]).sum(-1)``, 0 where the token is -1.
 """
@@ -14,7 +14,7 @@ from ntpseg.kernels.tl_utils import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["pairs", "columns"])
-def pair_logits_kernel(
+def indexed_dot_kernel(
     hidden,
     weight,
     token_ptr,
@@ -24,28 +24,28 @@ def pair_logits_kernel(
     width,
     hidden_stride,
     weight_stride,
-    PAIRS: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    inside = pair < pairs
-    token = tl.load(token_ptr + pair, mask=inside, other=-1).to(tl.int64)
-    wanted = token >= 0
-    total = tl.zeros((PAIRS, BD), dtype=tl.float32)
-    if tl.max(wanted.to(tl.int32), 0) > 0:  # most negatives of a trained model equal the target and drop out
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = pair < pairs
+    token = tl.load(token_ptr + pair, mask=mask, other=-1).to(tl.int64)
+    valid = token >= 0
+    total = tl.zeros((BLOCK_SIZE, BLOCK_D), dtype=tl.float32)
+    if tl.max(valid.to(tl.int32), 0) > 0:  # most negatives of a trained model equal the target and drop out
         a_ptr = hidden + (pair // columns)[:, None] * hidden_stride
         b_ptr = weight + token[:, None] * weight_stride
-        for start in range(0, width, BD):
-            feature = start + tl.arange(0, BD)
-            mask = wanted[:, None] & (feature < width)[None, :]
-            a = tl.load(a_ptr + feature[None, :], mask=mask, other=0.0)
-            b = tl.load(b_ptr + feature[None, :], mask=mask, other=0.0)
+        for start in range(0, width, BLOCK_D):
+            feature = start + tl.arange(0, BLOCK_D)
+            operand_mask = valid[:, None] & (feature < width)[None, :]
+            a = tl.load(a_ptr + feature[None, :], mask=operand_mask, other=0.0)
+            b = tl.load(b_ptr + feature[None, :], mask=operand_mask, other=0.0)
             total += a.to(tl.float32) * b.to(tl.float32)
-    tl.store(out_ptr + pair, tl.sum(total, 1), mask=inside)
+    tl.store(out_ptr + pair, tl.sum(total, 1), mask=mask)
 
 
-def pair_logits(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
-    """Logits of the given tokens.
+def indexed_dot(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
+    """The dot product of each row with its tokens' rows of the weight.
 
     Args:
         hidden: ``[R, D]``, last dimension contiguous.
@@ -59,8 +59,8 @@ def pair_logits(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
     out = torch.empty(rows, columns, dtype=torch.float32, device=hidden.device)
     if out.numel() == 0:
         return out
-    pairs, depth = (256, 128) if INTERPRETED else (16, 256)
-    pair_logits_kernel[(triton.cdiv(out.numel(), pairs),)](
+    size, depth = (256, 128) if INTERPRETED else (16, 256)
+    indexed_dot_kernel[(triton.cdiv(out.numel(), size),)](
         hidden,
         weight,
         token,
@@ -70,8 +70,8 @@ def pair_logits(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
         hidden.shape[1],
         hidden.stride(0),
         weight.stride(0),
-        PAIRS=pairs,
-        BD=depth,
+        BLOCK_SIZE=size,
+        BLOCK_D=depth,
         num_warps=4,
     )
     return out

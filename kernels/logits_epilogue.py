@@ -12,70 +12,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, anchored_exp, narrow
-from ntpseg.kernels.workspace import Anchors, Partials
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, anchored_exp, downcast
+from ntpseg.kernels.workspace import Anchors, BlockStats
 
-BLOCK_CLASSES = 512
+LOGITS_BLOCK_N = 512
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
-def logits_statistics_kernel(
+def logits_stats_kernel(
     z_ptr,
     anchor_ptr,
     limit_ptr,
-    sum_ptr,
-    max_ptr,
-    arg_ptr,
+    row_sum_ptr,
+    row_max_ptr,
+    argmax_ptr,
     rows,
     classes,
     z_stride,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    column = tl.program_id(1) * BV + tl.arange(0, BV)
-    inside = row < rows
-    mask = inside[:, None] & (column < classes)[None, :]
-    place = row.to(tl.int64)[:, None] * z_stride + column[None, :]
-    z = tl.load(z_ptr + place, mask=mask, other=float("-inf"))
-    anchor = tl.load(anchor_ptr + row, mask=inside, other=0.0)
-    limit = tl.load(limit_ptr + row, mask=inside, other=0.0)
-    _, total, top, best = anchored_exp(z, anchor, limit, column)
-    part = tl.program_id(1) * rows + row
-    tl.store(sum_ptr + part, total, mask=inside)
-    tl.store(max_ptr + part, top, mask=inside)
-    tl.store(arg_ptr + part, best, mask=inside)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = row < rows
+    mask = row_mask[:, None] & (column < classes)[None, :]
+    offsets = row.to(tl.int64)[:, None] * z_stride + column[None, :]
+    z = tl.load(z_ptr + offsets, mask=mask, other=float("-inf"))
+    anchor = tl.load(anchor_ptr + row, mask=row_mask, other=0.0)
+    limit = tl.load(limit_ptr + row, mask=row_mask, other=0.0)
+    _, row_sum, row_max, argmax = anchored_exp(z, anchor, limit, column)
+    block_offsets = tl.program_id(1) * rows + row
+    tl.store(row_sum_ptr + block_offsets, row_sum, mask=row_mask)
+    tl.store(row_max_ptr + block_offsets, row_max, mask=row_mask)
+    tl.store(argmax_ptr + block_offsets, argmax, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
-def logits_exp_kernel(z_ptr, e_ptr, anchor_ptr, rows, classes, z_stride, e_stride, BR: tl.constexpr, BV: tl.constexpr):
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    column = tl.program_id(1) * BV + tl.arange(0, BV)
+def logits_exp_kernel(
+    z_ptr, e_ptr, anchor_ptr, rows, classes, z_stride, e_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (column < classes)[None, :]
     z = tl.load(z_ptr + row.to(tl.int64)[:, None] * z_stride + column[None, :], mask=mask, other=float("-inf"))
     anchor = tl.load(anchor_ptr + row, mask=row < rows, other=0.0)
     e = tl.exp2(tl.fma(z, LOG2E, -anchor[:, None]))
     tl.store(
-        e_ptr + row.to(tl.int64)[:, None] * e_stride + column[None, :], narrow(e, e_ptr.dtype.element_ty), mask=mask
+        e_ptr + row.to(tl.int64)[:, None] * e_stride + column[None, :], downcast(e, e_ptr.dtype.element_ty), mask=mask
     )
 
 
-def logits_statistics(z: Tensor, anchors: Anchors, partials: Partials) -> None:
-    """Fills `partials` (blocks of `BLOCK_CLASSES` classes) from fp32 logits ``[R, V]``."""
+def logits_stats(z: Tensor, anchors: Anchors, block_stats: BlockStats) -> None:
+    """Fills `block_stats` (blocks of `LOGITS_BLOCK_N` classes) from fp32 logits ``[R, V]``."""
     rows, classes = z.shape
     size = 64 if INTERPRETED else 8
-    logits_statistics_kernel[(triton.cdiv(rows, size), triton.cdiv(classes, BLOCK_CLASSES))](
+    logits_stats_kernel[(triton.cdiv(rows, size), triton.cdiv(classes, LOGITS_BLOCK_N))](
         z,
         anchors.anchor,
         anchors.limit,
-        partials.sum,
-        partials.max,
-        partials.arg,
+        block_stats.row_sum,
+        block_stats.row_max,
+        block_stats.argmax,
         rows,
         classes,
         z.stride(0),
-        BR=size,
-        BV=BLOCK_CLASSES,
+        BLOCK_M=size,
+        BLOCK_N=LOGITS_BLOCK_N,
         num_warps=4,
     )
 
@@ -84,6 +86,6 @@ def logits_exp(z: Tensor, anchors: Anchors, e: Tensor) -> None:
     """Writes E ``[R, V]`` from fp32 logits; `e` may be `z` itself."""
     rows, classes = z.shape
     size = 64 if INTERPRETED else 8
-    logits_exp_kernel[(triton.cdiv(rows, size), triton.cdiv(classes, BLOCK_CLASSES))](
-        z, e, anchors.anchor, rows, classes, z.stride(0), e.stride(0), BR=size, BV=BLOCK_CLASSES, num_warps=4
+    logits_exp_kernel[(triton.cdiv(rows, size), triton.cdiv(classes, LOGITS_BLOCK_N))](
+        z, e, anchors.anchor, rows, classes, z.stride(0), e.stride(0), BLOCK_M=size, BLOCK_N=LOGITS_BLOCK_N, num_warps=4
     )

@@ -16,22 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ntpseg.kernels.chunks import Chunks
-from ntpseg.kernels.gemm_configs import Tiles
-from ntpseg.kernels.gradient_filter import LiveTiles, filtered_d_weight
-from ntpseg.kernels.matmul import add_product, product, slices
+from ntpseg.kernels.gemm_configs import ArchConfigs
+from ntpseg.kernels.gradient_filter import BlockMask, filtered_d_weight
+from ntpseg.kernels.matmul import addmm_, matmul, row_slices
 from ntpseg.kernels.tl_utils import INTERPRETED
+
+# Entries of a result below which a library may split a product and add its parts up in bf16: PyTorch lets it.
+_SPLIT_K_BELOW = 1 << 24
 
 
 @triton.jit(do_not_specialize=["entries"])
-def add_beside_kernel(
-    part_ptr, high_ptr, low_ptr, entries, FIRST: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr
+def split_accumulate_kernel(
+    part_ptr, high_ptr, low_ptr, entries, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = place < entries
-    total = tl.load(part_ptr + place, mask=inside, other=0.0)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < entries
+    total = tl.load(part_ptr + offsets, mask=mask, other=0.0)
     if not FIRST:
-        high = tl.load(high_ptr + place, mask=inside, other=0).to(tl.int32)
-        low = tl.load(low_ptr + place, mask=inside, other=0).to(tl.int32)
+        high = tl.load(high_ptr + offsets, mask=mask, other=0).to(tl.int32)
+        low = tl.load(low_ptr + offsets, mask=mask, other=0).to(tl.int32)
         total += ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
     bits = total.to(tl.int32, bitcast=True)
     if LAST:
@@ -40,12 +43,12 @@ def add_beside_kernel(
         bits += 0x80
     # rounding must not carry a not-a-number into an infinity or a sign
     bits = tl.where(total == total, bits, 0x7FC00000)
-    tl.store(high_ptr + place, (bits >> 16).to(tl.int16), mask=inside)
+    tl.store(high_ptr + offsets, (bits >> 16).to(tl.int16), mask=mask)
     if not LAST:
-        tl.store(low_ptr + place, ((bits >> 8) & 0xFF).to(tl.uint8), mask=inside)
+        tl.store(low_ptr + offsets, ((bits >> 8) & 0xFF).to(tl.uint8), mask=mask)
 
 
-def add_beside(part: Tensor, total: Tensor, low: Tensor, *, first: bool, last: bool) -> None:
+def split_accumulate(part: Tensor, total: Tensor, low: Tensor, *, first: bool, last: bool) -> None:
     """``total (+)= part``; with the last part `total` is the sum rounded to bf16.
 
     Args:
@@ -55,69 +58,64 @@ def add_beside(part: Tensor, total: Tensor, low: Tensor, *, first: bool, last: b
         first, last: whether this is the first and the last part of the sum.
     """
     size = 1 << 16 if INTERPRETED else 4096
-    add_beside_kernel[(triton.cdiv(part.numel(), size),)](
-        part, total.view(torch.int16), low, part.numel(), FIRST=first, LAST=last, SIZE=size, num_warps=8
+    split_accumulate_kernel[(triton.cdiv(part.numel(), size),)](
+        part, total.view(torch.int16), low, part.numel(), FIRST=first, LAST=last, BLOCK_SIZE=size, num_warps=8
     )
 
 
-_SPLIT_BELOW = 1 << 24
-
-
-class WeightSum:
+class WeightGrad:
     """Adds up ``E.T @ scaled`` of every chunk into the result.
 
     One chunk, or a result in fp32: in the result itself. Several and a 16-bit result: in fp32 and copied at the end, or
-    where the plan says so in the result and a byte beside each entry (`ntpseg.kernels.weight_grad`).
+    where the plan says so in a split accumulator.
 
     Args:
         out: ``[V, D]`` result, overwritten.
         operand: dtype of E.
         chunks: the plan; `add` is called once per chunk.
         rows: R, over all chunks.
-        tiles: for the filtered product.
+        configs: for the filtered product.
     """
 
-    def __init__(self, out: Tensor, operand: torch.dtype, chunks: Chunks, rows: int, tiles: Tiles) -> None:
-        self._out, self._tiles = out, tiles
-        self._done, self._count = 0, chunks.count
-        # PyTorch lets a library split a product with a small result and add its parts up in bf16
-        one = chunks.count == 1 and out.numel() >= _SPLIT_BELOW
-        direct = one or out.dtype == torch.float32
-        self._low = torch.empty_like(out, dtype=torch.uint8) if chunks.beside and not direct else None
+    def __init__(self, out: Tensor, operand: torch.dtype, chunks: Chunks, rows: int, configs: ArchConfigs) -> None:
+        self._out, self._configs = out, configs
+        self._added, self._num_chunks = 0, chunks.count
+        direct = out.dtype == torch.float32 or (chunks.count == 1 and out.numel() >= _SPLIT_K_BELOW)
+        self._low = torch.empty_like(out, dtype=torch.uint8) if chunks.split_accumulator and not direct else None
         self._total = out if direct or self._low is not None else torch.empty_like(out, dtype=torch.float32)
-        # shares are about 1 / R: float16 would flush them to zero
-        self.raise_by = float(1 << (rows - 1).bit_length()) if operand == torch.float16 else 1.0
+        # row weights are about 1 / R: float16 would flush them to zero
+        self.scaled_by = float(1 << (rows - 1).bit_length()) if operand == torch.float16 else 1.0
 
-    def add(self, e: Tensor, scaled: Tensor, live: LiveTiles | None) -> None:
+    def add(self, e: Tensor, scaled: Tensor, block_mask: BlockMask | None) -> None:
         """Adds one chunk.
 
         Args:
             e: ``[C, V]``.
-            scaled: ``[C, D]``, hidden rows times their scale and `raise_by`.
-            live: leave the other tiles of E out; None takes all.
+            scaled: ``[C, D]``, hidden rows times their scale and `scaled_by`.
+            block_mask: leave the other tiles of E out; None takes all.
         """
-        first, last = self._done == 0, self._done == self._count - 1
-        self._done += 1
+        first, last = self._added == 0, self._added == self._num_chunks - 1
+        self._added += 1
         if self._low is not None:
-            for cut in slices(self._out, live.classes if live else 1):
+            for cut in row_slices(self._out, block_mask.BLOCK_N if block_mask else 1):
                 part = torch.empty_like(self._out[cut], dtype=torch.float32)
-                self._product(e[:, cut], scaled, part, live.part(cut) if live else None)
-                add_beside(part, self._out[cut], self._low[cut], first=first, last=last)
-        elif live is not None:
-            filtered_d_weight(e, scaled, self._total, live, self._tiles.d_weight, accumulate=not first)
+                self._product(e[:, cut], scaled, part, block_mask.classes(cut) if block_mask else None)
+                split_accumulate(part, self._out[cut], self._low[cut], first=first, last=last)
+        elif block_mask is not None:
+            filtered_d_weight(e, scaled, self._total, block_mask, self._configs.d_weight, accumulate=not first)
         elif first:
-            product(e.t(), scaled, self._total)
+            matmul(e.t(), scaled, self._total)
         else:
-            add_product(self._total, e.t(), scaled)
+            addmm_(self._total, e.t(), scaled)
         if not last:
             return
-        if self.raise_by != 1.0:
-            self._total.mul_(1.0 / self.raise_by)
+        if self.scaled_by != 1.0:
+            self._total.mul_(1.0 / self.scaled_by)
         if self._total is not self._out:
             self._out.copy_(self._total)
 
-    def _product(self, e: Tensor, scaled: Tensor, out: Tensor, live: LiveTiles | None) -> None:
-        if live is None:
-            product(e.t(), scaled, out)
+    def _product(self, e: Tensor, scaled: Tensor, out: Tensor, block_mask: BlockMask | None) -> None:
+        if block_mask is None:
+            matmul(e.t(), scaled, out)
         else:
-            filtered_d_weight(e, scaled, out, live, self._tiles.d_weight, accumulate=False)
+            filtered_d_weight(e, scaled, out, block_mask, self._configs.d_weight, accumulate=False)

@@ -71,7 +71,7 @@ def fused_loss(
             num_het=num_het,
         )
         rows = plan.rows
-        shard = {"shard": Shard.named(group, first, weight.shape[-2], classes)} if group else {}
+        shard = {"shard": Shard.from_group_name(group, first, weight.shape[-2], classes)} if group else {}
         found = load_backend(options.backend)(
             rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, **shard
         )

@@ -45,7 +45,7 @@ def rows_loss(
     d_hidden = torch.empty(rows.hidden.shape, dtype=summed, device=device) if hidden_grad else None
     d_weight = torch.empty(matrices.shape, dtype=work, device=device) if weight_grad else None
 
-    grid = products.Grid.choose(count, shard.share, weight.dtype, device, options.chunk_bytes)
+    grid = products.Grid.choose(count, shard.classes_per_rank, weight.dtype, device, options.chunk_bytes)
     store = grid.block(matrices.shape[1]) if hidden_grad or weight_grad else None
     for matrix, (start, stop) in enumerate(rows.segments):
         if d_weight is not None and (start == stop or options.gradient_filter > 0):
@@ -85,7 +85,7 @@ def rows_loss(
                 products.weight_gradient(block, hidden, head, unit, d_weight[matrix], kept_classes, grid, add=not fresh)
 
     if d_hidden is not None:
-        d_hidden = shard.sum(d_hidden).to(kept)
+        d_hidden = shard.all_reduce_sum(d_hidden).to(kept)
     store = block = None  # before the copy in another dtype
     if d_weight is not None:
         d_weight = d_weight.reshape(weight.shape).to(kept)
@@ -127,11 +127,11 @@ def exponentials(
     top = torch.full((rows,), -torch.inf, dtype=work, device=hidden.device)
     best = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     total = torch.zeros(rows, dtype=work, device=hidden.device)
-    column, owned = shard.local(target)
+    column, owned = shard.local_index(target)
     if classes and loss_cpu.serves_blocks(hidden, matrix):
         column = torch.where(owned, column, -1)
         top, best, total = loss_cpu.block_exponentials(hidden, matrix, anchor, column, z_y, block)
-        return Exponentials(anchor, *shard.top(top, best), shard.sum(total))
+        return Exponentials(anchor, *shard.all_reduce_max(top, best), shard.all_reduce_sum(total))
 
     native = loss_cpu.serves_tiles(hidden)
     # the native pass reads memory as fast as it comes: one product over all classes suits it better than many
@@ -155,16 +155,16 @@ def exponentials(
         total += gap.exp_().sum(1)
         if block is not None:
             block[:, low:high].copy_(gap)
-    top, best = shard.top(top, best)
-    return Exponentials(anchor, top, best, shard.sum(total))
+    top, best = shard.all_reduce_max(top, best)
+    return Exponentials(anchor, top, best, shard.all_reduce_sum(total))
 
 
 def dots(hidden: Tensor, matrix: Tensor, token: Tensor, work: torch.dtype, shard: Shard) -> Tensor:
     """``[C, q]``: logits of `token` ``[C, q]``, wherever they live."""
-    column, owned = shard.local(token)
+    column, owned = shard.local_index(token)
     if not shard.count:
-        return shard.sum(torch.zeros(token.shape, dtype=work, device=token.device))
-    return shard.sum(products.row_dots(hidden, matrix, column, work).masked_fill(~owned, 0.0))
+        return shard.all_reduce_sum(torch.zeros(token.shape, dtype=work, device=token.device))
+    return shard.all_reduce_sum(products.row_dots(hidden, matrix, column, work).masked_fill(~owned, 0.0))
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ def touch_up(
     own = torch.exp(z_y - found.anchor)
     own[bare] = 0
     divisor = unit.masked_fill(unit == 0, 1.0)
-    column, owned = shard.local(touch.token)
+    column, owned = shard.local_index(touch.token)
     products.add_at_(block, column, (pull / divisor.unsqueeze(1)).masked_fill(~owned, 0.0))
     # the target's entry is formed whole before it is rounded: 1 - S cancels where the model is sure and right
-    column, owned = shard.local(target)
+    column, owned = shard.local_index(target)
     row = owned.nonzero().squeeze(1)
     block[row, column[row]] = (own + on_target / divisor)[row].to(block.dtype)
     return unit

@@ -89,16 +89,16 @@ def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
         if gradient.device.type == "cpu":
             # a 0-dim factor on the CPU keeps its precision by itself
             return gradient if not kept and float(grad) == 1.0 else gradient * grad
-        rescale = _rescale()
-        if gradient.is_cuda and grad.dtype == torch.float32 and rescale is not None:
-            return rescale(gradient.clone() if kept else gradient, grad)
+        scale_ = _scale_kernel()
+        if gradient.is_cuda and grad.dtype == torch.float32 and scale_ is not None:
+            return scale_(gradient.clone() if kept else gradient, grad)
     return (gradient.to(grad.dtype) * grad).to(dtype)
 
 
 @functools.cache
-def _rescale() -> Callable[[Tensor, Tensor], Tensor] | None:
+def _scale_kernel() -> Callable[[Tensor, Tensor], Tensor] | None:
     try:
-        from ntpseg.kernels.scale_rows import rescale
+        from ntpseg.kernels.scale_rows import scale_
     except ImportError:
         return None
-    return rescale
+    return scale_

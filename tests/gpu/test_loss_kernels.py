@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: accuracy against float64, every engine, traps that the interpreter cannot show."""
+"""The Triton kernels on a GPU: accuracy against float64, both forward products, traps that the interpreter hides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from ntpseg.kernels import chunks
-from ntpseg.kernels.chunk_loop import Setting
+from ntpseg.kernels.chunk_loop import LoopOptions
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.compaction import Rows
@@ -51,10 +51,10 @@ def _rows(
 
 
 def _run(
-    rows: Rows, weight: torch.Tensor, options: LossOptions | None = None, setting: Setting | None = None
+    rows: Rows, weight: torch.Tensor, options: LossOptions | None = None, loop: LoopOptions | None = None
 ) -> RowsResult:
     return triton_backend.rows_loss(
-        rows, weight, options or LossOptions(), hidden_grad=True, weight_grad=True, setting=setting
+        rows, weight, options or LossOptions(), hidden_grad=True, weight_grad=True, loop=loop
     )
 
 
@@ -123,7 +123,7 @@ def test_agrees_with_float64(count: int, width: int, classes: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_overflow_is_redone(dtype: torch.dtype) -> None:
+def test_overflow_is_recomputed(dtype: torch.dtype) -> None:
     rows, weight = _rows(700, 256, 3000, dtype, scale=20.0)
     wanted = _truth(rows, weight)
     assert (wanted.margin > 48).any() and (wanted.margin == 0).any()
@@ -142,7 +142,10 @@ def test_options(negatives: int) -> None:
 
 def test_the_fused_product_equals_the_library_product() -> None:
     rows, weight = _rows(900, 512, 5000, BF16)
-    fused, library = _run(rows, weight, setting=Setting(fused=True)), _run(rows, weight, setting=Setting(fused=False))
+    fused, library = (
+        _run(rows, weight, loop=LoopOptions(fused=True)),
+        _run(rows, weight, loop=LoopOptions(fused=False)),
+    )
     assert _distance(fused.nll, library.nll.double()) < 1e-6
     assert _distance(fused.d_hidden, library.d_hidden.double()) < 4e-3
     assert _distance(fused.d_weight, library.d_weight.double()) < 4e-3
@@ -152,10 +155,10 @@ def test_the_fused_product_equals_the_library_product() -> None:
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_repeats_bit_for_bit(chunk_bytes: int | None, scale: float) -> None:
     rows, weight = _rows(1000, 512, 5000, BF16, scale=scale)
-    setting = Setting(chunk_bytes=chunk_bytes)
-    first = _run(rows, weight, setting=setting)
+    loop = LoopOptions(chunk_bytes=chunk_bytes)
+    first = _run(rows, weight, loop=loop)
     for _ in range(5):
-        again = _run(rows, weight, setting=setting)
+        again = _run(rows, weight, loop=loop)
         for field in dataclasses.fields(first):
             assert torch.equal(getattr(first, field.name), getattr(again, field.name)), field.name
 
@@ -163,21 +166,21 @@ def test_repeats_bit_for_bit(chunk_bytes: int | None, scale: float) -> None:
 def test_chunks_sum_the_weight_gradient_in_fp32() -> None:
     rows, weight = _rows(2048, 256, 3000, BF16)
     wanted = _truth(rows, weight)
-    whole, cut = _run(rows, weight), _run(rows, weight, setting=Setting(chunk_bytes=3008 * 2 * 128))
+    whole, cut = _run(rows, weight), _run(rows, weight, loop=LoopOptions(chunk_bytes=3008 * 2 * 128))
     assert torch.equal(whole.nll, cut.nll)
     assert _distance(cut.d_weight, wanted.d_weight) < 1.05 * _distance(whole.d_weight, wanted.d_weight) + 1e-4
 
 
 @pytest.mark.parametrize("filtered", [0.0, 1e-9])
-def test_chunks_sum_the_weight_gradient_beside_itself(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_sum_in_a_split_accumulator(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = _rows(2048, 256, 3000, BF16)
     wanted = _truth(rows, weight)
-    setting = Setting(chunk_bytes=3008 * 2 * 128, gradient_filter=filtered)
-    in_fp32 = _run(rows, weight, setting=setting)
+    loop = LoopOptions(chunk_bytes=3008 * 2 * 128, gradient_filter=filtered)
+    in_fp32 = _run(rows, weight, loop=loop)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1)
-    beside = _run(rows, weight, setting=setting)
-    assert (beside.d_weight != in_fp32.d_weight).float().mean() < 0.05
-    assert _distance(beside.d_weight, wanted.d_weight) < 1.02 * _distance(in_fp32.d_weight, wanted.d_weight) + 1e-5
+    split = _run(rows, weight, loop=loop)
+    assert (split.d_weight != in_fp32.d_weight).float().mean() < 0.05
+    assert _distance(split.d_weight, wanted.d_weight) < 1.02 * _distance(in_fp32.d_weight, wanted.d_weight) + 1e-5
 
 
 def test_gradient_filter() -> None:
@@ -196,7 +199,7 @@ def test_large_vocabulary_beyond_32_bit_offsets() -> None:
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GiB of free device memory")
     rows, weight = _rows(count, width, classes, BF16, hard=0)
-    found = _run(rows, weight, setting=Setting(chunk_bytes=184_640 * 2 * count))
+    found = _run(rows, weight, loop=LoopOptions(chunk_bytes=184_640 * 2 * count))
     last = torch.arange(count - 300, count, device="cuda")
     z = rows.hidden[last].double() @ weight.double().t()
     nll = z.logsumexp(1) - z.gather(1, rows.target[last].unsqueeze(1)).squeeze(1)

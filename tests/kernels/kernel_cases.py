@@ -7,16 +7,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.chunk_loop import Setting
-from ntpseg.kernels.gemm_configs import GemmConfig, Tiles
+from ntpseg.kernels.chunk_loop import LoopOptions
+from ntpseg.kernels.gemm_configs import ArchConfigs, GemmConfig
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
 
 # The interpreter's tiles once more, with tensor descriptors, parts and flattening as on sm_90.
-_WITH_DESCRIPTORS = GemmConfig(64, 128, 64, warps=4, stages=1, tma=True, flatten=True)
-DESCRIPTORS = Tiles(dataclasses.replace(_WITH_DESCRIPTORS, parts=4), _WITH_DESCRIPTORS, _WITH_DESCRIPTORS)
+_WITH_DESCRIPTORS = GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=True, FLATTEN=True)
+_SUBTILED = dataclasses.replace(_WITH_DESCRIPTORS, EPILOGUE_SUBTILE=4)
+DESCRIPTORS = ArchConfigs(_SUBTILED, _WITH_DESCRIPTORS, _WITH_DESCRIPTORS)
 
 ROW_RESULTS = ("nll", "margin", "tcl", "het", "lse")
 GRADIENTS = ("d_hidden", "d_weight")
@@ -68,7 +69,7 @@ def draw_rows(
 
 
 def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
-    """The seam's definition in float64 with plain autograd, without a filter."""
+    """The definition of a backend in float64 with plain autograd, without a filter."""
     hidden = rows.hidden.double().requires_grad_()
     matrix = weight.double().requires_grad_()
     z = hidden @ matrix.t()
@@ -104,9 +105,9 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     )
 
 
-def run(rows: Rows, weight: Tensor, options: LossOptions, setting: Setting | None = None) -> RowsResult:
+def run(rows: Rows, weight: Tensor, options: LossOptions, loop: LoopOptions | None = None) -> RowsResult:
     """The kernels."""
-    return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, setting=setting)
+    return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, loop=loop)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -23,7 +23,7 @@ from kernel_cases import (
 )
 
 from ntpseg.kernels import chunk_loop, chunks, matmul
-from ntpseg.kernels.chunk_loop import Setting
+from ntpseg.kernels.chunk_loop import LoopOptions
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import triton_backend
 from ntpseg.losses.options import LossOptions
@@ -31,28 +31,28 @@ from ntpseg.losses.options import LossOptions
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FUSED = Setting(fused=True)
+FUSED = LoopOptions(fused=True)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "setting"),
+    ("dtype", "width", "loop"),
     [
         (F32, 72, None),
         (F32, 72, FUSED),
         (F32, 51, None),
         (BF16, 72, None),
-        (BF16, 72, Setting(tiles=DESCRIPTORS)),
-        (BF16, 200, Setting(tiles=DESCRIPTORS)),
+        (BF16, 72, LoopOptions(configs=DESCRIPTORS)),
+        (BF16, 200, LoopOptions(configs=DESCRIPTORS)),
         (BF16, 51, None),  # rows that are not 16-byte aligned
         (F16, 72, None),
         (F16, 51, None),
     ],
 )
 @pytest.mark.parametrize("scale", [1.0, 12.0], ids=["calm", "overflow"])
-def test_agrees_with_float64(dtype: torch.dtype, width: int, setting: Setting | None, scale: float) -> None:
+def test_agrees_with_float64(dtype: torch.dtype, width: int, loop: LoopOptions | None, scale: float) -> None:
     rows, weight = draw_rows(width=width, dtype=dtype, scale=scale, leaders=True)
     options = LossOptions()
-    assert_agrees(run(rows, weight, options, setting), truth(rows, weight, options), dtype)
+    assert_agrees(run(rows, weight, options, loop), truth(rows, weight, options), dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -99,7 +99,7 @@ def test_a_single_class_leaves_nothing_to_learn() -> None:
 def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
     rows, weight = draw_rows(dtype=dtype, leaders=True)
     whole = run(rows, weight, LossOptions(), FUSED)
-    cut = run(rows, weight, LossOptions(), Setting(fused=True, chunk_bytes=384 * dtype.itemsize * 50))
+    cut = run(rows, weight, LossOptions(), LoopOptions(fused=True, chunk_bytes=384 * dtype.itemsize * 50))
     assert torch.equal(whole.prediction, cut.prediction)
     # a CPU's products may add up in another order where a row lies elsewhere in its block
     for name in (*ROW_RESULTS, "d_hidden"):
@@ -109,20 +109,20 @@ def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("filtered", [0.0, 1e-9])
-def test_weight_gradient_summed_beside_itself(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradient_summed_in_a_split_accumulator(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 40_000)
     monkeypatch.setattr(matmul, "SLICE_BYTES", 4 * 72 * 200)  # two slices, or three of whole tiles
     rows, weight = draw_rows(dtype=BF16, leaders=True)
-    setting = Setting(fused=True, chunk_bytes=384 * 2 * 50, gradient_filter=filtered)
+    loop = LoopOptions(fused=True, chunk_bytes=384 * 2 * 50, gradient_filter=filtered)
     planned = []
     monkeypatch.setattr(
         chunk_loop, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
     )
-    found, wanted = run(rows, weight, LossOptions(), setting), truth(rows, weight, LossOptions())
-    assert planned == [chunks.Chunks(47, 3, beside=True)]
+    found, wanted = run(rows, weight, LossOptions(), loop), truth(rows, weight, LossOptions())
+    assert planned == [chunks.Chunks(47, 3, split_accumulator=True)]
     assert_agrees(found, wanted, BF16)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1 << 30)
-    in_fp32 = run(rows, weight, LossOptions(), setting)
+    in_fp32 = run(rows, weight, LossOptions(), loop)
     assert planned[1] == chunks.Chunks(47, 3)
     # the same sum but for its 17th bit: hardly a number rounds to another bf16
     assert (found.d_weight != in_fp32.d_weight).float().mean() < 0.01
@@ -163,13 +163,18 @@ def test_makes_only_the_gradients_that_are_wanted(hidden_grad: bool, fused: bool
     rows, weight = draw_rows()
     wanted = truth(rows, weight, LossOptions())
     found = triton_backend.rows_loss(
-        rows, weight, LossOptions(), hidden_grad=hidden_grad, weight_grad=not hidden_grad, setting=Setting(fused=fused)
+        rows,
+        weight,
+        LossOptions(),
+        hidden_grad=hidden_grad,
+        weight_grad=not hidden_grad,
+        loop=LoopOptions(fused=fused),
     )
     made, missing = GRADIENTS if hidden_grad else GRADIENTS[::-1]
     assert getattr(found, missing) is None
     assert distance(getattr(found, made), getattr(wanted, made)) < GRADIENT_ERROR[F32]
     neither = triton_backend.rows_loss(
-        rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, setting=Setting(fused=fused)
+        rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, loop=LoopOptions(fused=fused)
     )
     assert neither.d_hidden is None and neither.d_weight is None
     assert torch.equal(neither.nll, found.nll) and torch.equal(neither.prediction, found.prediction)
@@ -190,7 +195,7 @@ def test_ties_go_to_the_lowest_id(fused: bool) -> None:
     # whole numbers: their sums are exact in whatever order a CPU's product adds them up
     rows = dataclasses.replace(rows, hidden=rows.hidden.round())
     weight = (2 * weight[:1]).round().expand(300, -1).contiguous()
-    found = run(rows, weight, LossOptions(), Setting(fused=fused))
+    found = run(rows, weight, LossOptions(), LoopOptions(fused=fused))
     assert not found.prediction.any()
     assert found.margin.max() < 1e-5
     assert not found.margin[rows.target == 0].any()
@@ -202,7 +207,7 @@ def test_nan_stays_visible(fused: bool) -> None:
     rows, weight = draw_rows(count=70)
     hidden = rows.hidden.clone()
     hidden[3, 5] = math.nan
-    found = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), Setting(fused=fused))
+    found = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), LoopOptions(fused=fused))
     assert found.nll[3].isnan()
     assert found.d_hidden[3].isnan().any()
     assert not found.nll[30:].isnan().any()

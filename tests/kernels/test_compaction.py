@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 
 from loss_cases import Case, draw
 
-from ntpseg.kernels.gather_scatter import take_rows
+from ntpseg.kernels.gather_scatter import gather_rows
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
 from ntpseg.losses.compaction import RowPlan, plan_rows
@@ -112,9 +112,9 @@ def test_more_rows_than_promised_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_take_rows(dtype: torch.dtype) -> None:
+def test_gather_rows(dtype: torch.dtype) -> None:
     source = torch.randn(50, 24).to(dtype)[:, :19]
     index = torch.tensor([49, -1, 0, 7, 7], dtype=torch.int32)
     wanted = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
-    assert torch.equal(take_rows(source, index), wanted)
-    assert take_rows(source, index[:0]).shape == (0, 19)
+    assert torch.equal(gather_rows(source, index), wanted)
+    assert gather_rows(source, index[:0]).shape == (0, 19)

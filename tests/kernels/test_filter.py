@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 
 from kernel_cases import DESCRIPTORS, distance, draw_rows, run, truth
 
-from ntpseg.kernels.chunk_loop import Setting
-from ntpseg.kernels.gemm_configs import TABLE, Tiles
-from ntpseg.kernels.gradient_filter import LiveTiles, filtered_d_hidden, filtered_d_weight, live_tiles
+from ntpseg.kernels.chunk_loop import LoopOptions
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs
+from ntpseg.kernels.gradient_filter import BlockMask, create_block_mask, filtered_d_hidden, filtered_d_weight
 from ntpseg.kernels.tl_utils import INTERPRETED
-from ntpseg.kernels.workspace import Partials, RowStates
+from ntpseg.kernels.workspace import BlockStats, RowStats
 from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
 
@@ -39,7 +39,7 @@ def _idle_vocabulary(dtype: torch.dtype, classes: int = 1100) -> tuple[Rows, tor
     return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, het=het), weight.to(dtype)
 
 
-def test_live_tiles_are_the_probable_and_the_touched() -> None:
+def test_active_tiles_are_the_probable_and_the_contrasted() -> None:
     classes = 700
     z = torch.full((130, classes), -20.0)
     z[:, 3] = 0.0
@@ -48,45 +48,38 @@ def test_live_tiles_are_the_probable_and_the_touched() -> None:
     target[129] = -1  # padding keeps nothing alive
     z[129, 300] = 50.0
     blocks = z.split(128, 1)
-    partials = Partials(torch.empty(6, 130), torch.stack([b.amax(1) for b in blocks]), torch.empty(6, 130).int())
-    states = RowStates.empty(130, torch.device("cpu"))
-    logit = z[:, 3].clone()
-    states.nll.copy_(z.logsumexp(1) - logit)
+    block_stats = BlockStats(torch.empty(6, 130), torch.stack([b.amax(1) for b in blocks]), torch.empty(6, 130).int())
+    row_stats = RowStats.empty(130, torch.device("cpu"))
+    target_logit = z[:, 3].clone()
+    row_stats.nll.copy_(z.logsumexp(1) - target_logit)
     token = torch.full((130, 2), -1, dtype=torch.int32)
     token[70, 1] = 512
-    found = live_tiles(partials, states, logit, target, token, THRESHOLD, 64, 128, target)
-    assert found.live.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
-    assert found.row_count.tolist() == [1, 2, 2] and found.by_row[1, :2].tolist() == [0, 4]
-    assert found.class_count.tolist() == [3, 0, 0, 0, 2, 0] and found.by_class[4, :2].tolist() == [1, 2]
+    found = create_block_mask(block_stats, row_stats, target_logit, target, token, THRESHOLD, 64, 128, target)
+    assert found.active.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
+    assert found.class_num_blocks.tolist() == [1, 2, 2] and found.class_indices[1, :2].tolist() == [0, 4]
+    assert found.row_num_blocks.tolist() == [3, 0, 0, 0, 2, 0] and found.row_indices[4, :2].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("tiles", [TABLE["interpreter"], DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("configs", [GEMM_CONFIGS["interpreter"], DESCRIPTORS], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_over_live_tiles(tiles: Tiles, dtype: torch.dtype) -> None:
+def test_products_over_active_tiles(configs: ArchConfigs, dtype: torch.dtype) -> None:
     rows, classes, width = 150, 330, 72
     e = torch.randn(rows, 384).to(dtype)[:, :classes]
     weight, scaled, scale = torch.randn(classes, width).to(dtype), torch.randn(rows, width).to(dtype), torch.randn(rows)
-    live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 0]]).int()
-    structure = LiveTiles(
-        64,
-        128,
-        live,
-        torch.tensor([[0, 2, 9], [9, 9, 9], [0, 9, 9]]).int(),
-        torch.tensor([2, 0, 1]).int(),
-        torch.tensor([[0, 2, 9], [9, 9, 9], [0, 9, 9]]).int(),
-        torch.tensor([2, 0, 1]).int(),
-    )
-    mask = live.repeat_interleave(64, 0)[:rows].repeat_interleave(128, 1)[:, :classes]
+    active = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 0]]).int()
+    indices, num_blocks = torch.tensor([[0, 2, 9], [9, 9, 9], [0, 9, 9]]).int(), torch.tensor([2, 0, 1]).int()
+    block_mask = BlockMask(64, 128, active, num_blocks, indices, num_blocks, indices)
+    mask = active.repeat_interleave(64, 0)[:rows].repeat_interleave(128, 1)[:, :classes]
     kept = e.double() * mask
     found = torch.empty(rows, width)
-    filtered_d_hidden(e, weight, scale, found, structure, tiles.d_hidden)
+    filtered_d_hidden(e, weight, scale, found, block_mask, configs.d_hidden)
     assert distance(found, (kept @ weight.double()) * scale.double().unsqueeze(1)) < 1e-6
     total = torch.empty(classes, width)
-    filtered_d_weight(e, scaled, total, structure, tiles.d_weight, accumulate=False)
+    filtered_d_weight(e, scaled, total, block_mask, configs.d_weight, accumulate=False)
     wanted = kept.t() @ scaled.double()
     assert distance(total, wanted) < 1e-6
     assert not total[128:256].any()
-    filtered_d_weight(e, scaled, total, structure, tiles.d_weight, accumulate=True)
+    filtered_d_weight(e, scaled, total, block_mask, configs.d_weight, accumulate=True)
     assert distance(total, 2 * wanted) < 1e-6
 
 
@@ -95,8 +88,8 @@ def test_products_over_live_tiles(tiles: Tiles, dtype: torch.dtype) -> None:
 def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | None) -> None:
     rows, weight = _idle_vocabulary(dtype)
     wanted = truth(rows, weight, LossOptions())
-    setting = Setting(fused=True, gradient_filter=THRESHOLD, chunk_bytes=chunk_bytes)
-    found = run(rows, weight, LossOptions(), setting)
+    loop = LoopOptions(fused=True, gradient_filter=THRESHOLD, chunk_bytes=chunk_bytes)
+    found = run(rows, weight, LossOptions(), loop)
     # logits are about 15 here: one unit in the last place of fp32 is 1e-6
     torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=2e-6)
 
@@ -104,7 +97,7 @@ def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | Non
     p = (rows.hidden.double() @ weight.double().t()).softmax(1)
     dropped = torch.where(p < THRESHOLD, p, 0.0)
     lost = rows.share.double().unsqueeze(1) * dropped
-    exact = run(rows, weight, LossOptions(), Setting(fused=True, chunk_bytes=chunk_bytes))
+    exact = run(rows, weight, LossOptions(), LoopOptions(fused=True, chunk_bytes=chunk_bytes))
     for name, bound in (
         ("d_hidden", lost @ weight.double().abs()),
         ("d_weight", lost.t() @ rows.hidden.double().abs()),
@@ -121,7 +114,7 @@ def test_it_is_off_by_default_and_does_skip_when_on() -> None:
     exact = run(rows, weight, LossOptions())
     # every row is nearly sure, so p_y - 1 is what fp32 leaves of 1 - 0.9997
     assert distance(exact.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-3
-    filtered = run(rows, weight, LossOptions(), Setting(fused=True, gradient_filter=THRESHOLD))
+    filtered = run(rows, weight, LossOptions(), LoopOptions(fused=True, gradient_filter=THRESHOLD))
     # classes whose gradient was small but not zero, and now is not computed at all
     skipped = (filtered.d_weight == 0).all(1) & (exact.d_weight != 0).any(1)
     assert skipped.float().mean() > 0.5
