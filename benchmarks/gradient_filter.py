@@ -19,7 +19,8 @@ from loss_cpu_gate import commit, cpu_name
 
 from ntpseg import ntp_loss
 from ntpseg.losses import LossOptions
-from ntpseg.losses.compaction import plan_rows
+from ntpseg.losses.compaction import compact
+from ntpseg.losses.supervision import Supervision
 from ntpseg.models.bundle import Bundle
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.training.dataset import Collator, TokenDataset
@@ -51,7 +52,7 @@ def main() -> None:
     settings = parser.parse_args()
     hidden, weight, labels, (low, high) = states(settings.run, settings.samples)
     options = LossOptions(vocab_range=(low, high), backend="torch")
-    rows, _ = plan_rows(hidden, labels, high - low, options, per_head_weight=weight.dim() == 3)
+    rows = compact(hidden, Supervision(labels), high - low, options, per_head_weight=weight.dim() == 3).rows
     matrix = weight[low:high] if weight.dim() == 2 else weight[0, low:high]
     needed = (rows.hidden @ matrix.t()).softmax(1) >= settings.threshold
     needed[torch.arange(len(needed)), rows.target] = True

@@ -11,93 +11,94 @@ from torch import Tensor
 from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
-from ntpseg.losses.compaction import OUT_OF_RANGE, TOO_MANY_ROWS, Rows, filled, raise_out_of_range
-from ntpseg.losses.options import LossOptions
+from ntpseg.losses.compaction import OUT_OF_RANGE, TOO_MANY_ROWS, Compaction, Rows, raise_out_of_range
+from ntpseg.losses.options import LossOptions, TokenResults
+from ntpseg.losses.supervision import Supervision, filled
 
 
 @dataclass(frozen=True)
-class KernelPlan:
-    """What `ntpseg.losses.compaction.RowPlan` is, with `slot` ``[B * T * k]``: the row of each (sample, time, head)."""
+class TritonCompaction(Compaction):
+    """`Compaction` with kernels.
 
-    rows: Rows
-    ntp_share: Tensor
-    shape: tuple[int, int, int]
-    shift: int
-    slot: Tensor
+    Attributes:
+        inverse_index: ``[B * T * k]`` int32, the row of each (sample, time, head), -1 = none.
+    """
 
-    def results(self, prediction: Tensor, nll: Tensor, margin: Tensor, low: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `RowPlan.results`."""
-        return scatter_results(self.slot, prediction, nll, margin, self.shape, self.shift, low)
+    inverse_index: Tensor
 
-    def gradient(self, d_rows: Tensor) -> Tensor:
-        """See `RowPlan.gradient`."""
-        return gather_rows(d_rows, self.slot).view(*self.shape, d_rows.shape[1])
+    def scatter_results(self, prediction: Tensor, nll: Tensor, margin: Tensor, class_start: int) -> TokenResults:
+        """See `Compaction.scatter_results`."""
+        return TokenResults(
+            *scatter_results(self.inverse_index, prediction, nll, margin, self.shape, self.shift, class_start)
+        )
+
+    def scatter_gradient(self, d_rows: Tensor) -> Tensor:
+        """See `Compaction.scatter_gradient`."""
+        # a gather by the inverse index: every place is written once, the empty ones included
+        return gather_rows(d_rows, self.inverse_index).view(*self.shape, d_rows.shape[1])
 
 
-def plan_by_kernels(
-    hidden: Tensor,
-    labels: Tensor,
-    classes: int,
-    options: LossOptions,
-    *,
-    per_head_weight: bool,
-    het_position: Tensor | None = None,
-    het_token: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    num_rows: Tensor | None = None,
-    num_het: Tensor | None = None,
-) -> KernelPlan:
-    """See `ntpseg.losses.compaction.plan_rows` for the arguments and errors; not for float64."""
+def compact_triton(
+    hidden: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, per_head_weight: bool
+) -> TritonCompaction:
+    """See `ntpseg.losses.compaction.compact` for the arguments and errors; not for float64.
+
+    Counts rows and entries in the kernels that find them, by the rule of `ntpseg.losses.supervision`: its operators
+    would be as many launches again.
+    """
     batch, time, heads, _ = hidden.shape
     low = options.vocab_range[0] if options.vocab_range else 0
     layout = BatchLayout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)
-    labels = labels.contiguous()
+    labels, token_weights = supervision.labels.contiguous(), supervision.token_weights
     cells = find_supervised(labels, None if token_weights is None else token_weights.contiguous(), layout)
-    hard = None
-    if het_position is not None and het_token is not None and het_position.numel():
-        het_token = het_token.contiguous()
-        hard = rank_hard_tokens(het_position.contiguous(), het_token, labels, cells, layout)
+    position, token, ranked = supervision.het_position, supervision.het_token, None
+    if position is not None and token is not None and position.numel():
+        token = token.contiguous()
+        ranked = rank_hard_tokens(position.contiguous(), token, labels, cells, layout)
 
-    # a sum per head is deterministic on every device
-    num_rows = cells.token_weight.view(heads, -1).sum(1) if num_rows is None else num_rows.to(torch.float32)
-    slots = 0 if hard is None else hard[0].shape[1]
+    if supervision.num_rows is None:
+        # a sum per head is deterministic on every device
+        num_rows = cells.token_weight.view(heads, -1).sum(1)
+    else:
+        num_rows = supervision.num_rows.to(torch.float32)
+    slots = 0 if ranked is None else ranked[0].shape[1]
     segments, most = _sizes(cells, labels, layout, options, per_head_weight, slots)
-    count = segments[-1][1]
-    made = write_rows(
+    total_rows = segments[-1][1]
+    table = write_rows(
         labels,
         cells,
         num_rows,
-        num_het,
+        supervision.num_het,
         filled(options.head_weights, torch.float32, hidden.device) if options.head_weights else None,
         layout,
         options.negatives,
-        count,
+        total_rows,
         padded=options.max_rows is not None,
         segments=per_head_weight,
     )
-    if hard is None or het_token is None:
-        table = labels.new_empty(count, 0)
+    if ranked is None or token is None:
+        hard_tokens = labels.new_empty(total_rows, 0)
     else:
-        table = hard_token_table(het_token, *hard, made.inverse_index, layout, count, most)
+        hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, most)
     rows = Rows(
-        hidden=gather_rows(hidden, made.gather_index),
-        target=made.target,
-        share=made.row_weight,
-        reach=made.num_negatives,
-        het=table,
-        het_share=made.entry_weight,
+        hidden=gather_rows(hidden, table.gather_index),
+        target=table.target,
+        row_weight=table.row_weight,
+        num_negatives=table.num_negatives,
+        hard_tokens=hard_tokens,
+        entry_weight=table.entry_weight,
         segments=segments,
-        index=made.index,
+        index=table.index,
     )
-    return KernelPlan(rows, made.ntp_weight, (batch, time, heads), layout.shift, made.inverse_index)
+    return TritonCompaction(rows, table.ntp_weight, (batch, time, heads), layout.shift, table.inverse_index)
 
 
 def _sizes(
     cells: SupervisedCells, labels: Tensor, layout: BatchLayout, options: LossOptions, per_head: bool, slots: int
 ) -> tuple[tuple[tuple[int, int], ...], int]:
     """Segments and the width of the table of hard tokens, as host integers; checks the labels."""
-    per_head_cells = layout.cells // layout.heads
-    ends = cells.prefix_sum[per_head_cells - 1 :: per_head_cells]
+    head_cells = layout.cells // layout.heads
+    ends = cells.prefix_sum[head_cells - 1 :: head_cells]
     groups = layout.heads if per_head else 1
     if options.max_rows is not None:
         size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
@@ -108,6 +109,7 @@ def _sizes(
     bad, most, _, *edges = torch.cat([cells.status, ends]).tolist()  # the one look at the device
     if bad:
         cell = bad - 1
-        place = cell % layout.time + layout.shift + cell // per_head_cells
-        raise_out_of_range(int(labels[cell // layout.time % layout.batch, place]), layout.class_start, layout.classes)
+        position = cell % layout.time + layout.shift + cell // head_cells
+        label = int(labels[cell // layout.time % layout.batch, position])
+        raise_out_of_range(label, layout.class_start, layout.classes)
     return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), most

@@ -3,7 +3,7 @@
     model = fuse_causal_lm(AutoModelForCausalLM.from_pretrained(...), negatives=5)
     Trainer(model, args, train_dataset=...).train()
 
-With labels, ``forward`` runs the decoder and hands its hidden states to the output head, which computes the loss
+With labels, ``forward`` runs the decoder and passes its hidden states to the output head, which computes the loss
 inside its own ``__call__`` (so ZeRO-3 and FSDP find its weight gathered) and returns no logits. Without labels nothing
 changes.
 """

@@ -1,4 +1,4 @@
-"""What a caller may set and what comes back: the frozen options, the counts, the output."""
+"""What a caller may set and what is returned: the frozen options, the counts, the output."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -121,6 +122,24 @@ class NumItems:
     het: float | Tensor | None = None
 
 
+class LossParts(NamedTuple):
+    """The parts of the loss, detached 0-dim tensors; see `NTPOutput`."""
+
+    ntp: Tensor
+    nktp: Tensor
+    tcl: Tensor
+    het: Tensor
+    z: Tensor
+
+
+class TokenResults(NamedTuple):
+    """Per-token results of every head, ``[B, T, k]`` by the position of the predicted token; see `NTPOutput`."""
+
+    prediction: Tensor
+    nll: Tensor
+    margin: Tensor
+
+
 @dataclass(frozen=True)
 class NTPOutput:
     """Result of `ntp_loss`. Only `loss` carries a gradient.
@@ -153,6 +172,24 @@ class NTPOutput:
     head_prediction: Tensor | None = None
     head_nll: Tensor | None = None
     head_margin: Tensor | None = None
+
+    @staticmethod
+    def make(loss: Tensor, parts: LossParts, tokens: TokenResults, options: LossOptions) -> NTPOutput:
+        """From what a backend returns; leaves out what the options do not ask for."""
+        return NTPOutput(
+            loss=loss,
+            ntp=parts.ntp,
+            nktp=parts.nktp,
+            tcl=parts.tcl,
+            het=parts.het,
+            prediction=tokens.prediction[..., 0],
+            nll=tokens.nll[..., 0],
+            margin=tokens.margin[..., 0],
+            z=parts.z if options.z_loss else None,
+            head_prediction=tokens.prediction if options.per_head else None,
+            head_nll=tokens.nll if options.per_head else None,
+            head_margin=tokens.margin if options.per_head else None,
+        )
 
 
 _Value = None | bool | int | float | str | tuple[float, ...] | tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The fused loss on Triton kernels: the seam of `ntpseg.losses.backends` over `ntpseg.kernels`."""
+"""The loss on Triton kernels: the backend interface of `ntpseg.losses.backends` over `ntpseg.kernels`."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def rows_loss(
         )
     if not (hidden.is_cuda or INTERPRETED):
         raise ValueError(
-            f"backend 'triton' needs hidden on a CUDA device, got {hidden.device}; "
+            f"hidden must be on a CUDA device for backend 'triton', got {hidden.device}; "
             "set TRITON_INTERPRET=1 before the first import to run its kernels on the CPU"
         )
     loop = loop or LoopOptions(chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter)
     count = hidden.shape[0]
     device = hidden.device
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
-    kept = gradient_dtype(weight.dtype)
+    result_dtype = gradient_dtype(weight.dtype)
 
     row_stats = RowStats.empty(count, device)
     tcl, het = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    summed = kept if shard is None else torch.float32
-    d_hidden = torch.empty(hidden.shape, dtype=summed, device=device) if hidden_grad else None
-    d_weight = torch.empty(matrices.shape, dtype=kept, device=device) if weight_grad else None
+    d_hidden_dtype = result_dtype if shard is None else torch.float32
+    d_hidden = torch.empty(hidden.shape, dtype=d_hidden_dtype, device=device) if hidden_grad else None
+    d_weight = torch.empty(matrices.shape, dtype=result_dtype, device=device) if weight_grad else None
     with torch.cuda.device(device) if hidden.is_cuda else contextlib.nullcontext():
         for matrix, (start, stop) in enumerate(rows.segments):
             if start == stop:
@@ -66,11 +66,11 @@ def rows_loss(
             segment = Segment(
                 hidden=hidden[cut],
                 target=rows.target[cut],
-                num_negatives=rows.reach[cut],
-                hard_tokens=rows.het[cut].contiguous(),
+                num_negatives=rows.num_negatives[cut],
+                hard_tokens=rows.hard_tokens[cut].contiguous(),
                 weights=LossWeights(
-                    row_weight=rows.share[cut],
-                    entry_weight=rows.het_share.to(torch.float32),
+                    row_weight=rows.row_weight[cut],
+                    entry_weight=rows.entry_weight.to(torch.float32),
                     tcl_weight=options.tcl_weight,
                     het_weight=options.het_weight,
                     z_loss=options.z_loss,
@@ -87,9 +87,16 @@ def rows_loss(
             )
             run_segment(segment, matrices[matrix], result, loop, shard)
     if d_hidden is not None and shard is not None:
-        d_hidden = shard.all_reduce_sum(d_hidden).to(kept)
+        d_hidden = shard.all_reduce_sum(d_hidden).to(result_dtype)
     if d_weight is not None:
         d_weight = d_weight.view(weight.shape)
     return RowsResult(
-        row_stats.prediction, row_stats.nll, row_stats.margin, tcl, het, row_stats.lse, d_hidden, d_weight
+        prediction=row_stats.prediction,
+        nll=row_stats.nll,
+        margin=row_stats.margin,
+        tcl=tcl,
+        het=het,
+        lse=row_stats.lse,
+        d_hidden=d_hidden,
+        d_weight=d_weight,
     )

@@ -65,7 +65,7 @@ class Shard:
         return global_max, torch.where(argmax == _NO_CLASS, 0, argmax)  # an all-NaN row
 
 
-def locate(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
+def shard_offset(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
     """First class of this rank's shard and the number of all classes; shards lie in the order of the ranks.
 
     Args:

@@ -42,12 +42,14 @@ def _rows(
     guess = torch.cat([(part.float() @ weight.float().t()).argmax(1) for part in hidden[::2].split(1024)])
     target[::2] = guess
     row = torch.arange(count, device="cuda")
-    reach = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
-    het = torch.randint(0, classes, (count, hard), **keys)
-    het[torch.rand(count, hard, **keys) < 0.9] = -1
-    het = torch.where(het == target.unsqueeze(1), -1, het)
-    share = torch.rand(count, **keys) / count
-    return Rows(hidden, target, share, reach, het, torch.tensor(1e-3, device="cuda"), ((0, count),), row), weight
+    num_negatives = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
+    hard_tokens = torch.randint(0, classes, (count, hard), **keys)
+    hard_tokens[torch.rand(count, hard, **keys) < 0.9] = -1
+    hard_tokens = torch.where(hard_tokens == target.unsqueeze(1), -1, hard_tokens)
+    row_weight = torch.rand(count, **keys) / count
+    return Rows(
+        hidden, target, row_weight, num_negatives, hard_tokens, torch.tensor(1e-3, device="cuda"), ((0, count),), row
+    ), weight
 
 
 def _run(
@@ -77,17 +79,17 @@ def _truth(rows: Rows, weight: torch.Tensor, options: LossOptions | None = None,
         top, prediction[cut] = z.detach().max(1)
         earlier = (torch.arange(low, cut.stop, device="cuda").unsqueeze(1) - back).clamp_min(0)
         negative = prediction[earlier]
-        exists = (back <= rows.reach[cut].unsqueeze(1)) & (negative != target.unsqueeze(1))
+        exists = (back <= rows.num_negatives[cut].unsqueeze(1)) & (negative != target.unsqueeze(1))
         gap = (z.gather(1, negative) - z_y) / options.temperature
         tcl = torch.cat([gap.masked_fill(~exists, -torch.inf), torch.zeros_like(z_y)], 1).logsumexp(1)
-        far = (z.gather(1, rows.het[cut].clamp_min(0)) - z_y) / options.temperature
-        far = far.masked_fill(rows.het[cut] < 0, -torch.inf)
+        far = (z.gather(1, rows.hard_tokens[cut].clamp_min(0)) - z_y) / options.temperature
+        far = far.masked_fill(rows.hard_tokens[cut] < 0, -torch.inf)
         het = torch.logaddexp(far, torch.zeros_like(far)).sum(1)
         lse = z.logsumexp(1)
         nll = lse - z_y.squeeze(1)
-        share = rows.share[cut].double()
-        terms = share * (nll + options.tcl_weight * tcl + options.z_loss * lse.square())
-        (terms.sum() + options.het_weight * rows.het_share.double() * het.sum()).backward()
+        row_weight = rows.row_weight[cut].double()
+        terms = row_weight * (nll + options.tcl_weight * tcl + options.z_loss * lse.square())
+        (terms.sum() + options.het_weight * rows.entry_weight.double() * het.sum()).backward()
         d_weight += leaf.grad
         found = (nll, top - z_y.squeeze(1), tcl, het, lse, hidden.grad)
         for name, value in zip(outputs, found, strict=True):
@@ -209,14 +211,16 @@ def test_large_vocabulary_beyond_32_bit_offsets() -> None:
         rows,
         hidden=rows.hidden[last],
         target=rows.target[last],
-        share=rows.share[last],
-        reach=torch.zeros_like(rows.reach[last]),
-        het=rows.het[last],
+        row_weight=rows.row_weight[last],
+        num_negatives=torch.zeros_like(rows.num_negatives[last]),
+        hard_tokens=rows.hard_tokens[last],
         segments=((0, 300),),
         index=rows.index[last],
     )
     alone = _run(small, weight, LossOptions(negatives=0))
-    plain = _run(dataclasses.replace(rows, reach=torch.zeros_like(rows.reach)), weight, LossOptions(negatives=0))
+    plain = _run(
+        dataclasses.replace(rows, num_negatives=torch.zeros_like(rows.num_negatives)), weight, LossOptions(negatives=0)
+    )
     assert _distance(plain.d_hidden[last], alone.d_hidden.double()) < 4e-3
 
 

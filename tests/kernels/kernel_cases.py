@@ -35,7 +35,7 @@ def draw_rows(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
     leaders: bool = False,
-    zero_share: bool = False,
+    zero_row_weight: bool = False,
     padding: int = 0,
     seed: int = 0,
 ) -> tuple[Rows, Tensor]:
@@ -44,7 +44,7 @@ def draw_rows(
     Args:
         scale: of the hidden states; 12 makes gaps between logits that overflow an anchored exponential.
         leaders: every third target is what the model predicts, so that gaps of both kinds occur.
-        zero_share: every eleventh row has no weight in CE, though it may hold a hard token.
+        zero_row_weight: every eleventh row has no weight in CE, though it may hold a hard token.
         padding: that many rows at the end do not exist.
     """
     make = torch.Generator().manual_seed(seed)
@@ -54,18 +54,18 @@ def draw_rows(
     if leaders:
         target[::3] = (hidden[::3].double() @ weight.double().t()).argmax(1)
     row = torch.arange(count)
-    reach = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
-    het = torch.randint(0, classes, (count, hard), generator=make)
-    het[torch.rand(count, hard, generator=make) < 0.5] = -1
+    num_negatives = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
+    hard_tokens = torch.randint(0, classes, (count, hard), generator=make)
+    hard_tokens[torch.rand(count, hard, generator=make) < 0.5] = -1
     if hard > 1:
-        het[::9, 1] = het[::9, 0]  # duplicates count once per occurrence
-    het = torch.where(het == target.unsqueeze(1), -1, het)
-    share = torch.rand(count, generator=make) / count
-    if zero_share:
-        share[::11] = 0
+        hard_tokens[::9, 1] = hard_tokens[::9, 0]  # duplicates count once per occurrence
+    hard_tokens = torch.where(hard_tokens == target.unsqueeze(1), -1, hard_tokens)
+    row_weight = torch.rand(count, generator=make) / count
+    if zero_row_weight:
+        row_weight[::11] = 0
     if padding:
-        target[-padding:], share[-padding:], reach[-padding:], het[-padding:] = -1, 0, 0, -1
-    return Rows(hidden, target, share, reach, het, torch.tensor(0.07), ((0, count),), row), weight
+        target[-padding:], row_weight[-padding:], num_negatives[-padding:], hard_tokens[-padding:] = -1, 0, 0, -1
+    return Rows(hidden, target, row_weight, num_negatives, hard_tokens, torch.tensor(0.07), ((0, count),), row), weight
 
 
 def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
@@ -81,18 +81,18 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     back = torch.arange(1, options.negatives + 1)
     earlier = (torch.arange(len(z)).unsqueeze(1) - back).clamp_min(0)
     negative = torch.where(real, prediction, -1)[earlier]
-    exists = (back <= rows.reach.unsqueeze(1)) & (negative != rows.target.unsqueeze(1)) & (negative >= 0)
+    exists = (back <= rows.num_negatives.unsqueeze(1)) & (negative != rows.target.unsqueeze(1)) & (negative >= 0)
     gap = (z.gather(1, negative.clamp_min(0)) - z_y) / options.temperature
     gap = torch.cat([gap.masked_fill(~exists, -torch.inf), torch.zeros_like(z_y)], 1)
     tcl = torch.where(real, gap.logsumexp(1), 0.0)
-    far = (z.gather(1, rows.het.clamp_min(0)) - z_y) / options.temperature
-    far = far.masked_fill((rows.het < 0) | ~real.unsqueeze(1), -torch.inf)
+    far = (z.gather(1, rows.hard_tokens.clamp_min(0)) - z_y) / options.temperature
+    far = far.masked_fill((rows.hard_tokens < 0) | ~real.unsqueeze(1), -torch.inf)
     het = torch.logaddexp(far, torch.zeros_like(far)).sum(1)
     nll = torch.where(real, lse - z_y.squeeze(1), 0.0)
 
-    share = rows.share.double()
+    row_weight = rows.row_weight.double()
     terms = nll + options.tcl_weight * tcl + options.z_loss * torch.where(real, lse, 0.0).square()
-    ((share * terms).sum() + options.het_weight * rows.het_share.double() * het.sum()).backward()
+    ((row_weight * terms).sum() + options.het_weight * rows.entry_weight.double() * het.sum()).backward()
     return RowsResult(
         prediction=torch.where(real, prediction, -1),
         nll=nll.detach(),

@@ -140,7 +140,7 @@ def test_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     case = draw(dtype=F32)
-    with pytest.raises(ValueError, match="hidden on a CUDA device"):
+    with pytest.raises(ValueError, match="hidden must be on a CUDA device"):
         ntp_loss(case.hidden, case.weight, case.labels, backend="triton")
 
 

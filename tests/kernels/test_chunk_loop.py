@@ -57,7 +57,7 @@ def test_agrees_with_float64(dtype: torch.dtype, width: int, loop: LoopOptions |
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_rows_without_weight_and_padding(dtype: torch.dtype) -> None:
-    rows, weight = draw_rows(dtype=dtype, zero_share=True, padding=20, scale=3.0)
+    rows, weight = draw_rows(dtype=dtype, zero_row_weight=True, padding=20, scale=3.0)
     found = run(rows, weight, LossOptions(), FUSED)
     assert_agrees(found, truth(rows, weight, LossOptions()), dtype)
     assert (found.prediction[-20:] == -1).all()
@@ -151,9 +151,13 @@ def test_repeats_bit_for_bit() -> None:
 
 def test_never_writes_to_its_inputs() -> None:
     rows, weight = draw_rows(dtype=BF16, scale=12.0)
-    before = [x.clone() for x in (rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach)]
+    before = [
+        x.clone() for x in (rows.hidden, weight, rows.target, rows.row_weight, rows.hard_tokens, rows.num_negatives)
+    ]
     run(rows, weight, LossOptions())
-    for x, y in zip((rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach), before, strict=True):
+    for x, y in zip(
+        (rows.hidden, weight, rows.target, rows.row_weight, rows.hard_tokens, rows.num_negatives), before, strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -216,7 +220,7 @@ def test_nan_stays_visible(fused: bool) -> None:
 def test_float64_goes_to_the_torch_backend() -> None:
     rows, weight = draw_rows(count=20)
     exact = dataclasses.replace(
-        rows, hidden=rows.hidden.double(), share=rows.share.double(), het_share=rows.het_share.double()
+        rows, hidden=rows.hidden.double(), row_weight=rows.row_weight.double(), entry_weight=rows.entry_weight.double()
     )
     found = run(exact, weight.double(), LossOptions())
     assert found.nll.dtype == torch.float64

@@ -33,10 +33,10 @@ def _idle_vocabulary(dtype: torch.dtype, classes: int = 1100) -> tuple[Rows, tor
     weight[used, :8] = torch.eye(8).to(dtype) * 3
     hidden = rows.hidden * 0.1
     hidden[:, :8] += torch.nn.functional.one_hot(torch.arange(130) % len(used), 8).to(dtype) * 5
-    het = torch.where(rows.het < 0, -1, rows.het % 100)
-    het = torch.where(het == target.unsqueeze(1), -1, het)
-    het[::5, 0] = classes - 1  # touches a tile that is otherwise dead
-    return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, het=het), weight.to(dtype)
+    hard_tokens = torch.where(rows.hard_tokens < 0, -1, rows.hard_tokens % 100)
+    hard_tokens = torch.where(hard_tokens == target.unsqueeze(1), -1, hard_tokens)
+    hard_tokens[::5, 0] = classes - 1  # touches a tile that is otherwise dead
+    return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, hard_tokens=hard_tokens), weight.to(dtype)
 
 
 def test_active_tiles_are_the_probable_and_the_contrasted() -> None:
@@ -93,10 +93,10 @@ def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | Non
     # logits are about 15 here: one unit in the last place of fp32 is 1e-6
     torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=2e-6)
 
-    # per row: what is dropped is below the threshold class by class, and weighs share * p
+    # per row: what is dropped is below the threshold class by class, and weighs row_weight * p
     p = (rows.hidden.double() @ weight.double().t()).softmax(1)
     dropped = torch.where(p < THRESHOLD, p, 0.0)
-    lost = rows.share.double().unsqueeze(1) * dropped
+    lost = rows.row_weight.double().unsqueeze(1) * dropped
     exact = run(rows, weight, LossOptions(), LoopOptions(fused=True, chunk_bytes=chunk_bytes))
     for name, bound in (
         ("d_hidden", lost @ weight.double().abs()),

@@ -163,7 +163,7 @@ def test_contrastive_counts_every_occurrence(tau: float) -> None:
     target = torch.randint(0, classes, (count,))
     token = torch.randint(-1, 4, (count, negatives + 3)).int()  # few tokens: many duplicates, also across kinds
     token[token == target.unsqueeze(1)] = -1
-    share, het_share = torch.rand(count), torch.tensor(0.4)
+    row_weight, entry_weight = torch.rand(count), torch.tensor(0.4)
     leaf = z.clone().requires_grad_()
     z_y = leaf.gather(1, target.unsqueeze(1))
     gap = (leaf.gather(1, token.long().clamp_min(0)) - z_y) / tau
@@ -171,7 +171,7 @@ def test_contrastive_counts_every_occurrence(tau: float) -> None:
     tcl = torch.cat([gap[:, :negatives], torch.zeros(count, 1)], 1).logsumexp(1)
     het = torch.nn.functional.softplus(gap[:, negatives:], threshold=1e4).sum(1)
     nll = leaf.logsumexp(1) - z_y.squeeze(1)
-    (share * (nll + 0.7 * tcl) + 1.3 * het_share * het).sum().backward()
+    (row_weight * (nll + 0.7 * tcl) + 1.3 * entry_weight * het).sum().backward()
 
     p = z.softmax(1)
     e = p.float().clone()
@@ -179,14 +179,14 @@ def test_contrastive_counts_every_occurrence(tau: float) -> None:
     row_stats = RowStats.empty(count, torch.device("cpu"))
     row_stats.nll.copy_(nll.detach())
     row_stats.lse.copy_(leaf.detach().logsumexp(1))
-    row_stats.scale.copy_(share)
+    row_stats.scale.copy_(row_weight)
     gaps = z.gather(1, token.long().clamp_min(0)).float()
     found_tcl, found_het = torch.empty(2, count)
-    factors = LossWeights(share, het_share, 0.7, 1.3, 0.0, tau)
+    factors = LossWeights(row_weight, entry_weight, 0.7, 1.3, 0.0, tau)
     contrastive(e, token, gaps, logit, target, row_stats, factors, negatives, found_tcl, found_het)
     assert distance(found_tcl, tcl.detach()) < 1e-6
     assert distance(found_het, het.detach()) < 1e-6
-    assert distance(e * share.unsqueeze(1), leaf.grad) < 1e-6
+    assert distance(e * row_weight.unsqueeze(1), leaf.grad) < 1e-6
 
 
 def test_contrastive_reaches_beyond_32_bit_offsets() -> None:
@@ -263,7 +263,7 @@ def test_products_accumulate_in_fp32() -> None:
 
 def test_limits_of_e_leave_room_for_its_sum() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        # the sum over 2**18 classes, and one over it times a share of 1e-6, both stay in the normal range
+        # the sum over 2**18 classes, and one over it times a row_weight of 1e-6, both stay in the normal range
         assert math.exp(overflow_gap(dtype)) * 2**18 < 1e30
         assert 1e-6 / (math.exp(overflow_gap(dtype)) * 2**18) > torch.finfo(dtype).tiny
     assert math.exp(overflow_gap(torch.float16)) < torch.finfo(torch.float16).max

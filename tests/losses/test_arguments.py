@@ -74,7 +74,7 @@ def test_refused(start: str, arguments: dict) -> None:
         ("gradient_filter must", {"gradient_filter": 1.0}),
         ("max_rows must", {"max_rows": 0}),
         ("chunk_bytes must", {"chunk_bytes": 0.5}),
-        ("epsilon is no option", {"epsilon": 1.0}),
+        ("unknown option 'epsilon', expected one of negatives", {"epsilon": 1.0}),
         ("options must not be given together with negatives", {"options": LossOptions(), "negatives": 1}),
     ],
 )
