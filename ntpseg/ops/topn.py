@@ -91,14 +91,12 @@ def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tens
 
 def _check(deviation: Tensor, is_error: Tensor, n: int) -> None:
     if deviation.dim() != 2 or not deviation.is_floating_point():
-        raise ValueError(
-            f"deviation is {deviation.dtype} {list(deviation.shape)}; it must be floating point and [B, T]"
-        )
+        raise ValueError(f"deviation must be a float [B, T] tensor, got {deviation.dtype} {list(deviation.shape)}")
     if is_error.dtype != torch.bool or is_error.shape != deviation.shape:
         raise ValueError(
-            f"is_error is {is_error.dtype} {list(is_error.shape)}; it must be bool and {list(deviation.shape)}"
+            f"is_error must be a bool {list(deviation.shape)} tensor, got {is_error.dtype} {list(is_error.shape)}"
         )
     if is_error.device != deviation.device:
-        raise ValueError(f"is_error is on {is_error.device}; it must be on {deviation.device}, as deviation is")
+        raise ValueError(f"is_error must be on the device of deviation ({deviation.device}), got {is_error.device}")
     if n < 0:
-        raise ValueError(f"n is {n}; it must be 0 or more")
+        raise ValueError(f"n must be >= 0, got {n}")
