@@ -125,7 +125,7 @@ def test_ids_out_of_range_are_reported_by_advance() -> None:
     memory = HardTokenMemory(4, 8, "cuda")
     prediction = torch.zeros(2, 30, dtype=torch.int64, device="cuda")
     memory.record(torch.tensor([1, 9], device="cuda"), prediction, prediction + 1, prediction.float())
-    with pytest.raises(ValueError, match="held 1 ids outside"):
+    with pytest.raises(ValueError, match="got 1 ids outside"):
         memory.advance()
 
 

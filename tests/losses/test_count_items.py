@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def hard(case: Case, part: slice) -> HardTokens | None:
 def accumulated(case: Case, cuts: list[int], backend: str) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Parts of the loss and gradients, added up over micro-batches that end before these samples."""
     edges = sorted({0, *cuts, len(case.labels)})
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     each = [counts(case, part) for part in parts]
     total = NumItems(sum(count.rows for count in each), sum(count.het for count in each))
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()

@@ -52,7 +52,7 @@ def test_each_kind_ranks_in_its_own_order(kind: str, positions: list[int]) -> No
 
 def test_wrong_arguments_are_named() -> None:
     output, labels, _ = example()
-    with pytest.raises(ValueError, match="codebook is None"):
+    with pytest.raises(ValueError, match="codebook must be the embeddings"):
         token_deviation("codebook", output, labels)
-    with pytest.raises(ValueError, match="deviation is 'entropy'"):
+    with pytest.raises(ValueError, match="deviation must be one of margin, nll, codebook, got 'entropy'"):
         token_deviation("entropy", output, labels)

@@ -132,20 +132,20 @@ def test_own_ignore_index() -> None:
 def test_ids_out_of_range(ids: list[int]) -> None:
     memory = HardTokenMemory(5, 3)
     batch = one_batch()[1:]
-    with pytest.raises(ValueError, match="sample_ids spans"):
+    with pytest.raises(ValueError, match="sample_ids must be in"):
         memory.record(torch.tensor(ids), *batch)
-    with pytest.raises(ValueError, match="sample_ids spans"):
+    with pytest.raises(ValueError, match="sample_ids must be in"):
         memory.lookup(torch.tensor(ids))
 
 
 @pytest.mark.parametrize(
     ("position", "wrong", "message"),
     [
-        (0, torch.tensor([1]), "prediction is"),
-        (0, torch.tensor([1.0, 2.0]), "sample_ids is"),
-        (1, torch.zeros(2, dtype=torch.int64), "prediction is"),
-        (2, torch.zeros(2, 3, dtype=torch.int64), "labels is"),
-        (3, torch.zeros(2, 5), "deviation is"),
+        (0, torch.tensor([1]), "prediction must be"),
+        (0, torch.tensor([1.0, 2.0]), "sample_ids must be an int64"),
+        (1, torch.zeros(2, dtype=torch.int64), "prediction must be"),
+        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must have"),
+        (3, torch.zeros(2, 5), "deviation must have"),
     ],
 )
 def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -> None:
@@ -155,7 +155,7 @@ def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -
         HardTokenMemory(5, 3).record(*batch)
 
 
-@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n is 0")])
+@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n must be >= 1, got 0")])
 def test_sizes_must_be_positive(samples: int, n: int, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         HardTokenMemory(samples, n)
