@@ -22,7 +22,7 @@ def epilogue(
 ):
     """Turns logits into E, stores it and returns the tile's row sum, maximum and arg-max."""
     column = class_0 + tl.arange(0, BLOCK_N)
-    # In every block, not behind a branch for the last: a branch hands over z twice, and each exponential is made twice.
+    # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
     z = tl.where(column[None, :] < classes, z, float("-inf"))
     value, row_sum, row_max, argmax = anchored_exp(z, anchor, limit, column)
     if store != 0:

@@ -108,14 +108,14 @@ def active_indices_kernel(
     active_ptr, indices_ptr, num_blocks_ptr, items, item_stride, line_stride, BLOCK_SIZE: tl.constexpr
 ):
     line = tl.program_id(0)
-    found = 0
+    count = 0
     for start in range(0, items, BLOCK_SIZE):
         item = start + tl.arange(0, BLOCK_SIZE)
         flag = tl.load(active_ptr + line * line_stride + item * item_stride, mask=item < items, other=0)
-        offsets = found + tl.cumsum(flag, 0) - 1
+        offsets = count + tl.cumsum(flag, 0) - 1
         tl.store(indices_ptr + line * items + offsets, item, mask=flag > 0)
-        found += tl.sum(flag, 0)
-    tl.store(num_blocks_ptr + line, found)
+        count += tl.sum(flag, 0)
+    tl.store(num_blocks_ptr + line, count)
 
 
 def create_block_mask(

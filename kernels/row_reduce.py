@@ -138,15 +138,15 @@ def row_reduce_kernel(
 def recompute_blocks_kernel(
     recompute_ptr, blocks_ptr, num_blocks_ptr, rows, blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    found = 0
+    count = 0
     for start in range(0, blocks, BLOCK_N):
         block = start + tl.arange(0, BLOCK_N)
         row = block[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         flag = tl.max(tl.load(recompute_ptr + row, mask=row < rows, other=0), 1)
-        offsets = found + tl.cumsum(flag, 0) - 1
+        offsets = count + tl.cumsum(flag, 0) - 1
         tl.store(blocks_ptr + offsets, block, mask=flag > 0)
-        found += tl.sum(flag, 0)
-    tl.store(num_blocks_ptr, found)
+        count += tl.sum(flag, 0)
+    tl.store(num_blocks_ptr, count)
 
 
 def row_reduce(

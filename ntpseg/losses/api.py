@@ -95,15 +95,15 @@ def ntp_loss(
     )
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    first, vocabulary = (
-        (0, weight.shape[-2] if weight.dim() > 1 else 0) if group is None else shard_offset(weight, group)
-    )
+    shard_start, vocabulary = 0, weight.shape[-2] if weight.dim() > 1 else 0
+    if group is not None:
+        shard_start, vocabulary = shard_offset(weight, group)
     hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights, vocabulary)
     num_rows, num_het = checked_counts(num_items, hidden)
     low, high = settings.vocab_range or (0, vocabulary)
-    start, stop = max(low, first), min(high, first + weight.shape[-2])
-    if (start, stop) != (first, first + weight.shape[-2]):
-        weight = weight.narrow(-2, min(start - first, weight.shape[-2]), max(stop - start, 0))
+    start, stop = max(low, shard_start), min(high, shard_start + weight.shape[-2])
+    if (start, stop) != (shard_start, shard_start + weight.shape[-2]):
+        weight = weight.narrow(-2, min(start - shard_start, weight.shape[-2]), max(stop - start, 0))
     weight = weight.to(hidden.dtype)
     name = choose_backend(settings.backend, hidden.device)
     if group is not None and name == "reference":
@@ -150,7 +150,7 @@ class NTPLoss(nn.Module):
     def __init__(self, options: LossOptions | None = None, **keywords: Any) -> None:
         super().__init__()
         if options is not None and keywords:
-            raise ValueError(f"options must not be given together with {', '.join(sorted(keywords))}")
+            raise ValueError(f"options must be given without further keywords, got {', '.join(sorted(keywords))}")
         unknown = sorted(set(keywords) - set(LossOptions.__dataclass_fields__))
         if unknown:
             raise ValueError(

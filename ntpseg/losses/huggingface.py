@@ -54,7 +54,7 @@ def fuse_causal_lm(model: nn.Module, options: LossOptions | None = None, **keywo
         for name, off in _LOGIT_CHANGES.items():
             value = getattr(config, name, off)
             if value is not None and value != off:
-                raise ValueError(f"model must not change its logits: {_name(inner)} has config.{name} = {value!r}")
+                raise ValueError(f"model must not change its logits, got {_name(inner)} with config.{name} = {value!r}")
 
     head.forward = types.MethodType(_head_forward, head)
     head.ntp_loss = loss

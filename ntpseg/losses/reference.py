@@ -1,7 +1,8 @@
 """The definition, restated in plain autograd: materialises every logit, takes any float dtype, hides nothing.
 
 Source of the formulas: NTP-MRISeg (arXiv 2511.05044) for NTP, NkTP, TCL and HET; contrastive token loss
-(arXiv 2205.02517) for the form of TCL. Which rows and hard tokens count is defined in `ntpseg.losses.supervision`.
+(arXiv 2205.02517) for the form of TCL. Row ``(b, t, j)`` is head j at position t and predicts position
+``p = t + shift + j``; which rows and hard tokens count is defined in `ntpseg.losses.supervision`.
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, result = LossInputs(*inputs), LossOutputs(*output)
-    ctx.wanted = given.hidden_grad, given.weight_grad
-    ctx.dtypes = given.hidden.dtype, given.weight.dtype
+    args, result = LossInputs(*inputs), LossOutputs(*output)
+    ctx.wanted = args.hidden_grad, args.weight_grad
+    ctx.dtypes = args.hidden.dtype, args.weight.dtype
     ctx.save_for_backward(result.d_hidden, result.d_weight)
     ctx.mark_non_differentiable(*output[1:])  # all but the loss
     ctx.set_materialize_grads(False)

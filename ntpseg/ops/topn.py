@@ -79,13 +79,13 @@ def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tens
     column = torch.arange(length, device=deviation.device)
     # The column in the low word makes every key distinct, so that no tie is left for topk to break as it likes.
     key = torch.where(is_error, (ordered_bits(deviation) << 32) | (_LOW_WORD - column), _NOT_AN_ERROR)
-    found, _ = key.topk(min(n, length), dim=1)
-    filled = found != _NOT_AN_ERROR
-    column = torch.where(filled, _LOW_WORD - (found & _LOW_WORD), 0)
+    top, _ = key.topk(min(n, length), dim=1)
+    filled = top != _NOT_AN_ERROR
+    column = torch.where(filled, _LOW_WORD - (top & _LOW_WORD), 0)
     value = deviation.new_full((rows, n), -torch.inf)
     index = torch.full((rows, n), -1, dtype=torch.int32, device=deviation.device)
-    value[:, : found.shape[1]] = torch.where(filled, deviation.gather(1, column), -torch.inf)
-    index[:, : found.shape[1]] = torch.where(filled, column, -1).int()
+    value[:, : top.shape[1]] = torch.where(filled, deviation.gather(1, column), -torch.inf)
+    index[:, : top.shape[1]] = torch.where(filled, column, -1).int()
     return value, index
 
 

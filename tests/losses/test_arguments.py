@@ -75,7 +75,7 @@ def test_refused(start: str, arguments: dict) -> None:
         ("max_rows must", {"max_rows": 0}),
         ("chunk_bytes must", {"chunk_bytes": 0.5}),
         ("unknown option 'epsilon', expected one of negatives", {"epsilon": 1.0}),
-        ("options must not be given together with negatives", {"options": LossOptions(), "negatives": 1}),
+        ("options must be given without further keywords, got negatives", {"options": LossOptions(), "negatives": 1}),
     ],
 )
 def test_module_refuses(start: str, arguments: dict) -> None:
