@@ -42,26 +42,26 @@ def _arguments() -> tuple[torch.Tensor, Supervision, int]:
 def test_equals_plain(options: LossOptions, per_head: bool) -> None:
     arguments = _arguments()
     plain = compact(*arguments, options, per_head_weight=per_head)
-    found = compact_triton(*arguments, options, per_head_weight=per_head)
+    result = compact_triton(*arguments, options, per_head_weight=per_head)
     rows = plain.rows
-    assert rows.segments == found.rows.segments
+    assert rows.segments == result.rows.segments
     real = rows.index >= 0
     for name in ("target", "num_negatives", "hard_tokens", "index"):
-        assert torch.equal(getattr(rows, name), getattr(found.rows, name)), name
-    assert torch.equal(rows.hidden[real], found.rows.hidden[real])
-    torch.testing.assert_close(rows.row_weight, found.rows.row_weight, rtol=1e-6, atol=0)
-    torch.testing.assert_close(rows.entry_weight, found.rows.entry_weight, rtol=1e-6, atol=0)
-    _assert_returns(plain, found, real)
+        assert torch.equal(getattr(rows, name), getattr(result.rows, name)), name
+    assert torch.equal(rows.hidden[real], result.rows.hidden[real])
+    torch.testing.assert_close(rows.row_weight, result.rows.row_weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows.entry_weight, result.rows.entry_weight, rtol=1e-6, atol=0)
+    _assert_returns(plain, result, real)
 
 
-def _assert_returns(plain: Compaction, found: TritonCompaction, real: torch.Tensor) -> None:
+def _assert_returns(plain: Compaction, result: TritonCompaction, real: torch.Tensor) -> None:
     prediction = torch.where(real, torch.arange(len(real), device="cuda"), -1)
     nll, margin = torch.rand(2, len(real), device="cuda").masked_fill(~real, 0.0)
-    scattered = (each.scatter_results(prediction, nll, margin, 5) for each in (plain, found))
+    scattered = (each.scatter_results(prediction, nll, margin, 5) for each in (plain, result))
     for a, b in zip(*scattered, strict=True):
         assert torch.equal(a, b)
     gradient = torch.randn(len(real), 72, device="cuda").bfloat16() * real.unsqueeze(1)
-    assert torch.equal(plain.scatter_gradient(gradient), found.scatter_gradient(gradient))
+    assert torch.equal(plain.scatter_gradient(gradient), result.scatter_gradient(gradient))
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -77,8 +77,8 @@ def test_synchronises_once_or_never(options: LossOptions, per_head: bool) -> Non
             compact_triton(*arguments, options, per_head_weight=per_head)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    found = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
-    assert len(found) == (0 if options.max_rows else 1), found
+    result = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(result) == (0 if options.max_rows else 1), result
 
 
 def test_a_wrong_label_is_caught_on_the_device_where_nothing_is_counted() -> None:

@@ -61,7 +61,7 @@ def _run(
 
 
 def _truth(rows: Rows, weight: torch.Tensor, options: LossOptions | None = None, step: int = 512) -> RowsResult:
-    """Float64, row block by row block; the predictions are handed in by the caller's own arg-max."""
+    """Float64, row block by row block; the predictions are its own arg-max."""
     options = options or LossOptions()
     matrix = weight.double()
     count = len(rows.target)
@@ -91,27 +91,27 @@ def _truth(rows: Rows, weight: torch.Tensor, options: LossOptions | None = None,
         terms = row_weight * (nll + options.tcl_weight * tcl + options.z_loss * lse.square())
         (terms.sum() + options.het_weight * rows.entry_weight.double() * het.sum()).backward()
         d_weight += leaf.grad
-        found = (nll, top - z_y.squeeze(1), tcl, het, lse, hidden.grad)
-        for name, value in zip(outputs, found, strict=True):
+        result = (nll, top - z_y.squeeze(1), tcl, het, lse, hidden.grad)
+        for name, value in zip(outputs, result, strict=True):
             outputs[name].append(value.detach())
     joined = {name: torch.cat(parts) for name, parts in outputs.items()}
     return RowsResult(prediction=prediction, d_weight=d_weight, **joined)
 
 
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+def _distance(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def _assert_agrees(found: RowsResult, wanted: RowsResult, dtype: torch.dtype) -> None:
+def _assert_agrees(result: RowsResult, expected: RowsResult, dtype: torch.dtype) -> None:
     for name in ("nll", "margin", "tcl", "het", "lse"):
-        assert _distance(getattr(found, name), getattr(wanted, name)) < 1e-5, name
+        assert _distance(getattr(result, name), getattr(expected, name)) < 1e-5, name
     # a tie within the rounding of fp32 sums may fall either way, and is then a tie in the margin too
-    differs = found.prediction != wanted.prediction
+    differs = result.prediction != expected.prediction
     assert differs.float().mean() < 1e-3
-    assert (wanted.margin - found.margin.double())[differs].abs().max() < 1e-3 if differs.any() else True
+    assert (expected.margin - result.margin.double())[differs].abs().max() < 1e-3 if differs.any() else True
     if not differs.any():
         for name in ("d_hidden", "d_weight"):
-            assert _distance(getattr(found, name), getattr(wanted, name)) < GRADIENT_ERROR[dtype], name
+            assert _distance(getattr(result, name), getattr(expected, name)) < GRADIENT_ERROR[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -127,12 +127,12 @@ def test_agrees_with_float64(count: int, width: int, classes: int, dtype: torch.
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_overflow_is_recomputed(dtype: torch.dtype) -> None:
     rows, weight = _rows(700, 256, 3000, dtype, scale=20.0)
-    wanted = _truth(rows, weight)
-    assert (wanted.margin > 48).any() and (wanted.margin == 0).any()
-    found = _run(rows, weight)
+    expected = _truth(rows, weight)
+    assert (expected.margin > 48).any() and (expected.margin == 0).any()
+    result = _run(rows, weight)
     for name in ("nll", "d_hidden", "d_weight"):
-        assert getattr(found, name).isfinite().all()
-    _assert_agrees(found, wanted, dtype)
+        assert getattr(result, name).isfinite().all()
+    _assert_agrees(result, expected, dtype)
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 32])
@@ -167,32 +167,32 @@ def test_repeats_bit_for_bit(chunk_bytes: int | None, scale: float) -> None:
 
 def test_chunks_sum_the_weight_gradient_in_fp32() -> None:
     rows, weight = _rows(2048, 256, 3000, BF16)
-    wanted = _truth(rows, weight)
+    expected = _truth(rows, weight)
     whole, cut = _run(rows, weight), _run(rows, weight, loop=LoopOptions(chunk_bytes=3008 * 2 * 128))
     assert torch.equal(whole.nll, cut.nll)
-    assert _distance(cut.d_weight, wanted.d_weight) < 1.05 * _distance(whole.d_weight, wanted.d_weight) + 1e-4
+    assert _distance(cut.d_weight, expected.d_weight) < 1.05 * _distance(whole.d_weight, expected.d_weight) + 1e-4
 
 
 @pytest.mark.parametrize("filtered", [0.0, 1e-9])
 def test_chunks_sum_in_a_split_accumulator(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = _rows(2048, 256, 3000, BF16)
-    wanted = _truth(rows, weight)
+    expected = _truth(rows, weight)
     loop = LoopOptions(chunk_bytes=3008 * 2 * 128, gradient_filter=filtered)
     in_fp32 = _run(rows, weight, loop=loop)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1)
     split = _run(rows, weight, loop=loop)
     assert (split.d_weight != in_fp32.d_weight).float().mean() < 0.05
-    assert _distance(split.d_weight, wanted.d_weight) < 1.02 * _distance(in_fp32.d_weight, wanted.d_weight) + 1e-5
+    assert _distance(split.d_weight, expected.d_weight) < 1.02 * _distance(in_fp32.d_weight, expected.d_weight) + 1e-5
 
 
 def test_gradient_filter() -> None:
     rows, weight = _rows(1024, 256, 8192, BF16)
     weight = weight * 3
-    wanted = _truth(rows, weight)
+    expected = _truth(rows, weight)
     exact, filtered = _run(rows, weight), _run(rows, weight, LossOptions(gradient_filter=2.0**-12))
     assert torch.equal(exact.nll, filtered.nll)
-    assert _distance(filtered.d_hidden, wanted.d_hidden) < 2e-2
-    assert _distance(filtered.d_weight, wanted.d_weight) < 2e-2
+    assert _distance(filtered.d_hidden, expected.d_hidden) < 2e-2
+    assert _distance(filtered.d_weight, expected.d_weight) < 2e-2
 
 
 def test_large_vocabulary_beyond_32_bit_offsets() -> None:
@@ -201,12 +201,12 @@ def test_large_vocabulary_beyond_32_bit_offsets() -> None:
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GiB of free device memory")
     rows, weight = _rows(count, width, classes, BF16, hard=0)
-    found = _run(rows, weight, loop=LoopOptions(chunk_bytes=184_640 * 2 * count))
+    result = _run(rows, weight, loop=LoopOptions(chunk_bytes=184_640 * 2 * count))
     last = torch.arange(count - 300, count, device="cuda")
     z = rows.hidden[last].double() @ weight.double().t()
     nll = z.logsumexp(1) - z.gather(1, rows.target[last].unsqueeze(1)).squeeze(1)
-    assert _distance(found.nll[last], nll) < 1e-5
-    assert found.d_hidden.isfinite().all() and found.d_weight.isfinite().all()
+    assert _distance(result.nll[last], nll) < 1e-5
+    assert result.d_hidden.isfinite().all() and result.d_weight.isfinite().all()
     small = dataclasses.replace(
         rows,
         hidden=rows.hidden[last],
@@ -230,9 +230,9 @@ def test_workspace_stays_within_its_budget() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = _run(rows, weight)
+    result = _run(rows, weight)
     torch.cuda.synchronize()
-    gradients = found.d_hidden.nbytes + found.d_weight.nbytes
+    gradients = result.d_hidden.nbytes + result.d_weight.nbytes
     assert torch.cuda.max_memory_allocated() - before - gradients <= 1 << 30
 
 
@@ -249,7 +249,7 @@ def test_launches_do_not_synchronise() -> None:
 
 def test_runs_on_a_side_stream_and_in_a_graph() -> None:
     rows, weight = _rows(640, 256, 4000, BF16)
-    wanted = _run(rows, weight)
+    expected = _run(rows, weight)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -258,11 +258,11 @@ def test_runs_on_a_side_stream_and_in_a_graph() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = _run(rows, weight)
+        result = _run(rows, weight)
     kept = rows.hidden.clone()
     for replay in range(3):
         rows.hidden.copy_(kept if replay else kept.flip(0))
         graph.replay()
     torch.cuda.synchronize()
-    for field in dataclasses.fields(wanted):
-        assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
+    for field in dataclasses.fields(expected):
+        assert torch.equal(getattr(result, field.name), getattr(expected, field.name)), field.name

@@ -1,8 +1,8 @@
 """Compiles every kernel that the launchers can choose, for one architecture, on a machine that needs no GPU.
 
 Run as a script, in a process of its own: ahead-of-time compilation and Triton's interpreter exclude each other. It runs
-the chunk loop with every launch replaced by a note of its arguments, so that what is compiled is what a GPU would get;
-then compiles each distinct note and prints one JSON line per kernel.
+the chunk loop with every launch replaced by a record of its arguments, so that what is compiled is what a GPU gets;
+then compiles each distinct launch and prints one JSON line per kernel.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _GIBIBYTE = 1 << 30
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def note(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the just-in-time compiler would key on: types, constants, alignment, options."""
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args)) | kwargs
@@ -80,11 +80,11 @@ def note(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
     """All distinct launches of the chunk loop over dtypes, alignments and options."""
-    found: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
+    distinct: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
-        noted = note(self, args, dict(kwargs))
-        found.setdefault(self.__name__ + json.dumps(noted, sort_keys=True), (self, noted))
+        spec = specialize(self, args, dict(kwargs))
+        distinct.setdefault(self.__name__ + json.dumps(spec, sort_keys=True), (self, spec))
 
     original, JITFunction.run = JITFunction.run, record
     try:
@@ -96,7 +96,7 @@ def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
             _run_around(dtype)
     finally:
         JITFunction.run = original
-    return list(found.values())
+    return list(distinct.values())
 
 
 def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:
@@ -152,11 +152,11 @@ def _run_around(dtype: torch.dtype) -> None:
     scale_(rows, count)
 
 
-def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
+def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
     """Compiles one launch and reads its resources from the machine code."""
-    attributes = {(index,): [["tt.divisibility", 16]] for index in noted["aligned"]}
-    source = ASTSource(kernel, noted["signature"], constexprs=noted["constants"], attrs=attributes)
-    options = noted["options"] | extra
+    attributes = {(index,): [["tt.divisibility", 16]] for index in spec["aligned"]}
+    source = ASTSource(kernel, spec["signature"], constexprs=spec["constants"], attrs=attributes)
+    options = spec["options"] | extra
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -166,8 +166,8 @@ def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **e
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
-        "operand": noted["signature"].get("hidden") or noted["signature"].get("e"),
-        "constants": noted["constants"],
+        "operand": spec["signature"].get("hidden") or spec["signature"].get("e"),
+        "constants": spec["constants"],
         "options": options,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -187,13 +187,13 @@ def main() -> None:
     architecture = sys.argv[1]
     capability = int(architecture.removeprefix("sm_"))
     torch.set_num_threads(1)
-    for kernel, noted in launches(architecture):
+    for kernel, spec in launches(architecture):
         if len(sys.argv) > 2:
             if kernel.__name__ == "anchored_gemm_kernel":
-                print(json.dumps(compile_one(kernel, noted, capability, maxnreg=64)), flush=True)
+                print(json.dumps(compile_one(kernel, spec, capability, maxnreg=64)), flush=True)
                 return
             continue
-        print(json.dumps(compile_one(kernel, noted, capability)), flush=True)
+        print(json.dumps(compile_one(kernel, spec, capability)), flush=True)
 
 
 if __name__ == "__main__":

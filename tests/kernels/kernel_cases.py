@@ -110,17 +110,17 @@ def run(rows: Rows, weight: Tensor, options: LossOptions, loop: LoopOptions | No
     return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, loop=loop)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(result: Tensor, expected: Tensor) -> float:
     """Relative, in the norm."""
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def assert_agrees(found: RowsResult, wanted: RowsResult, dtype: torch.dtype) -> None:
+def assert_agrees(result: RowsResult, expected: RowsResult, dtype: torch.dtype) -> None:
     """Row results to fp32 accuracy whatever the dtype, gradients to three roundings of it."""
     for name in ROW_RESULTS:
-        assert distance(getattr(found, name), getattr(wanted, name)) < 1e-6, name
-    assert torch.equal(found.prediction, wanted.prediction)
+        assert distance(getattr(result, name), getattr(expected, name)) < 1e-6, name
+    assert torch.equal(result.prediction, expected.prediction)
     for name in GRADIENTS:
-        got = getattr(found, name)
+        got = getattr(result, name)
         assert got.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-        assert distance(got, getattr(wanted, name)) < GRADIENT_ERROR[dtype], name
+        assert distance(got, getattr(expected, name)) < GRADIENT_ERROR[dtype], name

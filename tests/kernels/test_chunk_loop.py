@@ -58,10 +58,10 @@ def test_agrees_with_float64(dtype: torch.dtype, width: int, loop: LoopOptions |
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_rows_without_weight_and_padding(dtype: torch.dtype) -> None:
     rows, weight = draw_rows(dtype=dtype, zero_row_weight=True, padding=20, scale=3.0)
-    found = run(rows, weight, LossOptions(), FUSED)
-    assert_agrees(found, truth(rows, weight, LossOptions()), dtype)
-    assert (found.prediction[-20:] == -1).all()
-    assert not found.d_hidden[-20:].any()
+    result = run(rows, weight, LossOptions(), FUSED)
+    assert_agrees(result, truth(rows, weight, LossOptions()), dtype)
+    assert (result.prediction[-20:] == -1).all()
+    assert not result.d_hidden[-20:].any()
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_odd_shapes(count: int, width: int, classes: int) -> None:
 
 def test_a_single_class_leaves_nothing_to_learn() -> None:
     rows, weight = draw_rows(9, 16, 1, hard=0)
-    found = run(rows, weight, LossOptions(), FUSED)
-    assert not found.prediction.any() and not found.margin.any()
-    assert found.nll.max() < 1e-6 and found.d_hidden.abs().max() < 1e-6
+    result = run(rows, weight, LossOptions(), FUSED)
+    assert not result.prediction.any() and not result.margin.any()
+    assert result.nll.max() < 1e-6 and result.d_hidden.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -118,15 +118,15 @@ def test_weight_gradient_summed_in_a_split_accumulator(filtered: float, monkeypa
     monkeypatch.setattr(
         chunk_loop, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
     )
-    found, wanted = run(rows, weight, LossOptions(), loop), truth(rows, weight, LossOptions())
+    result, expected = run(rows, weight, LossOptions(), loop), truth(rows, weight, LossOptions())
     assert planned == [chunks.Chunks(47, 3, split_accumulator=True)]
-    assert_agrees(found, wanted, BF16)
+    assert_agrees(result, expected, BF16)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1 << 30)
     in_fp32 = run(rows, weight, LossOptions(), loop)
     assert planned[1] == chunks.Chunks(47, 3)
     # the same sum but for its 17th bit: hardly a number rounds to another bf16
-    assert (found.d_weight != in_fp32.d_weight).float().mean() < 0.01
-    assert torch.equal(found.d_hidden, in_fp32.d_hidden)
+    assert (result.d_weight != in_fp32.d_weight).float().mean() < 0.01
+    assert torch.equal(result.d_hidden, in_fp32.d_hidden)
 
 
 @pytest.mark.parametrize("width", [51, 4])
@@ -165,8 +165,8 @@ def test_never_writes_to_its_inputs() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_makes_only_the_gradients_that_are_wanted(hidden_grad: bool, fused: bool) -> None:
     rows, weight = draw_rows()
-    wanted = truth(rows, weight, LossOptions())
-    found = triton_backend.rows_loss(
+    expected = truth(rows, weight, LossOptions())
+    result = triton_backend.rows_loss(
         rows,
         weight,
         LossOptions(),
@@ -175,13 +175,13 @@ def test_makes_only_the_gradients_that_are_wanted(hidden_grad: bool, fused: bool
         loop=LoopOptions(fused=fused),
     )
     made, missing = GRADIENTS if hidden_grad else GRADIENTS[::-1]
-    assert getattr(found, missing) is None
-    assert distance(getattr(found, made), getattr(wanted, made)) < GRADIENT_ERROR[F32]
+    assert getattr(result, missing) is None
+    assert distance(getattr(result, made), getattr(expected, made)) < GRADIENT_ERROR[F32]
     neither = triton_backend.rows_loss(
         rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, loop=LoopOptions(fused=fused)
     )
     assert neither.d_hidden is None and neither.d_weight is None
-    assert torch.equal(neither.nll, found.nll) and torch.equal(neither.prediction, found.prediction)
+    assert torch.equal(neither.nll, result.nll) and torch.equal(neither.prediction, result.prediction)
 
 
 def test_a_slice_of_a_larger_weight() -> None:
@@ -199,11 +199,11 @@ def test_ties_go_to_the_lowest_id(fused: bool) -> None:
     # whole numbers: their sums are exact in whatever order a CPU's product adds them up
     rows = dataclasses.replace(rows, hidden=rows.hidden.round())
     weight = (2 * weight[:1]).round().expand(300, -1).contiguous()
-    found = run(rows, weight, LossOptions(), LoopOptions(fused=fused))
-    assert not found.prediction.any()
-    assert found.margin.max() < 1e-5
-    assert not found.margin[rows.target == 0].any()
-    torch.testing.assert_close(found.nll, torch.full((40,), math.log(300.0)))
+    result = run(rows, weight, LossOptions(), LoopOptions(fused=fused))
+    assert not result.prediction.any()
+    assert result.margin.max() < 1e-5
+    assert not result.margin[rows.target == 0].any()
+    torch.testing.assert_close(result.nll, torch.full((40,), math.log(300.0)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -211,10 +211,10 @@ def test_nan_stays_visible(fused: bool) -> None:
     rows, weight = draw_rows(count=70)
     hidden = rows.hidden.clone()
     hidden[3, 5] = math.nan
-    found = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), LoopOptions(fused=fused))
-    assert found.nll[3].isnan()
-    assert found.d_hidden[3].isnan().any()
-    assert not found.nll[30:].isnan().any()
+    result = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), LoopOptions(fused=fused))
+    assert result.nll[3].isnan()
+    assert result.d_hidden[3].isnan().any()
+    assert not result.nll[30:].isnan().any()
 
 
 def test_float64_goes_to_the_torch_backend() -> None:
@@ -222,6 +222,6 @@ def test_float64_goes_to_the_torch_backend() -> None:
     exact = dataclasses.replace(
         rows, hidden=rows.hidden.double(), row_weight=rows.row_weight.double(), entry_weight=rows.entry_weight.double()
     )
-    found = run(exact, weight.double(), LossOptions())
-    assert found.nll.dtype == torch.float64
-    assert distance(found.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-12
+    result = run(exact, weight.double(), LossOptions())
+    assert result.nll.dtype == torch.float64
+    assert distance(result.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-12

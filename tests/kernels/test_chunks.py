@@ -35,7 +35,7 @@ def test_plan(rows: int, classes: int, width: int) -> None:
         assert rows - plan.rows * (plan.count - 1) > plan.rows - 128 * plan.count
     row_bytes = bytes_per_row(classes, width, BF16, **FUSED)
     if plan.rows * row_bytes + accumulator_bytes(plan, classes, width) > WORKSPACE_BYTES:
-        # only where the fewest rows do not fit beside the smaller sum, and then without waste
+        # only where the fewest rows do not fit with the split accumulator, and then without waste
         accumulator = accumulator_bytes(Chunks(MIN_ROWS, 2, split_accumulator=True), classes, width)
         assert MIN_ROWS_SPLIT * row_bytes + accumulator > WORKSPACE_BYTES
         if plan.count > 1:
@@ -45,7 +45,7 @@ def test_plan(rows: int, classes: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes", "width", "wanted", "mebibytes"),
+    ("rows", "classes", "width", "expected", "mebibytes"),
     [
         (6272, 32768, 4096, Chunks(6272, 1), 548),
         (32768, 32768, 4096, Chunks(5504, 6), 993),
@@ -55,10 +55,10 @@ def test_plan(rows: int, classes: int, width: int) -> None:
         (32768, 184622, 4096, Chunks(2048, 16, split_accumulator=True), 1539),
     ],
 )
-def test_issue_shapes(rows: int, classes: int, width: int, wanted: Chunks, mebibytes: int) -> None:
+def test_issue_shapes(rows: int, classes: int, width: int, expected: Chunks, mebibytes: int) -> None:
     """What docs/kernels.md states."""
     plan = _plan(rows, classes, width)
-    assert plan == wanted
+    assert plan == expected
     used = plan.rows * bytes_per_row(classes, width, BF16, **FUSED) + accumulator_bytes(plan, classes, width)
     assert round(used / 2**20) == mebibytes
 

@@ -83,8 +83,8 @@ def test_equals_plain(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     prediction = torch.where(real, torch.arange(count), -1)
     nll, margin = torch.rand(2, count).masked_fill(~real, 0.0)
     low = case.options.vocab_range[0] if case.options.vocab_range else 0
-    found, wanted = (each.scatter_results(prediction, nll, margin, low) for each in (kernels, plain))
-    for left, right in zip(found, wanted, strict=True):
+    result, expected = (each.scatter_results(prediction, nll, margin, low) for each in (kernels, plain))
+    for left, right in zip(result, expected, strict=True):
         assert left.dtype == right.dtype and torch.equal(left, right)
     d_rows = torch.randn(count, case.hidden.shape[-1]).to(dtype) * real.unsqueeze(1)
     assert torch.equal(kernels.scatter_gradient(d_rows), plain.scatter_gradient(d_rows))
@@ -118,6 +118,6 @@ def test_more_rows_than_promised_are_an_error() -> None:
 def test_gather_rows(dtype: torch.dtype) -> None:
     source = torch.randn(50, 24).to(dtype)[:, :19]
     index = torch.tensor([49, -1, 0, 7, 7], dtype=torch.int32)
-    wanted = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
-    assert torch.equal(gather_rows(source, index), wanted)
+    expected = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
+    assert torch.equal(gather_rows(source, index), expected)
     assert gather_rows(source, index[:0]).shape == (0, 19)

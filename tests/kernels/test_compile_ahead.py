@@ -56,9 +56,9 @@ def _compile(cache: Path, *arguments: str) -> list[dict]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_choice_compiles_without_spills_onto_tensor_cores(architecture: str, tmp_path: Path) -> None:
-    found = _compile(tmp_path, architecture)
-    assert {kernel["kernel"] for kernel in found} == _PRODUCTS | _OTHERS
-    for kernel in found:
+    result = _compile(tmp_path, architecture)
+    assert {kernel["kernel"] for kernel in result} == _PRODUCTS | _OTHERS
+    for kernel in result:
         shown = {name: kernel[name] for name in ("kernel", "operand", "constants", "options")}
         assert kernel["stack"] == 0 and kernel["local"] == 0, ("registers spill", shown)
         assert kernel["shared"] <= _SHARED[architecture], (kernel["shared"], shown)
@@ -70,7 +70,7 @@ def test_every_choice_compiles_without_spills_onto_tensor_cores(architecture: st
             else:
                 assert kernel["bulk_copies"] > 0, ("no tensor-memory copies", shown)
                 assert kernel["mma"] == 0, ("the slow product of an older chip", shown)
-    operands = {kernel["operand"].split("[")[0] for kernel in found if kernel["kernel"] == "anchored_gemm_kernel"}
+    operands = {kernel["operand"].split("[")[0] for kernel in result if kernel["kernel"] == "anchored_gemm_kernel"}
     assert len(operands) == 2, operands  # bf16 and fp16
 
 

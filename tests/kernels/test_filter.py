@@ -35,7 +35,7 @@ def _idle_vocabulary(dtype: torch.dtype, classes: int = 1100) -> tuple[Rows, tor
     hidden[:, :8] += torch.nn.functional.one_hot(torch.arange(130) % len(used), 8).to(dtype) * 5
     hard_tokens = torch.where(rows.hard_tokens < 0, -1, rows.hard_tokens % 100)
     hard_tokens = torch.where(hard_tokens == target.unsqueeze(1), -1, hard_tokens)
-    hard_tokens[::5, 0] = classes - 1  # touches a tile that is otherwise dead
+    hard_tokens[::5, 0] = classes - 1  # in a tile that is otherwise skipped
     return dataclasses.replace(rows, hidden=hidden.to(dtype), target=target, hard_tokens=hard_tokens), weight.to(dtype)
 
 
@@ -54,10 +54,10 @@ def test_active_tiles_are_the_probable_and_the_contrasted() -> None:
     row_stats.nll.copy_(z.logsumexp(1) - target_logit)
     token = torch.full((130, 2), -1, dtype=torch.int32)
     token[70, 1] = 512
-    found = create_block_mask(block_stats, row_stats, target_logit, target, token, THRESHOLD, 64, 128, target)
-    assert found.active.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
-    assert found.class_num_blocks.tolist() == [1, 2, 2] and found.class_indices[1, :2].tolist() == [0, 4]
-    assert found.row_num_blocks.tolist() == [3, 0, 0, 0, 2, 0] and found.row_indices[4, :2].tolist() == [1, 2]
+    result = create_block_mask(block_stats, row_stats, target_logit, target, token, THRESHOLD, 64, 128, target)
+    assert result.active.tolist() == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]]
+    assert result.class_num_blocks.tolist() == [1, 2, 2] and result.class_indices[1, :2].tolist() == [0, 4]
+    assert result.row_num_blocks.tolist() == [3, 0, 0, 0, 2, 0] and result.row_indices[4, :2].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("configs", [GEMM_CONFIGS["interpreter"], DESCRIPTORS], ids=["pointers", "descriptors"])
@@ -71,27 +71,27 @@ def test_products_over_active_tiles(configs: ArchConfigs, dtype: torch.dtype) ->
     block_mask = BlockMask(64, 128, active, num_blocks, indices, num_blocks, indices)
     mask = active.repeat_interleave(64, 0)[:rows].repeat_interleave(128, 1)[:, :classes]
     kept = e.double() * mask
-    found = torch.empty(rows, width)
-    filtered_d_hidden(e, weight, scale, found, block_mask, configs.d_hidden)
-    assert distance(found, (kept @ weight.double()) * scale.double().unsqueeze(1)) < 1e-6
+    result = torch.empty(rows, width)
+    filtered_d_hidden(e, weight, scale, result, block_mask, configs.d_hidden)
+    assert distance(result, (kept @ weight.double()) * scale.double().unsqueeze(1)) < 1e-6
     total = torch.empty(classes, width)
     filtered_d_weight(e, scaled, total, block_mask, configs.d_weight, accumulate=False)
-    wanted = kept.t() @ scaled.double()
-    assert distance(total, wanted) < 1e-6
+    expected = kept.t() @ scaled.double()
+    assert distance(total, expected) < 1e-6
     assert not total[128:256].any()
     filtered_d_weight(e, scaled, total, block_mask, configs.d_weight, accumulate=True)
-    assert distance(total, 2 * wanted) < 1e-6
+    assert distance(total, 2 * expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_bytes", [None, 1152 * 2 * 64])
 def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | None) -> None:
     rows, weight = _idle_vocabulary(dtype)
-    wanted = truth(rows, weight, LossOptions())
+    expected = truth(rows, weight, LossOptions())
     loop = LoopOptions(fused=True, gradient_filter=THRESHOLD, chunk_bytes=chunk_bytes)
-    found = run(rows, weight, LossOptions(), loop)
+    result = run(rows, weight, LossOptions(), loop)
     # logits are about 15 here: one unit in the last place of fp32 is 1e-6
-    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(result.nll.double(), expected.nll, rtol=1e-5, atol=2e-6)
 
     # per row: what is dropped is below the threshold class by class, and weighs row_weight * p
     p = (rows.hidden.double() @ weight.double().t()).softmax(1)
@@ -102,7 +102,7 @@ def test_error_stays_within_its_bound(dtype: torch.dtype, chunk_bytes: int | Non
         ("d_hidden", lost @ weight.double().abs()),
         ("d_weight", lost.t() @ rows.hidden.double().abs()),
     ):
-        ours, whole = getattr(found, name).double(), getattr(exact, name).double()
+        ours, whole = getattr(result, name).double(), getattr(exact, name).double()
         rounding = (4e-6 if dtype == torch.float32 else 1.5e-2) * whole.abs()
         slack = 1e-6 * whole.abs().amax()
         assert ((ours - whole).abs() <= bound + rounding + slack).all(), name

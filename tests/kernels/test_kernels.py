@@ -49,12 +49,12 @@ def test_product_with_epilogue(config: GemmConfig, dtype: torch.dtype) -> None:
     e = torch.full((rows, 384), math.nan, dtype=dtype)
     anchored_gemm(hidden, weight, e, anchors, block_stats, *_every(2), config, 2)
 
-    wanted = torch.exp(z.double() - z[:, 7:8].double())
-    assert distance(e[:, :classes], wanted) < (1e-5 if dtype == torch.float32 else 2.5e-3)
+    expected = torch.exp(z.double() - z[:, 7:8].double())
+    assert distance(e[:, :classes], expected) < (1e-5 if dtype == torch.float32 else 2.5e-3)
     assert not e[:, classes:].any()  # zeros, never garbage, up to the padded length
     for block in range(blocks):
         cut = slice(block * config.BLOCK_N, (block + 1) * config.BLOCK_N)
-        assert distance(block_stats.row_sum[block], wanted[:, cut].sum(1)) < 1e-5
+        assert distance(block_stats.row_sum[block], expected[:, cut].sum(1)) < 1e-5
         torch.testing.assert_close(block_stats.row_max[block], z[:, cut].amax(1))
         assert torch.equal(block_stats.argmax[block].long(), z[:, cut].argmax(1) + cut.start)
 
@@ -105,10 +105,10 @@ def test_a_split_accumulator() -> None:
     total, low = torch.empty(70, 30, dtype=torch.bfloat16), torch.empty(70, 30, dtype=torch.uint8)
     for i, part in enumerate(parts):
         split_accumulate(part, total, low, first=i == 0, last=False)
-    wanted = sum(part.double() for part in parts)
+    expected = sum(part.double() for part in parts)
     kept = total.float().view(torch.int32) | low.int() << 8
-    finite = wanted.isfinite()
-    error = (kept.view(torch.float32).double() - wanted).abs()[finite]
+    finite = expected.isfinite()
+    error = (kept.view(torch.float32).double() - expected).abs()[finite]
     # each of the six roundings is half of the 17th bit of what was there, which was at most the sum of the sizes
     assert (error <= 6 * 2.0**-17 * sum(part.double().abs() for part in parts)[finite]).all()
     assert total[0, 0].isnan() and total[0, 1] == math.inf and total[0, 2] == -math.inf
@@ -125,24 +125,24 @@ def test_a_split_accumulator() -> None:
 def test_scale_by_a_device_scalar(dtype: torch.dtype) -> None:
     value = torch.randn(300, 7).to(dtype)
     for factor in (1.0, 1 / 3, 0.0, -2.5, math.nan):
-        found = scale_(value.clone(), torch.tensor(factor))
-        torch.testing.assert_close(found, (value.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+        result = scale_(value.clone(), torch.tensor(factor))
+        torch.testing.assert_close(result, (value.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_recompute_blocks_holds_the_blocks_in_order() -> None:
     recompute = torch.zeros(2500, dtype=torch.int32)
     assert recompute_blocks(recompute, 64)[1] == 0
     recompute[[3, 70, 71, 2499]] = 1
-    found, count = recompute_blocks(recompute, 64)
-    assert found[: int(count)].tolist() == [0, 1, 39]
+    result, count = recompute_blocks(recompute, 64)
+    assert result[: int(count)].tolist() == [0, 1, 39]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_single_logits(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(50, 150).to(dtype), torch.randn(90, 150).to(dtype)
     token = torch.randint(-1, 90, (50, 3))
-    wanted = (hidden.double().unsqueeze(1) * weight.double()[token.clamp_min(0)]).sum(-1).masked_fill(token < 0, 0)
-    assert distance(indexed_dot(hidden, weight, token), wanted) < 1e-6
+    expected = (hidden.double().unsqueeze(1) * weight.double()[token.clamp_min(0)]).sum(-1).masked_fill(token < 0, 0)
+    assert distance(indexed_dot(hidden, weight, token), expected) < 1e-6
     assert indexed_dot(hidden, weight, token[:, :0]).shape == (50, 0)
 
 
@@ -151,9 +151,9 @@ def test_contrastive_tokens() -> None:
     target = torch.tensor([0, 4, 2, 3, -1])
     reach = torch.tensor([0, 1, 2, 1, 3], dtype=torch.int32)
     hard = torch.tensor([[9], [-1], [7], [1], [2]])
-    found = contrastive_tokens(prediction, target, reach, hard, 1, 4, 2)
+    result = contrastive_tokens(prediction, target, reach, hard, 1, 4, 2)
     # row 1: its negative equals its target; row 4 is padding
-    assert found.tolist() == [[-1, -1, -1], [5, 4, 7], [6, -1, 1], [-1, -1, -1]]
+    assert result.tolist() == [[-1, -1, -1], [5, 4, 7], [6, -1, 1], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.3])
@@ -229,12 +229,12 @@ def test_scaled_rows(out_dtype: torch.dtype) -> None:
     source = torch.randn(33, 1500)
     scale = torch.randn(33)
     source[4], scale[4] = math.nan, 0.0
-    found = scale_rows(source, scale, torch.empty(33, 1500, dtype=out_dtype), 4.0)
-    wanted = (source * scale.unsqueeze(1) * 4.0).nan_to_num(0.0)
-    wanted[4] = 0
-    assert torch.equal(found, wanted.to(out_dtype))
+    result = scale_rows(source, scale, torch.empty(33, 1500, dtype=out_dtype), 4.0)
+    expected = (source * scale.unsqueeze(1) * 4.0).nan_to_num(0.0)
+    expected[4] = 0
+    assert torch.equal(result, expected.to(out_dtype))
     inplace = source.clone()
-    assert torch.equal(scale_rows(inplace, scale, inplace, 4.0), wanted)
+    assert torch.equal(scale_rows(inplace, scale, inplace, 4.0), expected)
 
 
 def test_pass_over_written_logits() -> None:
@@ -242,23 +242,23 @@ def test_pass_over_written_logits() -> None:
     anchors = _anchors(z[:, 3].clone())
     block_stats = BlockStats.empty(-(-1100 // LOGITS_BLOCK_N), 70, torch.device("cpu"))
     logits_stats(z, anchors, block_stats)
-    wanted = torch.exp(z.double() - z[:, 3:4].double())
-    assert distance(block_stats.row_sum.double().sum(0), wanted.sum(1)) < 1e-5
+    expected = torch.exp(z.double() - z[:, 3:4].double())
+    assert distance(block_stats.row_sum.double().sum(0), expected.sum(1)) < 1e-5
     torch.testing.assert_close(block_stats.row_max.amax(0), z.amax(1))
     narrow = torch.empty(70, 1104, dtype=torch.bfloat16)
     logits_exp(z, anchors, narrow)
-    assert distance(narrow[:, :1100], wanted) < 2.5e-3
+    assert distance(narrow[:, :1100], expected) < 2.5e-3
     logits_exp(z, anchors, z)
-    assert distance(z, wanted) < 1e-5
+    assert distance(z, expected) < 1e-5
 
 
 def test_products_accumulate_in_fp32() -> None:
     left, right = torch.randn(300, 40).bfloat16(), torch.randn(40, 24).bfloat16()
-    wanted = left.double() @ right.double()
+    expected = left.double() @ right.double()
     out = matmul(left, right, torch.empty(300, 24))
-    assert distance(out, wanted) < 1e-6
-    assert distance(addmm_(out, left, right), 2 * wanted) < 1e-6
-    assert distance(matmul(left, right, torch.empty(300, 24, dtype=torch.bfloat16)), wanted) < 2.5e-3
+    assert distance(out, expected) < 1e-6
+    assert distance(addmm_(out, left, right), 2 * expected) < 1e-6
+    assert distance(matmul(left, right, torch.empty(300, 24, dtype=torch.bfloat16)), expected) < 2.5e-3
 
 
 def test_limits_of_e_leave_room_for_its_sum() -> None:

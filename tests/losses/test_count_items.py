@@ -42,7 +42,7 @@ def accumulated(case: Case, cuts: list[int], backend: str) -> tuple[dict[str, fl
     each = [counts(case, part) for part in parts]
     total = NumItems(sum(count.rows for count in each), sum(count.het for count in each))
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    found = dict.fromkeys(PARTS, 0.0)
+    result = dict.fromkeys(PARTS, 0.0)
     weights = case.tensors.get("token_weights")
     for part in parts:
         out = ntp_loss(
@@ -56,8 +56,8 @@ def accumulated(case: Case, cuts: list[int], backend: str) -> tuple[dict[str, fl
         )
         out.loss.backward()
         for name in PARTS:
-            found[name] += float(getattr(out, name).detach())
-    return found, hidden.grad, weight.grad
+            result[name] += float(getattr(out, name).detach())
+    return result, hidden.grad, weight.grad
 
 
 cases = {
@@ -85,17 +85,17 @@ def test_accumulation_over_random_cuts_is_the_whole(cuts: list[int], **keywords:
     case = draw(**keywords)
     whole, d_hidden, d_weight = case.run("reference")
     for backend in ("reference", "torch"):
-        found, f_hidden, f_weight = accumulated(case, cuts, backend)
+        result, f_hidden, f_weight = accumulated(case, cuts, backend)
         for name in PARTS:
-            assert found[name] == pytest.approx(float(getattr(whole, name).detach()), rel=1e-11, abs=1e-11), name
+            assert result[name] == pytest.approx(float(getattr(whole, name).detach()), rel=1e-11, abs=1e-11), name
         assert error(f_hidden, d_hidden) < 1e-11 and error(f_weight, d_weight) < 1e-11
 
 
 def test_counts_are_those_of_the_definition() -> None:
     labels = torch.tensor([[-100, 5, 6, -100, 7], [6, -100, -100, 5, 6]])
-    found = count_items(labels, 3)
-    assert found.rows.tolist() == [5.0, 4.0, 3.0] and found.rows.dtype == torch.float64
-    assert float(found.het) == 0
+    result = count_items(labels, 3)
+    assert result.rows.tolist() == [5.0, 4.0, 3.0] and result.rows.dtype == torch.float64
+    assert float(result.het) == 0
     assert count_items(labels, 3, shift=False).rows.tolist() == [6.0, 5.0, 4.0]
     assert count_items(labels, 2, ignore_index=5).rows.tolist() == [6.0, 5.0]
     weights = torch.arange(10.0).view(2, 5)
@@ -128,9 +128,9 @@ def test_kernels_count_alike(keywords: dict[str, Any]) -> None:
     layout = BatchLayout(3, 5, 13, int(options.shift), options.ignore_index, low, high - low)
     cells = find_supervised(case.labels, case.tensors.get("token_weights"), layout)
     rank_hard_tokens(het.position, het.token, case.labels, cells, layout)
-    wanted = counts(case)
-    torch.testing.assert_close(cells.token_weight.view(3, -1).sum(1).double(), wanted.rows, rtol=1e-6, atol=0)
-    assert int(cells.status[2]) == float(wanted.het) > 0
+    expected = counts(case)
+    torch.testing.assert_close(cells.token_weight.view(3, -1).sum(1).double(), expected.rows, rtol=1e-6, atol=0)
+    assert int(cells.status[2]) == float(expected.het) > 0
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def example() -> tuple[Output, Tensor, Codebook]:
 
 def test_codebook_distance() -> None:
     output, labels, codebook = example()
-    found = token_deviation("codebook", output, labels, codebook)
-    assert found[0, :5].tolist() == [0.0, 5.0, 1.0, torch.inf, torch.inf]
+    result = token_deviation("codebook", output, labels, codebook)
+    assert result[0, :5].tolist() == [0.0, 5.0, 1.0, torch.inf, torch.inf]
 
 
 def test_margin_and_nll_are_the_losss_own() -> None:

@@ -69,7 +69,7 @@ def test_prefetched_rows_are_the_ones_served(monkeypatch: pytest.MonkeyPatch) ->
     memory.advance()
     memory.prefetch(ids)
     direct = memory._background._gather(ids)
-    monkeypatch.setattr(background.Background, "_gather", lambda self, wanted: pytest.fail("was not prefetched"))
+    monkeypatch.setattr(background.Background, "_gather", lambda self, expected: pytest.fail("was not prefetched"))
     assert torch.equal(memory.lookup(ids).token, direct[:, 2].long())
 
 
@@ -165,9 +165,9 @@ def test_a_million_samples(tmp_path: Path) -> None:
     memory.advance()
     for ids in order[:40_000].split(size):
         memory.prefetch(ids)
-        found = memory.lookup(ids)
-        assert torch.equal(found.position[:, 0], ids % 64)
-        assert torch.equal(found.token, (1 + ids % 1000).unsqueeze(1).expand(-1, 64))
+        result = memory.lookup(ids)
+        assert torch.equal(result.position[:, 0], ids % 64)
+        assert torch.equal(result.token, (1 + ids % 1000).unsqueeze(1).expand(-1, 64))
 
 
 @pytest.mark.parametrize(
