@@ -1,8 +1,8 @@
 """Times the forward product's candidates on this machine's GPU against cuBLAS: ``python -m benchmarks.tune``.
 
 Prints one JSON line per shape and candidate: the median over interleaved repetitions of (candidate) / (cuBLAS product
-of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into `ntpseg.kernels.table` by
-hand, with its line as evidence.
+of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into
+`ntpseg.kernels.gemm_configs` by hand, with its line as evidence.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from dataclasses import asdict
 import torch
 
 from ntpseg.kernels.anchored_gemm import anchored_gemm
-from ntpseg.kernels.partials import Anchors, Partials
-from ntpseg.kernels.table import TABLE, GemmConfig, architecture, programs
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig, architecture, persistent_grid
+from ntpseg.kernels.workspace import Anchors, BlockStats
 
 CANDIDATES: dict[str, tuple[GemmConfig, ...]] = {
     "sm_80": (
-        GemmConfig(128, 256, 32, warps=8, stages=3, tma=False),
-        GemmConfig(128, 128, 64, warps=8, stages=3, tma=False),
-        GemmConfig(128, 128, 32, warps=4, stages=4, tma=False, residents=2),
+        GemmConfig(128, 256, 32, num_warps=8, num_stages=3, TMA=False),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=3, TMA=False),
+        GemmConfig(128, 128, 32, num_warps=4, num_stages=4, TMA=False, ctas_per_sm=2),
     ),
     "sm_90": (
-        GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=2),
-        GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, parts=4),
-        GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=4, group=4),
-        GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, flatten=True, parts=4, group=16),
-        GemmConfig(128, 256, 64, warps=8, stages=3, tma=True, parts=1),
-        GemmConfig(128, 256, 64, warps=8, stages=3, tma=True, flatten=True, parts=1),
-        GemmConfig(256, 128, 64, warps=8, stages=4, tma=True, flatten=True, parts=2),
-        GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, parts=2, residents=2),
-        GemmConfig(128, 128, 64, warps=4, stages=3, tma=True, flatten=True, parts=4, residents=2),
-        GemmConfig(128, 128, 64, warps=8, stages=4, tma=True, flatten=True),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=2),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=4, TMA=True, EPILOGUE_SUBTILE=4),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=4, GROUP_SIZE_M=4),
+        GemmConfig(
+            128, 256, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=4, GROUP_SIZE_M=16
+        ),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=3, TMA=True, EPILOGUE_SUBTILE=1),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=3, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=1),
+        GemmConfig(256, 128, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=2),
+        GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, EPILOGUE_SUBTILE=2, ctas_per_sm=2),
+        GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=4, ctas_per_sm=2),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True),
     ),
     "sm_100": (
-        GemmConfig(128, 128, 64, warps=8, stages=4, tma=True),
-        GemmConfig(128, 128, 64, warps=8, stages=5, tma=True, flatten=True, parts=2),
-        GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, parts=4),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=4, TMA=True),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=5, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=2),
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=4, TMA=True, EPILOGUE_SUBTILE=4),
     ),
 }
 
@@ -64,18 +66,18 @@ def measure(config: GemmConfig, rows: int, classes: int, width: int, repetitions
     device = torch.device("cuda")
     hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     weight = torch.randn(classes, width, device=device, dtype=torch.bfloat16) * width**-0.5
-    logit = torch.zeros(rows, device=device)
-    anchors = Anchors(logit, logit.clone(), logit + 48.0)
-    partials = Partials.empty(-(-classes // config.classes), rows, device)
+    target_logit = torch.zeros(rows, device=device)
+    anchors = Anchors(target_logit, target_logit.clone(), target_logit + 48.0)
+    block_stats = BlockStats.empty(-(-classes // config.BLOCK_N), rows, device)
     stride = -(-classes // 64) * 64
     e, z = torch.empty(2, rows, stride, device=device, dtype=torch.bfloat16)
-    blocks = -(-rows // config.rows)
+    blocks = -(-rows // config.BLOCK_M)
     every = torch.arange(blocks, dtype=torch.int32, device=device)
     count = torch.full((), blocks, dtype=torch.int32, device=device)
-    grid = programs(config, blocks * partials.sum.shape[0], device)
+    grid = persistent_grid(config, blocks * block_stats.row_sum.shape[0], device)
 
     def ours() -> None:
-        anchored_gemm(hidden, weight, e, anchors, partials, every, count, config, grid)
+        anchored_gemm(hidden, weight, e, anchors, block_stats, every, count, config, grid)
 
     def library() -> None:
         torch.mm(hidden, weight.t(), out=z[:, :classes])
@@ -106,7 +108,7 @@ def main() -> None:
     for classes in options.classes:
         for width in options.width:
             for rows in options.rows:
-                for config in (TABLE[name].forward, *CANDIDATES[name]):
+                for config in (GEMM_CONFIGS[name].forward, *CANDIDATES[name]):
                     shape = {"rows": rows, "classes": classes, "width": width}
                     found = measure(config, rows, classes, width, options.repetitions)
                     print(json.dumps(machine | shape | found | {"config": asdict(config)}), flush=True)

@@ -11,33 +11,33 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ntpseg.kernels.dialect import anchored_exp, narrow, operand, rebase
-from ntpseg.kernels.partials import Anchors, Partials
-from ntpseg.kernels.table import GemmConfig
+from ntpseg.kernels.gemm_configs import GemmConfig
+from ntpseg.kernels.tl_utils import anchored_exp, downcast, rescale_factor, upcast_if_interpreted
+from ntpseg.kernels.workspace import Anchors, BlockStats
 
 
 @triton.jit
-def emit(
-    z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, WIDTH: tl.constexpr, TMA: tl.constexpr
+def epilogue(
+    z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N: tl.constexpr, TMA: tl.constexpr
 ):
     """Turns logits into E, stores it and returns the tile's row sum, maximum and arg-max."""
-    column = class_0 + tl.arange(0, WIDTH)
-    # In every block, not behind a branch for the last: a branch hands over z twice, and each exponential is made twice.
+    column = class_0 + tl.arange(0, BLOCK_N)
+    # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
     z = tl.where(column[None, :] < classes, z, float("-inf"))
-    value, total, top, best = anchored_exp(z, anchor, limit, column)
+    value, row_sum, row_max, argmax = anchored_exp(z, anchor, limit, column)
     if store != 0:
         if TMA:
-            e.store([row_0, class_0], narrow(value, e.dtype))
+            e.store([row_0, class_0], downcast(value, e.dtype))
         else:
             # also writes zeros between V and the padded row length, so that no reader meets garbage
-            place = row.to(tl.int64)[:, None] * (e_stride_8 * 8) + column[None, :]
-            inside = (row < rows)[:, None] & (column[None, :] < e_stride_8 * 8)
-            tl.store(e + place, narrow(value, e.dtype.element_ty), mask=inside)
-    return total, top, best
+            offsets = row.to(tl.int64)[:, None] * (e_stride_8 * 8) + column[None, :]
+            mask = (row < rows)[:, None] & (column[None, :] < e_stride_8 * 8)
+            tl.store(e + offsets, downcast(value, e.dtype.element_ty), mask=mask)
+    return row_sum, row_max, argmax
 
 
 @triton.jit
-def emit_parts(
+def epilogue_subtiles(
     z,
     e,
     anchor,
@@ -49,30 +49,62 @@ def emit_parts(
     classes,
     e_stride_8,
     store,
-    BR: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr,
 ):
-    """`emit` on PARTS column parts, one after the other: fewer temporaries and less staging memory at a time."""
-    if PARTS == 1:
-        total, top, best = emit(z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, WIDTH, TMA)
+    """`epilogue` on column parts, one after the other: fewer temporaries and less staging memory at a time."""
+    if EPILOGUE_SUBTILE == 1:
+        row_sum, row_max, argmax = epilogue(
+            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N, TMA
+        )
     else:
-        half: tl.constexpr = WIDTH // 2
-        left, right = tl.split(tl.permute(tl.reshape(z, (BR, 2, half)), (0, 2, 1)))
-        total, top, best = emit_parts(
-            left, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BR, half, TMA, PARTS // 2
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, half)), (0, 2, 1)))
+        row_sum, row_max, argmax = epilogue_subtiles(
+            left,
+            e,
+            anchor,
+            limit,
+            row_0,
+            row,
+            class_0,
+            rows,
+            classes,
+            e_stride_8,
+            store,
+            BLOCK_M,
+            half,
+            TMA,
+            EPILOGUE_SUBTILE // 2,
         )
         class_1 = class_0 + half
-        total_r, top_r, best_r = emit_parts(
-            right, e, anchor, limit, row_0, row, class_1, rows, classes, e_stride_8, store, BR, half, TMA, PARTS // 2
+        right_sum, right_max, right_argmax = epilogue_subtiles(
+            right,
+            e,
+            anchor,
+            limit,
+            row_0,
+            row,
+            class_1,
+            rows,
+            classes,
+            e_stride_8,
+            store,
+            BLOCK_M,
+            half,
+            TMA,
+            EPILOGUE_SUBTILE // 2,
         )
         # each part may have taken its own maximum as anchor: bring both sums to that of the whole
-        best = tl.where(top_r > top, best_r, best)
-        whole = tl.maximum(top, top_r)
-        total = total * rebase(top, whole, anchor, limit) + total_r * rebase(top_r, whole, anchor, limit)
-        top = whole
-    return total, top, best
+        argmax = tl.where(right_max > row_max, right_argmax, argmax)
+        whole = tl.maximum(row_max, right_max)
+        row_sum = row_sum * rescale_factor(row_max, whole, anchor, limit) + right_sum * rescale_factor(
+            right_max, whole, anchor, limit
+        )
+        row_max = whole
+    return row_sum, row_max, argmax
 
 
 @triton.jit(
@@ -84,11 +116,11 @@ def anchored_gemm_kernel(
     e,
     anchor_ptr,
     limit_ptr,
-    block_ptr,
-    count_ptr,
-    sum_ptr,
-    max_ptr,
-    arg_ptr,
+    row_blocks_ptr,
+    num_row_blocks_ptr,
+    row_sum_ptr,
+    row_max_ptr,
+    argmax_ptr,
     rows,
     classes,
     width_8,
@@ -96,63 +128,77 @@ def anchored_gemm_kernel(
     weight_stride_8,
     e_stride_8,
     store,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr,
 ):
     # strides arrive in units of 8 so that 16-byte alignment is known to the compiler also where D % 16 == 8
     width = width_8 * 8
-    row_blocks = tl.load(count_ptr)
-    class_blocks = tl.cdiv(classes, BV)
-    depth = tl.cdiv(width, BD)
-    # About GROUP row blocks share each weight tile while it is in L2; groups of one size, or a last group of a single
-    # block would read the whole weight from memory for itself.
-    most = tl.cdiv(row_blocks, tl.maximum(tl.cdiv(row_blocks, GROUP), 1))
-    for tile in tl.range(tl.program_id(0), row_blocks * class_blocks, tl.num_programs(0), flatten=FLATTEN):
-        group = tile // (most * class_blocks)
-        first = group * most
-        size = tl.minimum(row_blocks - first, most)
-        slot = first + (tile % (most * class_blocks)) % size
-        class_block = (tile % (most * class_blocks)) // size
-        row_0 = tl.load(block_ptr + slot) * BR
-        class_0 = class_block * BV
-        row = row_0 + tl.arange(0, BR)
-        column = class_0 + tl.arange(0, BV)
+    num_row_blocks = tl.load(num_row_blocks_ptr)
+    num_class_blocks = tl.cdiv(classes, BLOCK_N)
+    depth = tl.cdiv(width, BLOCK_K)
+    # About GROUP_SIZE_M row blocks share each weight tile while it is in L2; groups of one size, or a last group of a
+    # single block would read the whole weight from memory for itself.
+    group_rows = tl.cdiv(num_row_blocks, tl.maximum(tl.cdiv(num_row_blocks, GROUP_SIZE_M), 1))
+    for tile in tl.range(tl.program_id(0), num_row_blocks * num_class_blocks, tl.num_programs(0), flatten=FLATTEN):
+        group = tile // (group_rows * num_class_blocks)
+        first = group * group_rows
+        size = tl.minimum(num_row_blocks - first, group_rows)
+        slot = first + (tile % (group_rows * num_class_blocks)) % size
+        class_block = (tile % (group_rows * num_class_blocks)) // size
+        row_0 = tl.load(row_blocks_ptr + slot) * BLOCK_M
+        class_0 = class_block * BLOCK_N
+        row = row_0 + tl.arange(0, BLOCK_M)
+        column = class_0 + tl.arange(0, BLOCK_N)
 
-        z = tl.zeros((BR, BV), dtype=tl.float32)
+        z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if TMA:
             for k in range(depth):
-                a = hidden.load([row_0, k * BD])
-                b = weight.load([class_0, k * BD])
-                z = tl.dot(operand(a), operand(b).T, z, input_precision="ieee")
+                a = hidden.load([row_0, k * BLOCK_K])
+                b = weight.load([class_0, k * BLOCK_K])
+                z = tl.dot(upcast_if_interpreted(a), upcast_if_interpreted(b).T, z, input_precision="ieee")
         else:
-            feature = tl.arange(0, BD)
+            offs_k = tl.arange(0, BLOCK_K)
             # rows past the end read the last one: their results are never stored, and no mask is needed
-            a_ptr = hidden + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * (hidden_stride_8 * 8) + feature[None, :]
+            a_ptr = hidden + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * (hidden_stride_8 * 8) + offs_k[None, :]
             b_row = tl.minimum(column, classes - 1).to(tl.int64)
-            b_ptr = weight + b_row[:, None] * (weight_stride_8 * 8) + feature[None, :]
+            b_ptr = weight + b_row[:, None] * (weight_stride_8 * 8) + offs_k[None, :]
             for k in range(depth):
-                inside = feature[None, :] < width - k * BD
-                a = tl.load(a_ptr, mask=inside, other=0.0)
-                b = tl.load(b_ptr, mask=inside, other=0.0)
-                z = tl.dot(operand(a), operand(b).T, z, input_precision="ieee")
-                a_ptr += BD
-                b_ptr += BD
+                mask = offs_k[None, :] < width - k * BLOCK_K
+                a = tl.load(a_ptr, mask=mask, other=0.0)
+                b = tl.load(b_ptr, mask=mask, other=0.0)
+                z = tl.dot(upcast_if_interpreted(a), upcast_if_interpreted(b).T, z, input_precision="ieee")
+                a_ptr += BLOCK_K
+                b_ptr += BLOCK_K
 
-        inside_row = row < rows
-        anchor = tl.load(anchor_ptr + row, mask=inside_row, other=0.0)
-        limit = tl.load(limit_ptr + row, mask=inside_row, other=0.0)
-        total, top, best = emit_parts(
-            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BR, BV, TMA, PARTS
+        row_mask = row < rows
+        anchor = tl.load(anchor_ptr + row, mask=row_mask, other=0.0)
+        limit = tl.load(limit_ptr + row, mask=row_mask, other=0.0)
+        row_sum, row_max, argmax = epilogue_subtiles(
+            z,
+            e,
+            anchor,
+            limit,
+            row_0,
+            row,
+            class_0,
+            rows,
+            classes,
+            e_stride_8,
+            store,
+            BLOCK_M,
+            BLOCK_N,
+            TMA,
+            EPILOGUE_SUBTILE,
         )
-        place = class_block * rows + row
-        tl.store(sum_ptr + place, total, mask=inside_row)
-        tl.store(max_ptr + place, top, mask=inside_row)
-        tl.store(arg_ptr + place, best, mask=inside_row)
+        offsets = class_block * rows + row
+        tl.store(row_sum_ptr + offsets, row_sum, mask=row_mask)
+        tl.store(row_max_ptr + offsets, row_max, mask=row_mask)
+        tl.store(argmax_ptr + offsets, argmax, mask=row_mask)
 
 
 def anchored_gemm(
@@ -160,9 +206,9 @@ def anchored_gemm(
     weight: Tensor,
     e: Tensor | None,
     anchors: Anchors,
-    partials: Partials,
-    blocks: Tensor,
-    count: Tensor,
+    block_stats: BlockStats,
+    row_blocks: Tensor,
+    num_row_blocks: Tensor,
     config: GemmConfig,
     programs: int,
 ) -> None:
@@ -173,31 +219,33 @@ def anchored_gemm(
         weight: ``[V, D]``, the same.
         e: ``[R, >= V]`` with 16-byte aligned rows, overwritten up to its width; None keeps statistics only.
         anchors: per row, see `Anchors`.
-        partials: overwritten for the row blocks that are computed.
-        blocks: int32, row blocks of ``config.rows`` to compute; the first `count` entries are read.
-        count: 0-dim int32 on the device, so that an empty redo needs no synchronisation.
+        block_stats: overwritten for the row blocks that are computed.
+        row_blocks: int32, row blocks of ``config.BLOCK_M`` to compute; the first `num_row_blocks` entries are read.
+        num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation.
         config: tile shape and pipelining.
         programs: size of the persistent grid.
     """
     rows, width = hidden.shape
     # statistics alone still compile the store: it gets a block that it never writes
-    target = e if e is not None else torch.empty(config.rows, config.classes, dtype=hidden.dtype, device=hidden.device)
+    target = (
+        e if e is not None else torch.empty(config.BLOCK_M, config.BLOCK_N, dtype=hidden.dtype, device=hidden.device)
+    )
     operands: list[object] = [hidden, weight, target]
-    if config.tma:
+    if config.TMA:
         operands = [
-            TensorDescriptor.from_tensor(hidden, [config.rows, config.depth]),
-            TensorDescriptor.from_tensor(weight, [config.classes, config.depth]),
-            TensorDescriptor.from_tensor(target, [config.rows, config.classes // config.parts]),
+            TensorDescriptor.from_tensor(hidden, [config.BLOCK_M, config.BLOCK_K]),
+            TensorDescriptor.from_tensor(weight, [config.BLOCK_N, config.BLOCK_K]),
+            TensorDescriptor.from_tensor(target, [config.BLOCK_M, config.BLOCK_N // config.EPILOGUE_SUBTILE]),
         ]
     anchored_gemm_kernel[(programs,)](
         *operands,
         anchors.anchor,
         anchors.limit,
-        blocks,
-        count,
-        partials.sum,
-        partials.max,
-        partials.arg,
+        row_blocks,
+        num_row_blocks,
+        block_stats.row_sum,
+        block_stats.row_max,
+        block_stats.argmax,
         rows,
         weight.shape[0],
         width // 8,
@@ -205,13 +253,13 @@ def anchored_gemm(
         weight.stride(0) // 8,
         target.stride(0) // 8,
         int(e is not None),
-        BR=config.rows,
-        BV=config.classes,
-        BD=config.depth,
-        GROUP=config.group,
-        TMA=config.tma,
-        FLATTEN=config.flatten,
-        PARTS=config.parts,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        GROUP_SIZE_M=config.GROUP_SIZE_M,
+        TMA=config.TMA,
+        FLATTEN=config.FLATTEN,
+        EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

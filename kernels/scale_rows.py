@@ -1,6 +1,7 @@
-"""Row-scaled copies between dtypes.
+"""Copies scaled row by row, and a tensor scaled in place by one number that lies on the device.
 
-Reference: ``out = (source.float() * scale[:, None] * factor).to(out.dtype)``.
+Reference: ``out = (source.float() * scale[:, None] * factor).to(out.dtype)``, and
+``out = (out.float() * factor).to(out.dtype)``. PyTorch would round the factor to the dtype of `out` first.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.dialect import INTERPRETED, narrow
+from ntpseg.kernels.tl_utils import INTERPRETED, downcast, upcast_if_interpreted
 
 
 @triton.jit(do_not_specialize=["rows", "factor"])
 def scale_rows_kernel(
-    source, scale_ptr, out, rows, width, source_stride, out_stride, factor, ROWS: tl.constexpr, BD: tl.constexpr
+    source, scale_ptr, out, rows, width, source_stride, out_stride, factor, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    feature = tl.program_id(1) * BD + tl.arange(0, BD)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (feature < width)[None, :]
     scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0) * factor
     value = tl.load(source + row[:, None] * source_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
     # a row without weight is zero whatever its source holds
     value = tl.where(scale[:, None] == 0.0, 0.0, value * scale[:, None])
-    tl.store(out + row[:, None] * out_stride + feature[None, :], narrow(value, out.dtype.element_ty), mask=mask)
+    tl.store(out + row[:, None] * out_stride + feature[None, :], downcast(value, out.dtype.element_ty), mask=mask)
 
 
 def scale_rows(source: Tensor, scale: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
@@ -51,8 +52,25 @@ def scale_rows(source: Tensor, scale: Tensor, out: Tensor, factor: float = 1.0) 
         source.stride(0),
         out.stride(0),
         factor,
-        ROWS=size,
-        BD=depth,
+        BLOCK_M=size,
+        BLOCK_D=depth,
         num_warps=4,
     )
+    return out
+
+
+@triton.jit
+def scale_kernel(out, factor_ptr, entries, BLOCK_SIZE: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        value = upcast_if_interpreted(tl.load(out + offsets, mask=offsets < entries, other=0.0)).to(tl.float32)
+        tl.store(out + offsets, downcast(value * factor, out.dtype.element_ty), mask=offsets < entries)
+
+
+def scale_(out: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies `out`, contiguous, by `factor`, 0-dim fp32, and returns it; a factor of one costs no pass over it."""
+    if out.numel():
+        size = 1 << 16 if INTERPRETED else 8192
+        scale_kernel[(triton.cdiv(out.numel(), size),)](out, factor, out.numel(), BLOCK_SIZE=size, num_warps=8)
     return out

@@ -1,6 +1,7 @@
 // The operators of ntpseg._C: their schemas and their CPU implementations, over PyTorch's stable ABI, so that one build
-// serves every Python and PyTorch from 2.10 on.
-#include <Python.h>
+// serves every Python and PyTorch from 2.11 on.
+#include "../module.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,14 +10,12 @@
 #include <limits>
 #include <tuple>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "merge.h"
 #include "rank.h"
 
 namespace ntpseg {
 namespace {
-
-using torch::stable::Tensor;
 
 // PyTorch's own grain: fewer columns than this per thread cost more to hand out than to do.
 constexpr int64_t kColumnsPerTask = 32768;
@@ -30,12 +29,11 @@ Scratch& thread_scratch() {
 
 std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is_error, int64_t n) {
   const auto [rows, length] = check_topn(deviation, is_error, n);
-  Tensor value = torch::stable::new_empty(deviation, {rows, n});
-  Tensor index = torch::stable::new_empty(deviation, {rows, n}, ScalarType::Int);
-  const auto* deviations = static_cast<const float*>(deviation.data_ptr());
-  const auto* errors = static_cast<const uint8_t*>(is_error.data_ptr());
-  auto* values = static_cast<float*>(value.data_ptr());
-  auto* indices = static_cast<int32_t*>(index.data_ptr());
+  const auto [value, index] = empty_topn(deviation, rows, n);
+  const auto* deviations = data<const float>(deviation);
+  const auto* errors = data<const uint8_t>(is_error);
+  auto* values = data<float>(value);
+  auto* indices = data<int32_t>(index);
   const RankRow rank_row = rank_row_for_this_cpu();
   torch::stable::parallel_for(0, rows, rows_per_task(length), [&, length = length](int64_t begin, int64_t end) {
     Scratch& scratch = thread_scratch();
@@ -52,13 +50,13 @@ std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is
 
 MemoryView view_of(const Tensor& rows, const Tensor& stamp, const Tensor& control, const Tensor& epoch) {
   return {
-      static_cast<int32_t*>(rows.data_ptr()),
-      static_cast<int32_t*>(stamp.data_ptr()),
-      static_cast<int32_t*>(control.data_ptr()),
+      data<int32_t>(rows),
+      data<int32_t>(stamp),
+      data<int32_t>(control),
       control.size(0) - 1,
       rows.size(1),
       rows.size(3),
-      *static_cast<const int64_t*>(epoch.data_ptr())};
+      *data<const int64_t>(epoch)};
 }
 
 void merge_entries(
@@ -74,8 +72,8 @@ void merge_entries(
   STD_TORCH_CHECK(
       entries.size(0) == sample_ids.size(0) && entries.size(1) == 3, "entries must be [B, 3, m] with sample_ids [B]");
   const MemoryView memory = view_of(rows, stamp, control, epoch);
-  const auto* ids = static_cast<const int64_t*>(sample_ids.data_ptr());
-  const auto* source = static_cast<const int32_t*>(entries.data_ptr());
+  const auto* ids = data<const int64_t>(sample_ids);
+  const auto* source = data<const int32_t>(entries);
   const int64_t slots = entries.size(2);
   torch::stable::parallel_for(0, sample_ids.size(0), rows_per_task(slots), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -94,37 +92,32 @@ void record_errors(
     const Tensor& labels,
     const Tensor& deviation,
     int64_t ignore_index) {
-  const RecordShape shape =
-      check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
+  const RecordInputs in = check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
   const MemoryView memory = view_of(rows, stamp, control, epoch);
-  const auto* ids = static_cast<const int64_t*>(sample_ids.data_ptr());
-  const auto* predictions = static_cast<const int64_t*>(prediction.data_ptr());
-  const auto* targets = static_cast<const int64_t*>(labels.data_ptr());
-  const auto* deviations = static_cast<const float*>(deviation.data_ptr());
   const RankRow rank_row = rank_row_for_this_cpu();
-  torch::stable::parallel_for(0, shape.batch, rows_per_task(shape.length), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, in.batch, rows_per_task(in.length), [&](int64_t begin, int64_t end) {
     Scratch& scratch = thread_scratch();
-    scratch.is_error.resize(shape.length);
-    Entries entries(shape.n);
+    scratch.is_error.resize(in.length);
+    Entries entries(in.n);
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t* predicted = predictions + row * shape.length;
-      const int64_t* target = targets + row * shape.length;
-      for (int64_t i = 0; i < shape.length; ++i) {
+      const int64_t* predicted = in.prediction + row * in.length;
+      const int64_t* target = in.labels + row * in.length;
+      for (int64_t i = 0; i < in.length; ++i) {
         scratch.is_error[i] =
             (predicted[i] >= 0) & (target[i] != ignore_index) & (predicted[i] != target[i]);
       }
       entries.size = rank_row(
-          deviations + row * shape.length,
+          in.deviation + row * in.length,
           scratch.is_error.data(),
-          shape.length,
-          shape.n,
+          in.length,
+          in.n,
           scratch,
           entries.deviation.data(),
           entries.position.data());
       for (int64_t i = 0; i < entries.size; ++i) {
         entries.token[i] = static_cast<int32_t>(predicted[entries.position[i]]);
       }
-      merge_into(memory, ids[row], entries);
+      merge_into(memory, in.sample_ids[row], entries);
     }
   });
 }
@@ -148,7 +141,4 @@ STABLE_TORCH_LIBRARY_IMPL(ntpseg, CPU, m) {
   m.impl("merge_entries", TORCH_BOX(&ntpseg::merge_entries));
 }
 
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
-}
+NTPSEG_MODULE(_C)

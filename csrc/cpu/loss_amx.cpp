@@ -198,15 +198,15 @@ void amx_pack_pairs(const bfloat16* scaled, const BlockShape& shape, bfloat16* p
 void amx_exponentials(
     int64_t slice,
     const bfloat16* packed_hidden,
-    const bfloat16* matrix,
+    const bfloat16* weight,
     const BlockShape& shape,
     const float* anchor,
-    const int64_t* column,
-    const float* exact,
+    const int64_t* target_column,
+    const float* target_logit,
     bfloat16* block,
-    float* top,
-    int64_t* best,
-    float* total) {
+    float* row_max,
+    int64_t* argmax,
+    float* row_sum) {
   thread_local Scratch panels, states;
   const int64_t steps = shape.width / 32, count = padded(shape.classes) / 32;
   const int64_t begin = count * slice / kSlices * 32, end = std::min(count * (slice + 1) / kSlices * 32, shape.classes);
@@ -221,8 +221,8 @@ void amx_exponentials(
     const int64_t here = std::min(width, end - v);
     for (int64_t w = 0; w < here; w += 32) {
       for (int64_t s = 0; s < steps; ++s) {
-        const bfloat16* source = matrix + (v + w) * shape.matrix_stride + 32 * s;
-        pack_b_transposed(source, shape.matrix_stride, here - w, panel + (w / 32 * steps + s) * kStep);
+        const bfloat16* source = weight + (v + w) * shape.weight_stride + 32 * s;
+        pack_b_transposed(source, shape.weight_stride, here - w, panel + (w / 32 * steps + s) * kStep);
       }
     }
     for (int64_t row = 0; row < shape.rows; row += 32) {
@@ -231,9 +231,9 @@ void amx_exponentials(
       }
       const int64_t rows = std::min<int64_t>(32, shape.rows - row);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t r = row + i, own = column[r] - v;
+        const int64_t r = row + i, own = target_column[r] - v;
         float* gap = z + width * i;
-        if (own >= 0 && own < here) gap[own] = exact[r];
+        if (own >= 0 && own < here) gap[own] = target_logit[r];
         const __m512 anchors = _mm512_set1_ps(anchor[r]);
         avx512::Lanes state = lanes[r];
         for (int64_t w = 0; w < here; w += 32) {
@@ -252,15 +252,20 @@ void amx_exponentials(
     }
   }
   for (int64_t r = 0; r < shape.rows; ++r) {
-    top[r] = -std::numeric_limits<float>::infinity();
-    best[r] = 0;
-    total[r] = 0;
-    avx512::fold(lanes[r], top[r], best[r], total[r]);
+    row_max[r] = -std::numeric_limits<float>::infinity();
+    argmax[r] = 0;
+    row_sum[r] = 0;
+    avx512::fold(lanes[r], row_max[r], argmax[r], row_sum[r]);
   }
 }
 
 void amx_hidden_gradient(
-    int64_t begin, int64_t end, const bfloat16* block, const bfloat16* matrix, const BlockShape& shape, float* d_hidden) {
+    int64_t begin,
+    int64_t end,
+    const bfloat16* block,
+    const bfloat16* weight,
+    const BlockShape& shape,
+    float* d_hidden) {
   thread_local Scratch left, right;
   bfloat16* a = left.of(kChunk / 32 * kStep);
   bfloat16* b = right.of(kChunk * shape.width);
@@ -269,8 +274,8 @@ void amx_hidden_gradient(
     const int64_t here = std::min(kChunk, shape.classes - v), steps = padded(here) / 32;
     for (int64_t d = 0; d < shape.width; d += 32) {
       for (int64_t s = 0; s < steps; ++s) {
-        const bfloat16* source = matrix + (v + 32 * s) * shape.matrix_stride + d;
-        pack_b(source, shape.matrix_stride, here - 32 * s, 32, b + (d / 32 * steps + s) * kStep);
+        const bfloat16* source = weight + (v + 32 * s) * shape.weight_stride + d;
+        pack_b(source, shape.weight_stride, here - 32 * s, 32, b + (d / 32 * steps + s) * kStep);
       }
     }
     for (int64_t row = begin; row < end; row += 32) {
@@ -291,7 +296,7 @@ void amx_weight_gradient(
     const bfloat16* block,
     const bfloat16* packed_scaled,
     const BlockShape& shape,
-    float* d_matrix,
+    float* d_weight,
     bool add) {
   thread_local Scratch left;
   bfloat16* a = left.of(kWide * kChunk / 32 * kStep);
@@ -313,7 +318,7 @@ void amx_weight_gradient(
         const bfloat16* b = packed_scaled + chunk * shape.width + d / 32 * steps * kStep;
         for (int64_t w = v; w < stop; w += 32) {
           const bfloat16* panel = a + (w - v) / 32 * steps * kStep;
-          float* out = d_matrix + w * shape.width + d;
+          float* out = d_weight + w * shape.width + d;
           if (stop - w >= 32) {
             multiply(panel, b, steps, out, shape.width, add || chunk > 0);
             continue;

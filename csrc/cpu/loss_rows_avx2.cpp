@@ -34,18 +34,18 @@ static inline __m256 exp_ps(__m256 x) {
 }
 
 void exponentials_row(
-    float* z, int64_t length, float anchor, int32_t column, float& top, int64_t& best, float& total) {
+    float* z, int64_t length, float anchor, int32_t column, float& row_max, int64_t& argmax, float& row_sum) {
   const __m256 anchors = _mm256_set1_ps(anchor), nothing = _mm256_set1_ps(-__builtin_inff());
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  __m256 tops = nothing, totals = _mm256_setzero_ps();
-  __m256i bests = _mm256_setzero_si256(), columns = _mm256_add_epi32(_mm256_set1_epi32(column), lane);
+  __m256 max_lanes = nothing, sum_lanes = _mm256_setzero_ps();
+  __m256i argmax_lanes = _mm256_setzero_si256(), columns = _mm256_add_epi32(_mm256_set1_epi32(column), lane);
   const auto take = [&](__m256 gap) {
-    const __m256 higher = _mm256_cmp_ps(gap, tops, _CMP_GT_OQ);  // strictly: the first stays
-    tops = _mm256_blendv_ps(tops, gap, higher);
-    bests = _mm256_blendv_epi8(bests, columns, _mm256_castps_si256(higher));
+    const __m256 higher = _mm256_cmp_ps(gap, max_lanes, _CMP_GT_OQ);  // strictly: the first stays
+    max_lanes = _mm256_blendv_ps(max_lanes, gap, higher);
+    argmax_lanes = _mm256_blendv_epi8(argmax_lanes, columns, _mm256_castps_si256(higher));
     columns = _mm256_add_epi32(columns, _mm256_set1_epi32(8));
     const __m256 e = exp_ps(gap);
-    totals = _mm256_add_ps(totals, e);
+    sum_lanes = _mm256_add_ps(sum_lanes, e);
     return e;
   };
   int64_t i = 0;
@@ -56,20 +56,20 @@ void exponentials_row(
     _mm256_maskstore_ps(z + i, mask, take(_mm256_blendv_ps(nothing, gap, _mm256_castsi256_ps(mask))));
   }
 
-  alignas(32) float top_of[8], total_of[8];
-  alignas(32) int32_t best_of[8];
-  _mm256_store_ps(top_of, tops);
-  _mm256_store_ps(total_of, totals);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(best_of), bests);
-  total += ((total_of[0] + total_of[4]) + (total_of[1] + total_of[5])) +
-      ((total_of[2] + total_of[6]) + (total_of[3] + total_of[7]));
+  alignas(32) float max_of[8], sum_of[8];
+  alignas(32) int32_t argmax_of[8];
+  _mm256_store_ps(max_of, max_lanes);
+  _mm256_store_ps(sum_of, sum_lanes);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(argmax_of), argmax_lanes);
+  row_sum += ((sum_of[0] + sum_of[4]) + (sum_of[1] + sum_of[5])) +
+      ((sum_of[2] + sum_of[6]) + (sum_of[3] + sum_of[7]));
   int first = 0;
   for (int l = 1; l < 8; ++l) {
-    if (top_of[l] > top_of[first] || (top_of[l] == top_of[first] && best_of[l] < best_of[first])) first = l;
+    if (max_of[l] > max_of[first] || (max_of[l] == max_of[first] && argmax_of[l] < argmax_of[first])) first = l;
   }
-  if (top_of[first] > top) {  // a maximum that is only equalled stays where it was
-    top = top_of[first];
-    best = best_of[first];
+  if (max_of[first] > row_max) {  // a maximum that is only equalled stays where it was
+    row_max = max_of[first];
+    argmax = argmax_of[first];
   }
 }
 

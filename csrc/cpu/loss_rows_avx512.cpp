@@ -12,7 +12,7 @@
 namespace ntpseg::avx512 {
 
 void exponentials_row(
-    float* z, int64_t length, float anchor, int32_t column, float& top, int64_t& best, float& total) {
+    float* z, int64_t length, float anchor, int32_t column, float& row_max, int64_t& argmax, float& row_sum) {
   Lanes lanes = empty_lanes();
   const __m512 anchors = _mm512_set1_ps(anchor);
   int64_t i = 0;
@@ -25,7 +25,7 @@ void exponentials_row(
     const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, z + i), anchors);
     _mm512_mask_storeu_ps(z + i, mask, take(lanes, gap, column + static_cast<int32_t>(i), mask));
   }
-  fold(lanes, top, best, total);
+  fold(lanes, row_max, argmax, row_sum);
 }
 
 }  // namespace ntpseg::avx512

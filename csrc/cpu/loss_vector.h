@@ -25,8 +25,8 @@ static inline __m512 exp_ps(__m512 x) {
 
 // Running maximum, its column and the sum of exponentials of one row, spread over 16 lanes.
 struct Lanes {
-  __m512 top, total;
-  __m512i best;
+  __m512 row_max, row_sum;
+  __m512i argmax;
 };
 
 static inline Lanes empty_lanes() {
@@ -37,22 +37,22 @@ static inline Lanes empty_lanes() {
 static inline __m512 take(Lanes& lanes, __m512 gap, int32_t column, __mmask16 mask) {
   const __m512i columns = _mm512_add_epi32(
       _mm512_set1_epi32(column), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  const __mmask16 higher = _mm512_mask_cmp_ps_mask(mask, gap, lanes.top, _CMP_GT_OQ);  // strictly: the first stays
-  lanes.top = _mm512_mask_mov_ps(lanes.top, higher, gap);
-  lanes.best = _mm512_mask_mov_epi32(lanes.best, higher, columns);
+  const __mmask16 higher = _mm512_mask_cmp_ps_mask(mask, gap, lanes.row_max, _CMP_GT_OQ);  // strictly: the first stays
+  lanes.row_max = _mm512_mask_mov_ps(lanes.row_max, higher, gap);
+  lanes.argmax = _mm512_mask_mov_epi32(lanes.argmax, higher, columns);
   const __m512 e = exp_ps(gap);
-  lanes.total = _mm512_mask_add_ps(lanes.total, mask, lanes.total, e);
+  lanes.row_sum = _mm512_mask_add_ps(lanes.row_sum, mask, lanes.row_sum, e);
   return e;
 }
 
 // Folds the lanes into a row's running state; a maximum that is only equalled stays where it was.
-static inline void fold(const Lanes& lanes, float& top, int64_t& best, float& total) {
-  total += _mm512_reduce_add_ps(lanes.total);
-  const float highest = _mm512_reduce_max_ps(lanes.top);
-  if (highest > top) {
-    const __mmask16 equal = _mm512_cmp_ps_mask(lanes.top, _mm512_set1_ps(highest), _CMP_EQ_OQ);
-    top = highest;
-    best = _mm512_mask_reduce_min_epi32(equal, lanes.best);
+static inline void fold(const Lanes& lanes, float& row_max, int64_t& argmax, float& row_sum) {
+  row_sum += _mm512_reduce_add_ps(lanes.row_sum);
+  const float highest = _mm512_reduce_max_ps(lanes.row_max);
+  if (highest > row_max) {
+    const __mmask16 equal = _mm512_cmp_ps_mask(lanes.row_max, _mm512_set1_ps(highest), _CMP_EQ_OQ);
+    row_max = highest;
+    argmax = _mm512_mask_reduce_min_epi32(equal, lanes.argmax);
   }
 }
 

@@ -1,5 +1,6 @@
 // The CUDA implementations of ntpseg._C's operators, as the module ntpseg._C_cuda, over PyTorch's stable ABI.
-#include <Python.h>
+#include "../module.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -9,13 +10,11 @@
 #include <initializer_list>
 #include <tuple>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "topn.h"
 
 namespace ntpseg {
 namespace {
-
-using torch::stable::Tensor;
 
 void check_device(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others) {
@@ -33,18 +32,26 @@ void* current_stream(const Tensor& tensor) {
 
 void check_launch(int error) { STD_TORCH_CHECK(error == 0, "ntpseg: CUDA launch failed: ", error_text(error)); }
 
+void check_limits(int64_t length, int64_t n) {
+  STD_TORCH_CHECK(
+      length <= kMaxLength && n <= kMaxN,
+      "the CUDA operator must get T <= 16384 and n <= 256, got T = ",
+      length,
+      " and n = ",
+      n);
+}
+
 std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is_error, int64_t n) {
   const auto [rows, length] = check_topn(deviation, is_error, n);
-  STD_TORCH_CHECK(length <= kMaxLength && n <= kMaxN, "the CUDA operator takes T <= 16384 and n <= 256");
+  check_limits(length, n);
   check_device(deviation, {&deviation, &is_error});
   const torch::stable::accelerator::DeviceGuard guard(deviation.get_device_index());
-  Tensor value = torch::stable::new_empty(deviation, {rows, n});
-  Tensor index = torch::stable::new_empty(deviation, {rows, n}, ScalarType::Int);
+  const auto [value, index] = empty_topn(deviation, rows, n);
   const TopnArguments arguments{
-      static_cast<const float*>(deviation.data_ptr()),
-      static_cast<const uint8_t*>(is_error.data_ptr()),
-      static_cast<float*>(value.data_ptr()),
-      static_cast<int32_t*>(index.data_ptr()),
+      data<const float>(deviation),
+      data<const uint8_t>(is_error),
+      data<float>(value),
+      data<int32_t>(index),
       rows,
       static_cast<int>(length),
       static_cast<int>(n)};
@@ -62,24 +69,24 @@ void record_errors(
     const Tensor& labels,
     const Tensor& deviation,
     int64_t ignore_index) {
-  const RecordShape shape = check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
-  STD_TORCH_CHECK(shape.length <= kMaxLength && shape.n <= kMaxN, "the CUDA operator takes T <= 16384 and n <= 256");
+  const RecordInputs in = check_record(rows, stamp, control, epoch, sample_ids, prediction, labels, deviation);
+  check_limits(in.length, in.n);
   check_device(rows, {&rows, &stamp, &control, &epoch, &sample_ids, &prediction, &labels, &deviation});
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   const RecordArguments arguments{
-      static_cast<const float*>(deviation.data_ptr()),
-      static_cast<const int64_t*>(prediction.data_ptr()),
-      static_cast<const int64_t*>(labels.data_ptr()),
-      static_cast<const int64_t*>(sample_ids.data_ptr()),
-      static_cast<const int64_t*>(epoch.data_ptr()),
-      static_cast<int32_t*>(rows.data_ptr()),
-      static_cast<int32_t*>(stamp.data_ptr()),
-      static_cast<int32_t*>(control.data_ptr()),
-      shape.batch,
-      shape.samples,
+      in.deviation,
+      in.prediction,
+      in.labels,
+      in.sample_ids,
+      data<const int64_t>(epoch),
+      data<int32_t>(rows),
+      data<int32_t>(stamp),
+      data<int32_t>(control),
+      in.batch,
+      in.samples,
       ignore_index,
-      static_cast<int>(shape.length),
-      static_cast<int>(shape.n),
+      static_cast<int>(in.length),
+      static_cast<int>(in.n),
       static_cast<int>(control.size(0) - 1)};
   check_launch(launch_record(arguments, current_stream(rows)));
 }
@@ -92,7 +99,4 @@ STABLE_TORCH_LIBRARY_IMPL(ntpseg, CUDA, m) {
   m.impl("record_errors", TORCH_BOX(&ntpseg::record_errors));
 }
 
-extern "C" PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
-}
+NTPSEG_MODULE(_C_cuda)

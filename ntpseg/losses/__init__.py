@@ -1,6 +1,7 @@
-"""The NkTP + TCL + HET loss: reference, one-pass torch backend, public function."""
+"""The NkTP + TCL + HET loss: public function, counts, reference and backends."""
 
 from ntpseg.losses.api import NTPLoss, ntp_loss
 from ntpseg.losses.options import LossOptions, NTPOutput, NumItems
+from ntpseg.losses.supervision import count_items
 
-__all__ = ["LossOptions", "NTPLoss", "NTPOutput", "NumItems", "ntp_loss"]
+__all__ = ["LossOptions", "NTPLoss", "NTPOutput", "NumItems", "count_items", "ntp_loss"]

@@ -1,4 +1,4 @@
-"""The public door: `ntp_loss` and its module form `NTPLoss`."""
+"""Public API: `ntp_loss` and its module form `NTPLoss`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ntpseg.losses.arguments import checked_counts, checked_shapes, merged_options
 from ntpseg.losses.backends import choose_backend
 from ntpseg.losses.fused import loss_op
-from ntpseg.losses.options import LossOptions, NTPOutput, NumItems
+from ntpseg.losses.options import LossOptions, LossParts, NTPOutput, NumItems, TokenResults
 from ntpseg.losses.reference import reference_loss
-from ntpseg.losses.vocab_parallel import locate
+from ntpseg.losses.supervision import Supervision
+from ntpseg.losses.vocab_parallel import shard_offset
+from ntpseg.ops.loss import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -61,8 +63,8 @@ def ntp_loss(
         ignore_index: label of an unsupervised position.
         shift: False: head j at position t predicts position ``t + j``.
         vocab_range: ``(lo, hi)``; softmax and arg-max see only these classes, and labels must lie in it.
-        num_items: counts of the whole accumulated or global batch. A plain number N stands for
-            ``NumItems(rows=[N] * k, het=N)``.
+        num_items: counts of the whole accumulated or global batch, see `ntpseg.losses.count_items`. A plain number N
+            stands for ``NumItems(rows=[N] * k, het=N)``.
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
         token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
             in their denominators.
@@ -93,58 +95,45 @@ def ntp_loss(
     )
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    first, vocabulary = (0, weight.shape[-2] if weight.dim() > 1 else 0) if group is None else locate(weight, group)
+    shard_start, vocabulary = 0, weight.shape[-2] if weight.dim() > 1 else 0
+    if group is not None:
+        shard_start, vocabulary = shard_offset(weight, group)
     hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights, vocabulary)
     num_rows, num_het = checked_counts(num_items, hidden)
     low, high = settings.vocab_range or (0, vocabulary)
-    start, stop = max(low, first), min(high, first + weight.shape[-2])
-    if (start, stop) != (first, first + weight.shape[-2]):
-        weight = weight.narrow(-2, min(start - first, weight.shape[-2]), max(stop - start, 0))
+    start, stop = max(low, shard_start), min(high, shard_start + weight.shape[-2])
+    if (start, stop) != (shard_start, shard_start + weight.shape[-2]):
+        weight = weight.narrow(-2, min(start - shard_start, weight.shape[-2]), max(stop - start, 0))
     weight = weight.to(hidden.dtype)
     name = choose_backend(settings.backend, hidden.device)
     if group is not None and name == "reference":
         raise ValueError(f"backend must be torch, triton or auto where group is given, got {settings.backend!r}")
-    extra = {
-        "het_position": None if het is None else het.position,
-        "het_token": None if het is None else het.token,
-        "token_weights": None if token_weights is None else token_weights.detach(),
-        "num_rows": num_rows,
-        "num_het": num_het,
-    }
+    supervision = Supervision(
+        labels=labels,
+        het_position=None if het is None else het.position,
+        het_token=None if het is None else het.token,
+        token_weights=None if token_weights is None else token_weights.detach(),
+        num_rows=num_rows,
+        num_het=num_het,
+    )
     if name == "reference":
-        loss, found = reference_loss(hidden, weight, labels, settings, **extra)
-        parts = [found[part] for part in ("ntp", "nktp", "tcl", "het", "z")]
-        tokens = [found[part] for part in ("prediction", "nll", "margin")]
+        loss, parts, tokens = reference_loss(hidden, weight, supervision, settings)
     else:
-        grad = torch.is_grad_enabled()
-        loss, packed, *tokens, _, _ = loss_op(
+        inputs = LossInputs(
             hidden,
             weight,
-            labels,
-            *extra.values(),
-            settings.with_backend(name).to_text(),
-            grad and hidden.requires_grad,
-            grad and weight.requires_grad,
-            "" if group is None else group.group_name,
-            max(start - low, 0),
-            high - low,
+            *supervision,
+            options=settings.with_backend(name).to_text(),
+            hidden_grad=torch.is_grad_enabled() and hidden.requires_grad,
+            weight_grad=torch.is_grad_enabled() and weight.requires_grad,
+            group="" if group is None else group.group_name,
+            class_start=max(start - low, 0),
+            classes=high - low,
         )
-        parts = list(packed.unbind())
-    prediction, nll, margin = tokens
-    return NTPOutput(
-        loss=loss,
-        ntp=parts[0],
-        nktp=parts[1],
-        tcl=parts[2],
-        het=parts[3],
-        prediction=prediction[..., 0],
-        nll=nll[..., 0],
-        margin=margin[..., 0],
-        z=parts[4] if settings.z_loss else None,
-        head_prediction=prediction if settings.per_head else None,
-        head_nll=nll if settings.per_head else None,
-        head_margin=margin if settings.per_head else None,
-    )
+        outputs = LossOutputs(*loss_op(*inputs))
+        loss, parts = outputs.loss, LossParts(*outputs.parts.unbind())
+        tokens = TokenResults(outputs.prediction, outputs.nll, outputs.margin)
+    return NTPOutput.make(loss, parts, tokens, settings)
 
 
 class NTPLoss(nn.Module):
@@ -161,10 +150,12 @@ class NTPLoss(nn.Module):
     def __init__(self, options: LossOptions | None = None, **keywords: Any) -> None:
         super().__init__()
         if options is not None and keywords:
-            raise ValueError(f"options must not be given together with {', '.join(sorted(keywords))}")
+            raise ValueError(f"options must be given without further keywords, got {', '.join(sorted(keywords))}")
         unknown = sorted(set(keywords) - set(LossOptions.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"{unknown[0]} is no option; there are {', '.join(LossOptions.__dataclass_fields__)}")
+            raise ValueError(
+                f"unknown option {unknown[0]!r}, expected one of {', '.join(LossOptions.__dataclass_fields__)}"
+            )
         self.options = options or LossOptions(**keywords)
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, NumItems
-from ntpseg.losses.rows import filled
+from ntpseg.losses.supervision import check_supervision, filled, shown
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -33,7 +33,7 @@ def merged_options(options: LossOptions | None, **keywords: Any) -> LossOptions:
         raise ValueError(f"options must be a LossOptions, got {type(options).__name__}")
     for name, value in keywords.items():
         if value is not getattr(_DEFAULTS, name) and value != getattr(_DEFAULTS, name):
-            raise ValueError(f"{name} must be set in options when options is given, got {name}={value!r} beside it")
+            raise ValueError(f"{name} must be set in options when options is given, got {name}={value!r} as well")
     return options
 
 
@@ -52,38 +52,24 @@ def checked_shapes(
         ValueError: shapes, dtypes or devices do not fit together.
     """
     if hidden.dim() not in (3, 4) or hidden.dtype not in _FLOATS:
-        raise ValueError(f"hidden must be a float [B, T, k, D] or [B, T, D] tensor, got {_shown(hidden)}")
+        raise ValueError(f"hidden must be a float [B, T, k, D] or [B, T, D] tensor, got {shown(hidden)}")
     if hidden.dim() == 3:
         hidden = hidden.unsqueeze(2)
     batch, time, heads, width = hidden.shape
     if heads < 1 or width < 1:
-        raise ValueError(f"hidden must have k >= 1 heads and D >= 1 features, got {_shown(hidden)}")
+        raise ValueError(f"hidden must have k >= 1 heads and D >= 1 features, got {shown(hidden)}")
     if weight.dtype not in _FLOATS or weight.dim() not in (2, 3) or weight.shape[-1] != width or not vocabulary:
-        raise ValueError(f"weight must be a float [V, {width}] or [{heads}, V, {width}] tensor, got {_shown(weight)}")
+        raise ValueError(f"weight must be a float [V, {width}] or [{heads}, V, {width}] tensor, got {shown(weight)}")
     if weight.dim() == 3 and weight.shape[0] != heads:
-        raise ValueError(f"weight must hold one matrix for each of the {heads} heads of hidden, got {_shown(weight)}")
-    if tuple(labels.shape) != (batch, time) or labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be an int64 [{batch}, {time}] tensor, got {_shown(labels)}")
+        raise ValueError(f"weight must hold one matrix for each of the {heads} heads of hidden, got {shown(weight)}")
     if options.head_weights is not None and len(options.head_weights) != heads:
         raise ValueError(f"head_weights must hold {heads} numbers, one per head, got {list(options.head_weights)}")
     if options.vocab_range is not None and options.vocab_range[1] > vocabulary:
         raise ValueError(f"vocab_range must end within the {vocabulary} classes, got {options.vocab_range}")
-    if token_weights is not None and (
-        tuple(token_weights.shape) != (batch, time) or not token_weights.is_floating_point()
-    ):
-        raise ValueError(f"token_weights must be a float [{batch}, {time}] tensor, got {_shown(token_weights)}")
-    tensors = {"weight": weight, "labels": labels, "token_weights": token_weights}
-    if het is not None:
-        for name in ("position", "token"):
-            slot = getattr(het, name)
-            if slot.dim() != 2 or slot.shape[0] != batch or slot.dtype != torch.int64:
-                raise ValueError(f"het.{name} must be an int64 [{batch}, n] tensor, got {_shown(slot)}")
-            tensors[f"het.{name}"] = slot
-        if het.position.shape != het.token.shape:
-            raise ValueError(f"het.token must have the shape of het.position, got {_shown(het.token)}")
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != hidden.device:
+    for name, tensor in {"weight": weight, "labels": labels}.items():
+        if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {tensor.device}")
+    check_supervision(labels, het, token_weights, batch, time)
     return hidden, weight, labels.to(torch.int64)
 
 
@@ -122,7 +108,3 @@ def _count(name: str, value: Any, hidden: Tensor) -> Tensor:
     if not all(0 <= number < math.inf for number in numbers):  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return filled(numbers, torch.float64, hidden.device)
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,25 +1,27 @@
-"""The seam between the loss and the code that does the work.
+"""Backend interface: what a backend is given, what it computes and what it returns.
 
 A backend is one function
 
-    rows_loss(rows: Rows, weight: Tensor, options: LossOptions, *, hidden_grad: bool, weight_grad: bool) -> RowsResult
+    rows_loss(rows, weight, options, *, hidden_grad, weight_grad, shard=None) -> RowsResult
 
 What it is given
-    `rows`: the compacted supervised rows, see `ntpseg.losses.rows.Rows` (hidden, target, share, reach, het, ...).
-        R may be 0.
+    `rows`: the compacted supervised rows, see `ntpseg.losses.compaction.Rows` (hidden, target, row_weight,
+        num_negatives, hard_tokens, ...). R may be 0.
     `weight`: ``[V, D]`` (one segment) or ``[k, V, D]`` (k segments), already cut to ``options.vocab_range``, the same
         dtype as ``rows.hidden``. Its last dimension is contiguous; do not assume the rest. Never write to it.
     `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, gradient_filter and chunk_bytes. The rest
         (heads, shift, ignore_index, vocab_range, counts, token weights) is already worked into `rows`.
     `hidden_grad`, `weight_grad`: which gradients are wanted. A frozen weight or a call without autograd pays nothing.
+    `shard`: the classes that `weight` holds where ranks share the vocabulary (`ntpseg.losses.vocab_parallel`); then
+        `d_hidden` is summed over them. None: all.
 
-What it computes, for row r with g = share[r], y = target[r], z = weight @ hidden[r]
+What it computes, for row r with g = row_weight[r], y = target[r], z = weight @ hidden[r]
     nll = lse - z[y];  margin = max z - z[y];  prediction = argmax z, lowest id on ties
-    negatives: prediction[r - i] for 1 <= i <= reach[r], where it differs from y
+    negatives: prediction[r - i] for 1 <= i <= num_negatives[r], where it differs from y
     tcl = log(1 + sum_negatives exp((z[neg] - z[y]) / tau))
-    het = sum over e in het[r], e >= 0, of log(1 + exp((z[e] - z[y]) / tau))
+    het = sum over e in hard_tokens[r], e >= 0, of log(1 + exp((z[e] - z[y]) / tau))
     and the gradients with respect to hidden and weight of
-    sum_r g * (nll + tcl_weight * tcl + z_loss * lse^2) + het_weight * het_share * het
+    sum_r g * (nll + tcl_weight * tcl + z_loss * lse^2) + het_weight * entry_weight * het
 
 What it returns: `RowsResult`. The caller forms the scalar parts from it, scatters the gradients and multiplies them
 with the incoming one. Rows never overlap, so the scatter is a plain index copy.
@@ -30,11 +32,15 @@ A new backend adds one line to `_BACKENDS`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ntpseg.losses.compaction import Rows
+from ntpseg.losses.options import LossOptions
+from ntpseg.losses.vocab_parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,20 @@ class RowsResult:
     d_weight: Tensor | None
 
 
-RowsLoss = Callable[..., RowsResult]
+class RowsLoss(Protocol):
+    """A backend; see the module's page."""
+
+    def __call__(
+        self,
+        rows: Rows,
+        weight: Tensor,
+        options: LossOptions,
+        *,
+        hidden_grad: bool,
+        weight_grad: bool,
+        shard: Shard | None = None,
+    ) -> RowsResult: ...
+
 
 _BACKENDS = {
     "torch": ("ntpseg.losses.torch_backend", "rows_loss"),
@@ -68,7 +87,7 @@ _BACKENDS = {
 
 
 def gradient_dtype(operand: torch.dtype) -> torch.dtype:
-    """The dtype in which a backend hands over gradients."""
+    """The dtype in which a backend returns gradients."""
     return torch.float32 if operand == torch.float16 else operand
 
 
@@ -82,7 +101,7 @@ def load_backend(name: str) -> RowsLoss:
     try:
         return getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise ValueError(f"backend {name!r} cannot be used here: {error}") from error
+        raise ValueError(f"backend must be usable on this machine, got {name!r}: {error}") from error
 
 
 @torch.compiler.assume_constant_result

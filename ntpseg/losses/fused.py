@@ -1,4 +1,4 @@
-"""From tensors to the loss and its gradients in one go: plan the rows, run a backend, put the results in place."""
+"""From tensors to the loss and its gradients in one go: compact the rows, run a backend, scatter the results."""
 
 from __future__ import annotations
 
@@ -8,91 +8,77 @@ import torch
 from torch import Tensor
 
 from ntpseg.losses.backends import gradient_dtype, load_backend
-from ntpseg.losses.options import LossOptions
-from ntpseg.losses.planning import plan_batch
+from ntpseg.losses.compaction import Compaction, compact
+from ntpseg.losses.options import LossOptions, LossParts
+from ntpseg.losses.supervision import Supervision
 from ntpseg.losses.vocab_parallel import Shard
-from ntpseg.ops.loss import register_loss
+from ntpseg.ops.loss import LossInputs, LossOutputs, register_loss
 
 
-def fused_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    het_position: Tensor | None,
-    het_token: Tensor | None,
-    token_weights: Tensor | None,
-    num_rows: Tensor | None,
-    num_het: Tensor | None,
-    settings: str,
-    hidden_grad: bool,
-    weight_grad: bool,
-    group: str,
-    first: int,
-    classes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the custom operator ``ntpseg::ntp_loss`` runs, on every device.
-
-    Args:
-        hidden: ``[B, T, k, D]``.
-        weight: ``[V, D]`` or ``[k, V, D]``, cut to the vocabulary range, same dtype.
-        labels: ``[B, T]`` int64.
-        het_position, het_token: ``[B, n]`` int64 or None.
-        token_weights: ``[B, T]`` or None.
-        num_rows: ``[k]`` or None.
-        num_het: 0-dim or None.
-        settings: `LossOptions.to_text`, with the backend resolved.
-        hidden_grad, weight_grad: which gradients to make.
-        group: name of the ranks that share the vocabulary, "" for none.
-        first: class of the slice at which `weight` begins; 0 without a group.
-        classes: number of classes in the slice, over all ranks.
-
-    Returns:
-        loss (0-dim), parts ``[5]`` (ntp, nktp, tcl, het, z), prediction, nll and margin ``[B, T, k]`` by the position
-        of the predicted token, and the gradients of hidden and weight (empty when not wanted).
-    """
-    options = LossOptions.from_text(settings)
+def fused_loss(inputs: LossInputs) -> LossOutputs:
+    """What the custom operator ``ntpseg::ntp_loss`` runs, on every device."""
+    hidden, weight, classes = inputs.hidden, inputs.weight, inputs.classes
+    options = LossOptions.from_text(inputs.options)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    low = options.vocab_range[0] if options.vocab_range else 0
+    class_start = options.vocab_range[0] if options.vocab_range else 0
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
+    supervision = Supervision(
+        labels=inputs.labels,
+        het_position=inputs.het_position,
+        het_token=inputs.het_token,
+        token_weights=inputs.token_weights,
+        num_rows=inputs.num_rows,
+        num_het=inputs.num_het,
+    )
     # kernels go to the current device, whatever the tensors are on
     with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
-        plan = plan_batch(
-            hidden,
-            labels,
-            classes,
-            options,
-            per_head_weight=weight.dim() == 3,
-            het_position=het_position,
-            het_token=het_token,
-            token_weights=token_weights,
-            num_rows=num_rows,
-            num_het=num_het,
-        )
-        rows = plan.rows
-        shard = {"shard": Shard.named(group, first, weight.shape[-2], classes)} if group else {}
-        found = load_backend(options.backend)(
-            rows, weight, options, hidden_grad=hidden_grad, weight_grad=weight_grad, **shard
+        compaction = _compact(hidden, supervision, classes, options, per_head_weight=weight.dim() == 3)
+        rows = compaction.rows
+        shard = None
+        if inputs.group:
+            shard = Shard.from_group_name(inputs.group, inputs.class_start, weight.shape[-2], classes)
+        result = load_backend(options.backend)(
+            rows, weight, options, hidden_grad=inputs.hidden_grad, weight_grad=inputs.weight_grad, shard=shard
         )
 
-        tcl = (rows.share * found.tcl).sum()
-        het = found.het.sum() * rows.het_share
-        nktp = (rows.share * found.nll).sum()
-        z = (rows.share * found.lse.square()).sum()
-        parts = torch.stack([(plan.ntp_share * found.nll).sum(), nktp, tcl, het, z])
-        loss = nktp + options.tcl_weight * tcl + options.het_weight * het + options.z_loss * z
-
-        d_hidden = hidden.new_empty(0, dtype=gradient_dtype(hidden.dtype))
-        if found.d_hidden is not None:
-            d_hidden = plan.gradient(found.d_hidden)
-        d_weight = weight.new_empty(0, dtype=gradient_dtype(weight.dtype)) if found.d_weight is None else found.d_weight
-        return (
-            loss.to(work),
-            parts.to(work),
-            *plan.results(found.prediction, found.nll, found.margin, low),
-            d_hidden,
-            d_weight,
+        parts = LossParts(
+            ntp=(compaction.ntp_weight * result.nll).sum(),
+            nktp=(rows.row_weight * result.nll).sum(),
+            tcl=(rows.row_weight * result.tcl).sum(),
+            het=result.het.sum() * rows.entry_weight,
+            z=(rows.row_weight * result.lse.square()).sum(),
         )
+        loss = parts.nktp + options.tcl_weight * parts.tcl + options.het_weight * parts.het + options.z_loss * parts.z
+        tokens = compaction.scatter_results(result.prediction, result.nll, result.margin, class_start)
+        d_hidden, d_weight = result.d_hidden, result.d_weight
+        return LossOutputs(
+            loss=loss.to(work),
+            parts=torch.stack(parts).to(work),
+            prediction=tokens.prediction,
+            nll=tokens.nll,
+            margin=tokens.margin,
+            d_hidden=_no_gradient(hidden) if d_hidden is None else compaction.scatter_gradient(d_hidden),
+            d_weight=_no_gradient(weight) if d_weight is None else d_weight,
+        )
+
+
+def _compact(
+    hidden: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, per_head_weight: bool
+) -> Compaction:
+    """By kernels on a GPU, in plain PyTorch elsewhere; see `ntpseg.losses.compaction.compact`."""
+    if options.backend == "triton" and hidden.dtype != torch.float64 and supervision.labels.numel():
+        from ntpseg.kernels.tl_utils import INTERPRETED
+        from ntpseg.losses.compaction_triton import compact_triton
+
+        if hidden.is_cuda or INTERPRETED:
+            return compact_triton(hidden, supervision, classes, options, per_head_weight=per_head_weight)
+    return compact(hidden, supervision, classes, options, per_head_weight=per_head_weight)
+
+
+def _no_gradient(operand: Tensor) -> Tensor:
+    """An operator returns tensors only: an empty one where a gradient is not wanted."""
+    return operand.new_empty(0, dtype=gradient_dtype(operand.dtype))
 
 
 loss_op = register_loss(fused_loss)

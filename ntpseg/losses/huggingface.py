@@ -3,7 +3,7 @@
     model = fuse_causal_lm(AutoModelForCausalLM.from_pretrained(...), negatives=5)
     Trainer(model, args, train_dataset=...).train()
 
-With labels, ``forward`` runs the decoder and hands its hidden states to the output head, which computes the loss
+With labels, ``forward`` runs the decoder and passes its hidden states to the output head, which computes the loss
 inside its own ``__call__`` (so ZeRO-3 and FSDP find its weight gathered) and returns no logits. Without labels nothing
 changes.
 """
@@ -54,7 +54,7 @@ def fuse_causal_lm(model: nn.Module, options: LossOptions | None = None, **keywo
         for name, off in _LOGIT_CHANGES.items():
             value = getattr(config, name, off)
             if value is not None and value != off:
-                raise ValueError(f"model must not change its logits: {_name(inner)} has config.{name} = {value!r}")
+                raise ValueError(f"model must not change its logits, got {_name(inner)} with config.{name} = {value!r}")
 
     head.forward = types.MethodType(_head_forward, head)
     head.ntp_loss = loss

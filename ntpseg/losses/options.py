@@ -1,4 +1,4 @@
-"""What a caller may set and what comes back: the frozen options, the counts, the output."""
+"""What a caller may set and what is returned: the frozen options, the counts, the output."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from torch import Tensor
-
-from ntpseg.losses.packing import pack, unpack
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -87,13 +86,13 @@ class LossOptions:
 
     def to_text(self) -> str:
         """All values in one line; what a custom operator's schema can carry, and torch.compile can trace."""
-        return pack([getattr(self, name) for name in _FIELDS])
+        return _pack([getattr(self, name) for name in _FIELDS])
 
     @staticmethod
     @lru_cache(maxsize=64)
     def from_text(text: str) -> LossOptions:
         """The inverse of `to_text`."""
-        return LossOptions(*unpack(text))  # type: ignore[arg-type]
+        return LossOptions(*_unpack(text))  # type: ignore[arg-type]
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
@@ -121,6 +120,24 @@ class NumItems:
 
     rows: Sequence[float] | Tensor
     het: float | Tensor | None = None
+
+
+class LossParts(NamedTuple):
+    """The parts of the loss, detached 0-dim tensors; see `NTPOutput`."""
+
+    ntp: Tensor
+    nktp: Tensor
+    tcl: Tensor
+    het: Tensor
+    z: Tensor
+
+
+class TokenResults(NamedTuple):
+    """Per-token results of every head, ``[B, T, k]`` by the position of the predicted token; see `NTPOutput`."""
+
+    prediction: Tensor
+    nll: Tensor
+    margin: Tensor
 
 
 @dataclass(frozen=True)
@@ -155,3 +172,61 @@ class NTPOutput:
     head_prediction: Tensor | None = None
     head_nll: Tensor | None = None
     head_margin: Tensor | None = None
+
+    @staticmethod
+    def make(loss: Tensor, parts: LossParts, tokens: TokenResults, options: LossOptions) -> NTPOutput:
+        """From what a backend returns; leaves out what the options do not ask for."""
+        return NTPOutput(
+            loss=loss,
+            ntp=parts.ntp,
+            nktp=parts.nktp,
+            tcl=parts.tcl,
+            het=parts.het,
+            prediction=tokens.prediction[..., 0],
+            nll=tokens.nll[..., 0],
+            margin=tokens.margin[..., 0],
+            z=parts.z if options.z_loss else None,
+            head_prediction=tokens.prediction if options.per_head else None,
+            head_nll=tokens.nll if options.per_head else None,
+            head_margin=tokens.margin if options.per_head else None,
+        )
+
+
+_Value = None | bool | int | float | str | tuple[float, ...] | tuple[int, ...]
+
+
+def _pack(values: list[_Value]) -> str:
+    """One string for a list of None, booleans, numbers, short words and tuples of numbers.
+
+    JSON or ``repr`` would do, but torch.compile can follow neither where it holds a number as dynamic; ``float.hex`` it
+    can, and that is exact (for whole numbers up to 2**53).
+    """
+    return ";".join([_pack_one(value) for value in values])
+
+
+def _unpack(text: str) -> list[_Value]:
+    """The inverse of `_pack`."""
+    return [_unpack_one(item) for item in text.split(";")]
+
+
+def _pack_one(value: _Value) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return "'" + value
+    if isinstance(value, tuple):
+        return "(" + ",".join([_pack_one(item) for item in value])
+    return ("i" if isinstance(value, int) else "f") + float(value).hex()
+
+
+def _unpack_one(item: str) -> _Value:
+    if item in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[item]
+    if item.startswith("'"):
+        return item[1:]
+    if item.startswith("("):
+        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]
+    number = float.fromhex(item[1:])
+    return int(number) if item.startswith("i") else number

@@ -40,145 +40,153 @@ def product_dtype(operand: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How the rows and classes of one call are cut up."""
+class Tiling:
+    """How the rows and classes of one call are cut up.
 
-    rows: int  # of a block
-    classes: int  # of a tile
-    product: torch.dtype  # of the hidden states of a block
-    store: torch.dtype  # of a block's exponentials
+    Attributes:
+        block_rows: rows of a block.
+        tile_classes: classes of a tile of it.
+        product_dtype: of the hidden states of a block.
+        e_dtype: of a block's exponentials.
+        device: of everything.
+    """
+
+    block_rows: int
+    tile_classes: int
+    product_dtype: torch.dtype
+    e_dtype: torch.dtype
     device: torch.device
 
     @staticmethod
-    def choose(rows: int, classes: int, operand: torch.dtype, device: torch.device, budget: int | None) -> Grid:
+    def choose(rows: int, classes: int, operand: torch.dtype, device: torch.device, budget: int | None) -> Tiling:
         """From a budget of bytes for a block, never from V / D: that starves the products where V is large."""
         gpu = device.type != "cpu"
         product = product_dtype(operand, device)
         # exp(z - z[y]) leaves the range of float16
-        store = torch.float32 if product == torch.float16 else product
+        e_dtype = torch.float32 if product == torch.float16 else product
         least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
         usual = _WIDENED_BLOCK_BYTES if product != operand else _CPU_BLOCK_BYTES
         budget = budget or (_GPU_BLOCK_BYTES if gpu else usual)
-        size = max(budget // (max(classes, 1) * store.itemsize), least)
+        size = max(budget // (max(classes, 1) * e_dtype.itemsize), least)
         size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
         tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
-        return Grid(size, max(tile, _TILE_STEP), product, store, device)
+        return Tiling(size, max(tile, _TILE_STEP), product, e_dtype, device)
 
-    def block(self, classes: int) -> Tensor:
-        """Room for the exponentials of one block."""
+    def allocate(self, classes: int) -> Tensor:
+        """Room for the exponentials of one block, ``[block_rows, classes]``."""
         # rows a power of two apart would all fall into the same few sets of a cache
-        wide = classes + _CACHE_LINE // self.store.itemsize
-        room = torch.empty(self.rows, wide, dtype=self.store, device=self.device)
-        room[:, classes:] = 0  # oneDNN multiplies what follows an odd row by zero, and not-a-number survives that
-        return room[:, :classes]
+        padded = classes + _CACHE_LINE // self.e_dtype.itemsize
+        e = torch.empty(self.block_rows, padded, dtype=self.e_dtype, device=self.device)
+        e[:, classes:] = 0  # oneDNN multiplies what follows an odd row by zero, and not-a-number survives that
+        return e[:, :classes]
 
 
-def logits(hidden: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
-    """``hidden @ matrix.T`` written to `out`, accumulated in its dtype; `hidden` is in `Grid.product`.
+def logits(hidden: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """``hidden @ weight.T`` written to `out`, accumulated in its dtype; `hidden` is in `Tiling.product_dtype`.
 
     PyTorch has no CPU product of bfloat16 into float32: there the result is rounded to bfloat16 on the way.
     """
-    if hidden.dtype == out.dtype == matrix.dtype:
-        return torch.mm(hidden, matrix.t(), out=out)
+    if hidden.dtype == out.dtype == weight.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
     if hidden.dtype == out.dtype:
-        for part, wide in _widened(matrix, out.dtype):
+        for part, wide in _widened(weight, out.dtype):
             torch.mm(hidden, wide.t(), out=out[:, part])
         return out
     if hidden.is_cuda:
-        return torch.mm(hidden, matrix.t(), out_dtype=out.dtype, out=out)
-    return out.copy_(torch.mm(hidden, matrix.t()))
+        return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(hidden, weight.t()))
 
 
-def row_dots(hidden: Tensor, matrix: Tensor, token: Tensor, work: torch.dtype) -> Tensor:
+def indexed_dot(hidden: Tensor, weight: Tensor, token: Tensor, work: torch.dtype) -> Tensor:
     """``[C, q]``: the logits of `token` ``[C, q]``, products and sums in `work`."""
     wide = hidden.to(work)
     dots = torch.empty(token.shape, dtype=work, device=hidden.device)
     for column in range(token.shape[1]):
-        dots[:, column] = (wide * matrix.index_select(0, token[:, column])).sum(1)
+        dots[:, column] = (wide * weight.index_select(0, token[:, column])).sum(1)
     return dots
 
 
-def add_at_(block: Tensor, column: Tensor, value: Tensor) -> None:
-    """``block[r, column[r, i]] += value[r, i]``, the same from run to run: repeated columns are summed beforehand."""
-    row = torch.arange(len(block), device=block.device).unsqueeze(1).expand_as(column)
+def scatter_add_(e: Tensor, column: Tensor, value: Tensor) -> None:
+    """``e[r, column[r, i]] += value[r, i]``, the same from run to run: repeated columns are summed beforehand."""
+    row = torch.arange(len(e), device=e.device).unsqueeze(1).expand_as(column)
     same = (column.unsqueeze(2) == column.unsqueeze(1)).to(value.dtype)
-    whole = block[row, column].to(value.dtype) + torch.einsum("rij,rj->ri", same, value)
-    block[row, column] = whole.to(block.dtype)
+    whole = e[row, column].to(value.dtype) + torch.einsum("rij,rj->ri", same, value)
+    e[row, column] = whole.to(e.dtype)
 
 
-def classes_above(block: Tensor, total: Tensor, threshold: float, grid: Grid) -> Tensor:
+def classes_above(e: Tensor, row_sum: Tensor, threshold: float, tiling: Tiling) -> Tensor:
     """``[n]`` int64: the classes whose entry, in units of probability, reaches `threshold` in some row."""
-    scale = (1 / total).unsqueeze(1)
-    tops = [(part.abs() * scale).amax(0) for part in block.split(grid.classes, 1)]
-    return (torch.cat(tops) >= threshold).nonzero().squeeze(1)
+    scale = (1 / row_sum).unsqueeze(1)
+    column_max = [(part.abs() * scale).amax(0) for part in e.split(tiling.tile_classes, 1)]
+    return (torch.cat(column_max) >= threshold).nonzero().squeeze(1)
 
 
 def hidden_gradient(
-    block: Tensor, hidden: Tensor, matrix: Tensor, unit: Tensor, out: Tensor, classes: Tensor | None
+    e: Tensor, hidden: Tensor, weight: Tensor, row_scale: Tensor, out: Tensor, classes: Tensor | None
 ) -> None:
-    """``out = diag(unit) block @ matrix``, over `classes` only unless that is None."""
+    """``out = diag(row_scale) e @ weight``, over `classes` only unless that is None."""
     if classes is not None:
-        block, matrix = block.index_select(1, classes), matrix.index_select(0, classes)
-    if loss_cpu.serves_blocks(hidden, matrix):
-        product = loss_cpu.hidden_gradient(block, matrix, hidden, unit.dtype)
-    elif _mixed(block, unit.dtype) and block.dtype == matrix.dtype:
-        product = torch.mm(block, matrix, out_dtype=unit.dtype)
-    elif block.dtype == matrix.dtype:
-        product = block @ matrix
+        e, weight = e.index_select(1, classes), weight.index_select(0, classes)
+    if loss_cpu.serves_blocks(hidden, weight):
+        product = loss_cpu.hidden_gradient(e, weight, hidden, row_scale.dtype)
+    elif _mixed(e, row_scale.dtype) and e.dtype == weight.dtype:
+        product = torch.mm(e, weight, out_dtype=row_scale.dtype)
+    elif e.dtype == weight.dtype:
+        product = e @ weight
     else:
-        product = block.new_zeros(len(block), matrix.shape[1])
-        for part, wide in _widened(matrix, block.dtype):
-            product.addmm_(block[:, part], wide)
-    out.copy_(product * unit.unsqueeze(1))
+        product = e.new_zeros(len(e), weight.shape[1])
+        for part, wide in _widened(weight, e.dtype):
+            product.addmm_(e[:, part], wide)
+    out.copy_(product * row_scale.unsqueeze(1))
 
 
 def weight_gradient(
-    block: Tensor,
+    e: Tensor,
     hidden: Tensor,
-    matrix: Tensor,
-    unit: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
     out: Tensor,
     classes: Tensor | None,
-    grid: Grid,
+    tiling: Tiling,
     *,
     add: bool,
 ) -> None:
-    """``out (+)= block.T @ diag(unit) hidden``, over `classes` only unless that is None; `out` is in the work dtype."""
-    scaled = (hidden * unit.unsqueeze(1)).to(block.dtype)
+    """``out (+)= e.T @ diag(row_scale) hidden``, in the work dtype; over `classes` only unless that is None."""
+    scaled = (hidden * row_scale.unsqueeze(1)).to(e.dtype)
     if classes is not None:
-        block = block.index_select(1, classes)
-    elif block.dtype == out.dtype:
-        torch.addmm(out, block.t(), scaled, beta=float(add), out=out)
+        e = e.index_select(1, classes)
+    elif e.dtype == out.dtype:
+        torch.addmm(out, e.t(), scaled, beta=float(add), out=out)
         return
-    elif loss_cpu.serves_blocks(scaled, matrix):
-        loss_cpu.weight_gradient_(out, block, scaled, matrix, add)
+    elif loss_cpu.serves_blocks(scaled, weight):
+        loss_cpu.weight_gradient_(out, e, scaled, weight, add)
         return
     elif not add:
         out.zero_()
     turned = scaled.t().contiguous()
-    for low in range(0, block.shape[1], grid.classes):
-        part = block[:, low : low + grid.classes]
+    for low in range(0, e.shape[1], tiling.tile_classes):
+        part = e[:, low : low + tiling.tile_classes]
         if _mixed(part, out.dtype):
             product = torch.mm(part.t(), scaled, out_dtype=out.dtype)
         elif part.dtype == torch.bfloat16:
-            # oneDNN is more than twice as fast with the small operand transposed than with the block
+            # oneDNN is more than twice as fast with the small operand transposed than with E
             product = (turned @ part).t().contiguous()
         else:
             product = part.t() @ scaled
         if classes is None:
-            out[low : low + grid.classes].add_(product)
+            out[low : low + tiling.tile_classes].add_(product)
         else:
-            out.index_add_(0, classes[low : low + grid.classes], product.to(out.dtype))
+            out.index_add_(0, classes[low : low + tiling.tile_classes], product.to(out.dtype))
 
 
-def _widened(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """`matrix` in another dtype, some rows at a time on a CPU: all of it would not fit beside a block."""
-    step = max(len(matrix), 1)
-    if matrix.device.type == "cpu":
-        step = max(_WIDENED_BYTES // (matrix.shape[1] * dtype.itemsize) // _TILE_STEP * _TILE_STEP, _TILE_STEP)
-    for low in range(0, len(matrix), step):
-        part = slice(low, min(low + step, len(matrix)))
-        yield part, matrix[part].to(dtype)
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`weight` in another dtype, some rows at a time on a CPU: all of it would not fit beside a block."""
+    step = max(len(weight), 1)
+    if weight.device.type == "cpu":
+        step = max(_WIDENED_BYTES // (weight.shape[1] * dtype.itemsize) // _TILE_STEP * _TILE_STEP, _TILE_STEP)
+    for low in range(0, len(weight), step):
+        part = slice(low, min(low + step, len(weight)))
+        yield part, weight[part].to(dtype)
 
 
 def _mixed(operand: Tensor, work: torch.dtype) -> bool:

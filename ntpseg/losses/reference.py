@@ -2,7 +2,7 @@
 
 Source of the formulas: NTP-MRISeg (arXiv 2511.05044) for NTP, NkTP, TCL and HET; contrastive token loss
 (arXiv 2205.02517) for the form of TCL. Row ``(b, t, j)`` is head j at position t and predicts position
-``p = t + shift + j``.
+``p = t + shift + j``; which rows and hard tokens count is defined in `ntpseg.losses.supervision`.
 """
 
 from __future__ import annotations
@@ -10,57 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntpseg.losses.options import LossOptions
+from ntpseg.losses.options import LossOptions, LossParts, TokenResults
+from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, shift_by_head
 
 
 def reference_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    options: LossOptions,
-    *,
-    het_position: Tensor | None = None,
-    het_token: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    num_rows: Tensor | None = None,
-    num_het: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden: Tensor, weight: Tensor, supervision: Supervision, options: LossOptions
+) -> tuple[Tensor, LossParts, TokenResults]:
     """The loss and its parts, one obvious step after another.
 
     Args:
         hidden: ``[B, T, k, D]`` float.
         weight: ``[V, D]`` or ``[k, V, D]``, the classes of ``options.vocab_range`` only.
-        labels: ``[B, T]`` int64, ids of the whole vocabulary.
+        supervision: labels, hard tokens, token weights and counts.
         options: what is not a tensor.
-        het_position, het_token: ``[B, n]`` int64 or None.
-        token_weights: ``[B, T]`` or None, by the position of the predicted token.
-        num_rows: ``[k]`` float or None, replaces the row counts.
-        num_het: 0-dim float or None, replaces the entry count.
 
     Returns:
-        The differentiable scalar loss, and detached ``ntp, nktp, tcl, het, z`` (0-dim) and ``prediction, nll,
-        margin`` (``[B, T, k]``, by the position of the predicted token).
+        The differentiable scalar loss, and detached parts and per-token results.
     """
     batch, time, heads, _ = hidden.shape
-    step = 1 if options.shift else 0
+    step = int(options.shift)
     low = options.vocab_range[0] if options.vocab_range else 0
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    labels, token_weights = supervision.labels, supervision.token_weights
 
     if weight.dim() == 2:
         logits = torch.einsum("btkd,vd->btkv", hidden, weight).to(work)
     else:
         logits = torch.einsum("btkd,kvd->btkv", hidden, weight).to(work)
 
-    target = labels.new_full((batch, time, heads), options.ignore_index)
-    share = logits.new_zeros(batch, time, heads)
-    for j in range(heads):
-        n = max(time - step - j, 0)
-        target[:, :n, j] = labels[:, step + j : step + j + n]
-        share[:, :n, j] = 1.0 if token_weights is None else token_weights[:, step + j : step + j + n].to(work)
+    target = shift_by_head(labels, heads, options.ignore_index, options).permute(1, 2, 0)
     supervised = target != options.ignore_index
-    share = share * supervised
+    token_weight = supervised.to(work)
+    if token_weights is not None:
+        shifted = shift_by_head(token_weights.to(work), heads, 0.0, options).permute(1, 2, 0)
+        token_weight = torch.where(supervised, shifted, 0.0)
     head_weights = torch.tensor(options.head_weights or (1.0,) * heads, dtype=work, device=hidden.device)
-    row_weight = share * head_weights
+    row_weight = token_weight * head_weights
     y = torch.where(supervised, target - low, 0)
 
     z_y = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
@@ -80,34 +66,35 @@ def reference_loss(
 
     het = torch.zeros((), dtype=work, device=hidden.device)
     entries = torch.zeros((), dtype=work, device=hidden.device)
-    if het_position is not None and het_token is not None:
-        row = (het_position - step).clamp(0, time - 1)
-        wrong = (het_token - low).clamp(0, logits.shape[-1] - 1)
+    position, token = supervision.het_position, supervision.het_token
+    if position is not None and token is not None:
+        classes = logits.shape[-1]
+        counts = counted_entries(labels, position, token, options, classes)
         b = torch.arange(batch, device=hidden.device).unsqueeze(1)
-        counts = (het_position >= step) & (het_position < time) & supervised[b, row, 0]
-        counts &= (wrong == het_token - low) & (wrong != y[b, row, 0])
+        row, wrong = (position - step).clamp(0, time - 1), (token - low).clamp(0, classes - 1)
         gap = (logits[b, row, 0, wrong] - z_y[b, row, 0]) / options.temperature
         het = torch.where(counts, torch.logaddexp(gap, torch.zeros_like(gap)), 0.0).sum()
         entries = counts.sum().to(work)
 
-    rows = share.sum((0, 1)) if num_rows is None else num_rows.to(work)
+    num_rows = supervision.num_rows
+    rows = (count_rows(labels, heads, token_weights, options) if num_rows is None else num_rows).to(work)
     denominator = (rows * head_weights).sum()
-    ntp = _ratio((share * nll)[..., 0].sum(), rows[0])
+    ntp = _ratio((token_weight * nll)[..., 0].sum(), rows[0])
     nktp = _ratio((row_weight * nll).sum(), denominator)
     tcl = _ratio((row_weight * tcl).sum(), denominator)
     z = _ratio((row_weight * lse.square()).sum(), denominator)
-    het = _ratio(het, entries if num_het is None else num_het.to(work))
+    het = _ratio(het, entries if supervision.num_het is None else supervision.num_het.to(work))
 
     loss = nktp + options.tcl_weight * tcl + options.het_weight * het
     if options.z_loss:
         loss = loss + options.z_loss * z
-    parts = {"ntp": ntp, "nktp": nktp, "tcl": tcl, "het": het, "z": z}
-    tokens = {
-        "prediction": _by_target(torch.where(supervised, prediction + low, -1), step, -1),
-        "nll": _by_target(nll, step, 0),
-        "margin": _by_target(margin, step, 0),
-    }
-    return loss, {name: value.detach() for name, value in (parts | tokens).items()}
+    parts = LossParts(ntp.detach(), nktp.detach(), tcl.detach(), het.detach(), z.detach())
+    tokens = TokenResults(
+        prediction=_by_target(torch.where(supervised, prediction + low, -1), step, -1),
+        nll=_by_target(nll.detach(), step, 0),
+        margin=_by_target(margin, step, 0),
+    )
+    return loss, parts, tokens
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:

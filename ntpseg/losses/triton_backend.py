@@ -1,4 +1,4 @@
-"""The fused loss on Triton kernels: the seam of `ntpseg.losses.backends` over `ntpseg.kernels`."""
+"""The loss on Triton kernels: the backend interface of `ntpseg.losses.backends` over `ntpseg.kernels`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import contextlib
 
 import torch
 
-from ntpseg.kernels.combine import Weights
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
-from ntpseg.kernels.partials import RowStates
+from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
+from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.workspace import LossWeights, RowStats
 from ntpseg.losses import torch_backend
 from ntpseg.losses.backends import RowsResult, gradient_dtype
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 from ntpseg.losses.vocab_parallel import Shard
 
 
@@ -25,13 +24,13 @@ def rows_loss(
     hidden_grad: bool,
     weight_grad: bool,
     shard: Shard | None = None,
-    setting: Setting | None = None,
+    loop: LoopOptions | None = None,
 ) -> RowsResult:
     """See `ntpseg.losses.backends` for the contract; float64, which no tensor core knows, goes to the torch backend.
 
     Args:
         shard: which classes `weight` holds, where ranks share the vocabulary; None for all.
-        setting: overrides how the kernels run (tests and benchmarks); None takes it from `options`.
+        loop: overrides how the kernels run (tests and benchmarks); None takes it from `options`.
 
     Raises:
         ValueError: the tensors are on a device that has no Triton kernels and this is not Triton's interpreter.
@@ -43,20 +42,20 @@ def rows_loss(
         )
     if not (hidden.is_cuda or INTERPRETED):
         raise ValueError(
-            f"backend 'triton' needs hidden on a CUDA device, got {hidden.device}; "
+            f"hidden must be on a CUDA device for backend 'triton', got {hidden.device}; "
             "set TRITON_INTERPRET=1 before the first import to run its kernels on the CPU"
         )
-    setting = setting or Setting(chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter)
+    loop = loop or LoopOptions(chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter)
     count = hidden.shape[0]
     device = hidden.device
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight
-    kept = gradient_dtype(weight.dtype)
+    result_dtype = gradient_dtype(weight.dtype)
 
-    states = RowStates.empty(count, device)
+    row_stats = RowStats.empty(count, device)
     tcl, het = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    summed = kept if shard is None else torch.float32
-    d_hidden = torch.empty(hidden.shape, dtype=summed, device=device) if hidden_grad else None
-    d_weight = torch.empty(matrices.shape, dtype=kept, device=device) if weight_grad else None
+    d_hidden_dtype = result_dtype if shard is None else torch.float32
+    d_hidden = torch.empty(hidden.shape, dtype=d_hidden_dtype, device=device) if hidden_grad else None
+    d_weight = torch.empty(matrices.shape, dtype=result_dtype, device=device) if weight_grad else None
     with torch.cuda.device(device) if hidden.is_cuda else contextlib.nullcontext():
         for matrix, (start, stop) in enumerate(rows.segments):
             if start == stop:
@@ -67,11 +66,11 @@ def rows_loss(
             segment = Segment(
                 hidden=hidden[cut],
                 target=rows.target[cut],
-                reach=rows.reach[cut],
-                hard=rows.het[cut].contiguous(),
-                weights=Weights(
-                    share=rows.share[cut],
-                    het_share=rows.het_share.to(torch.float32),
+                num_negatives=rows.num_negatives[cut],
+                hard_tokens=rows.hard_tokens[cut].contiguous(),
+                weights=LossWeights(
+                    row_weight=rows.row_weight[cut],
+                    entry_weight=rows.entry_weight.to(torch.float32),
                     tcl_weight=options.tcl_weight,
                     het_weight=options.het_weight,
                     z_loss=options.z_loss,
@@ -80,15 +79,24 @@ def rows_loss(
                 negatives=options.negatives,
             )
             result = SegmentResult(
-                states=states.part(start, stop),
+                row_stats=row_stats[cut],
                 tcl=tcl[cut],
                 het=het[cut],
                 d_hidden=None if d_hidden is None else d_hidden[cut],
                 d_weight=None if d_weight is None else d_weight[matrix],
             )
-            run_segment(segment, matrices[matrix], result, setting, shard)
+            run_segment(segment, matrices[matrix], result, loop, shard)
     if d_hidden is not None and shard is not None:
-        d_hidden = shard.sum(d_hidden).to(kept)
+        d_hidden = shard.all_reduce_sum(d_hidden).to(result_dtype)
     if d_weight is not None:
         d_weight = d_weight.view(weight.shape)
-    return RowsResult(states.prediction, states.nll, states.margin, tcl, het, states.lse, d_hidden, d_weight)
+    return RowsResult(
+        prediction=row_stats.prediction,
+        nll=row_stats.nll,
+        margin=row_stats.margin,
+        tcl=tcl,
+        het=het,
+        lse=row_stats.lse,
+        d_hidden=d_hidden,
+        d_weight=d_weight,
+    )

@@ -19,53 +19,53 @@ _NO_CLASS = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Shard:
-    """The classes ``first <= v < first + count`` of one call's slice of the vocabulary, and how to reduce.
+    """The classes ``start <= v < start + count`` of one call's slice of the vocabulary, and how to reduce.
 
     `total` counts the classes of the slice over all ranks. Without a group every reduction is the identity.
     """
 
-    first: int
+    start: int
     count: int
     total: int
     group: dist.ProcessGroup | None = None
 
     @staticmethod
-    def named(name: str, first: int, count: int, total: int) -> Shard:
+    def from_group_name(name: str, start: int, count: int, total: int) -> Shard:
         """From the name of a group, "" for none; an operator's schema carries no group."""
         group = dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
-        return Shard(first, count, total, group)
+        return Shard(start, count, total, group)
 
     @property
-    def share(self) -> int:
+    def classes_per_rank(self) -> int:
         """Classes per rank, the same number on all of them: what sizes must follow that all ranks agree upon."""
         return self.total if self.group is None else -(-self.total // dist.get_world_size(self.group))
 
-    def local(self, token: Tensor) -> tuple[Tensor, Tensor]:
+    def local_index(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each token in this shard, 0 where it is elsewhere, and whether it is here."""
-        column = token - self.first
+        column = token - self.start
         here = (column >= 0) & (column < self.count)
         return torch.where(here, column, 0), here
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over the ranks."""
         if self.group is not None:
             value = value.contiguous()
             dist.all_reduce(value, dist.ReduceOp.SUM, group=self.group)
         return value
 
-    def top(self, top: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Maximum over the ranks and its class in the slice, the lowest on ties; `best` counts from this shard."""
-        best = best + self.first
+    def all_reduce_max(self, row_max: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
+        """Maximum over the ranks and its class in the slice, the lowest on ties; `argmax` counts from this shard."""
+        argmax = argmax + self.start
         if self.group is None:
-            return top, best
-        highest = top.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
-        best = torch.where(top == highest, best, _NO_CLASS)
-        dist.all_reduce(best, dist.ReduceOp.MIN, group=self.group)
-        return highest, torch.where(best == _NO_CLASS, 0, best)  # nowhere equal: the row is not a number
+            return row_max, argmax
+        global_max = row_max.clone()
+        dist.all_reduce(global_max, dist.ReduceOp.MAX, group=self.group)
+        argmax = torch.where(row_max == global_max, argmax, _NO_CLASS)
+        dist.all_reduce(argmax, dist.ReduceOp.MIN, group=self.group)
+        return global_max, torch.where(argmax == _NO_CLASS, 0, argmax)  # an all-NaN row
 
 
-def locate(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
+def shard_offset(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
     """First class of this rank's shard and the number of all classes; shards lie in the order of the ranks.
 
     Args:

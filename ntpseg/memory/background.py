@@ -1,4 +1,4 @@
-"""Reading and writing rows in host memory behind the training step's back."""
+"""Reading and writing rows in host memory in background threads."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ def token_deviation(kind: str, output: TokenOutput, labels: Tensor, codebook: Co
         ValueError: the kind is unknown, or ``codebook`` lacks the codebook.
     """
     if kind not in KINDS:
-        raise ValueError(f"deviation is {kind!r}; it must be one of {', '.join(KINDS)}")
+        raise ValueError(f"deviation must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind != "codebook":
         return getattr(output, kind).detach()
     if codebook is None:
-        raise ValueError("codebook is None; deviation 'codebook' needs the embeddings of the codes")
+        raise ValueError("codebook must be the embeddings of the codes for deviation 'codebook', got None")
     embedding = codebook.embedding.detach().to(labels.device, torch.float32)
     codes = [tokens - codebook.first_token for tokens in (output.prediction, labels)]
     known = [(code >= 0) & (code < embedding.shape[0]) for code in codes]

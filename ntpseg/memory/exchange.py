@@ -35,7 +35,9 @@ def exchange(rows: Tensor, stamp: Tensor, control: Tensor, epoch: int, group: An
     span = torch.tensor([epoch, -epoch], device=wire)
     dist.all_reduce(span, dist.ReduceOp.MAX, group)
     if int(span[0]) != -int(span[1]):
-        raise ValueError(f"ranks are in epochs {-int(span[1])} .. {int(span[0])}; all must call advance alike")
+        raise ValueError(
+            f"all ranks must be in the same epoch, got {-int(span[1])} .. {int(span[0])}: each must call advance alike"
+        )
     for current in (epoch - 1, epoch):
         if current > 0:
             _exchange_epoch(rows, stamp, control, current, wire, group)

@@ -22,7 +22,9 @@ _LOCKS = 4096
 class HardTokenMemory:
     """The up to n hardest errors of every sample, recorded in one epoch and served in the next.
 
-    It takes ``24 N n`` bytes: two epochs of deviation, position and token.
+    It takes ``24 N n`` bytes: two epochs of deviation, position and token. In each step `lookup` what the loss is to
+    read, then `observe` its output (which works out the deviation of the memory's kind) or `record` a deviation of your
+    own; at the end of the epoch `sync` ranks and `advance`.
 
     Args:
         num_samples: number of samples N in the data set; sample ids are 0 .. N-1.
@@ -30,12 +32,12 @@ class HardTokenMemory:
         device: where the inputs of `record` and the outputs of `lookup` are; the CPU by default.
         storage: where the rows lie. ``device``: beside the model; nothing waits, and on CUDA `record` can be captured
             into a graph. ``pinned``: in host memory; ``mapped``: in files under ``path``, for data sets beyond memory.
-            Both of these work in the background: `record` hands its entries to a thread, and `prefetch` fetches the
+            Both of these work in the background: `record` passes its entries to a thread, and `prefetch` fetches the
             next batch's while this one computes.
         path: folder of a mapped memory. One that is there already is opened where it left off.
         key: content key of the data set, its order included (see `content_key`); a state with another key is refused.
-        deviation: the kind of deviation that is recorded, one of `ntpseg.memory.deviation.KINDS`; kept with the state,
-            since kinds cannot be compared.
+        deviation: the kind of deviation that ranks errors, one of `ntpseg.memory.deviation.KINDS`: what `observe`
+            works out, and what `record` must be given. Kept with the state, since kinds cannot be compared.
         ignore_index: the label of unsupervised positions.
 
     Raises:
@@ -90,10 +92,10 @@ class HardTokenMemory:
         self._check_ids(sample_ids)
         shape = prediction.shape
         if len(shape) != 2 or shape[0] != sample_ids.shape[0]:
-            raise ValueError(f"prediction is {list(shape)}; it must be [B, T] with B = {sample_ids.shape[0]}")
+            raise ValueError(f"prediction must be [B, T] with B = {sample_ids.shape[0]}, got {list(shape)}")
         for name, tensor in (("labels", labels), ("deviation", deviation)):
             if tensor.shape != shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}; it must be {list(shape)}, as prediction is")
+                raise ValueError(f"{name} must have the shape of prediction {list(shape)}, got {list(tensor.shape)}")
         inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
         sample_ids, prediction, labels, deviation = inputs
         if self._background is None:
@@ -111,11 +113,11 @@ class HardTokenMemory:
         labels: Tensor,
         codebook: deviations.Codebook | None = None,
     ) -> None:
-        """Record a loss's output with this memory's own kind of deviation; `record` without working it out oneself.
+        """Record a loss's output, ranked by this memory's own kind of deviation (`ntpseg.memory.token_deviation`).
 
         Args:
             sample_ids: ``[B]`` int64.
-            output: what `ntpseg.ntp_loss` returned.
+            output: what `ntpseg.ntp_loss` returned; its ``prediction``, ``nll`` and ``margin`` are read.
             labels: ``[B, T]`` int64, unshifted.
             codebook: the embeddings, for deviation ``codebook`` alone.
 
@@ -137,9 +139,7 @@ class HardTokenMemory:
         skipped = int(self._control[0])
         if skipped:
             self._control[0] = 0
-            raise ValueError(
-                f"sample_ids held {skipped} ids outside [0, {self.num_samples}); they must index the data set"
-            )
+            raise ValueError(f"sample_ids must be in [0, {self.num_samples}), the data set, got {skipped} ids outside")
         self._epoch += 1
         self._write_header()
 
@@ -192,7 +192,7 @@ class HardTokenMemory:
 
     def flush(self) -> None:
         """Finish what is under way; of a mapped memory, wait until the disk has it. A killed process loses nothing
-        that `record` has handed over; after a power cut, what was flushed is there."""
+        for which `record` has returned; after a power cut, what was flushed is there."""
         self._settle()
         self._store.flush()
 
@@ -257,21 +257,19 @@ class HardTokenMemory:
 
     def _check_ids(self, sample_ids: Tensor) -> None:
         if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
-            raise ValueError(f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}; it must be int64 and [B]")
+            raise ValueError(f"sample_ids must be an int64 [B] tensor, got {sample_ids.dtype} {list(sample_ids.shape)}")
         if sample_ids.device.type == "cpu" and sample_ids.numel():
             low, high = int(sample_ids.min()), int(sample_ids.max())
             if low < 0 or high >= self.num_samples:
-                raise ValueError(
-                    f"sample_ids spans {low} .. {high}; every id must be in [0, {self.num_samples}), the data set"
-                )
+                raise ValueError(f"sample_ids must be in [0, {self.num_samples}), the data set, got {low} .. {high}")
 
 
 def _check_options(num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str) -> None:
     for name, value in (("num_samples", num_samples), ("n", n)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{name} must be >= 1, got {value}")
     for name, choice, kinds in (("storage", kind, storage.KINDS), ("deviation", deviation, deviations.KINDS)):
         if choice not in kinds:
-            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(kinds)}")
+            raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {choice!r}")
     if (path is not None) != (kind == "mapped"):
-        raise ValueError(f"path is {path!r}; storage 'mapped' needs a folder and no other storage takes one")
+        raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {path!r}")

@@ -72,14 +72,14 @@ def check(saved: dict[str, Any], mine: dict[str, Any]) -> None:
         ValueError: naming what differs.
     """
     if saved.get("format") != FORMAT:
-        raise ValueError(f"the state's format is {saved.get('format')!r}; it must be {FORMAT!r}")
+        raise ValueError(f"the state's format must be {FORMAT!r}, got {saved.get('format')!r}")
     if saved["version"] != VERSION:
-        raise ValueError(f"the state's version is {saved['version']}; this release of ntpseg reads version {VERSION}")
+        raise ValueError(f"the state's version must be {VERSION} for this release of ntpseg, got {saved['version']}")
     for name in ("num_samples", "n", "deviation"):
         if saved[name] != mine[name]:
-            raise ValueError(f"the state's {name} is {saved[name]!r}; it must be {mine[name]!r}, as in this memory")
+            raise ValueError(f"the state's {name} must be {mine[name]!r} as in this memory, got {saved[name]!r}")
     if None not in (saved["key"], mine["key"]) and saved["key"] != mine["key"]:
         raise ValueError(
-            f"the state's content key is {saved['key']!r}; it must be {mine['key']!r}: the data set, or the order of "
-            "its samples, is not the one that these errors were recorded on"
+            f"the state's content key must be {mine['key']!r}, got {saved['key']!r}: the data set, or the order of its "
+            "samples, is not the one that these errors were recorded on"
         )

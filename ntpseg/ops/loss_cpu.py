@@ -29,49 +29,49 @@ def serves_tiles(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu" and hidden.dtype == torch.float32 and level() >= 1
 
 
-def serves_blocks(hidden: Tensor, matrix: Tensor) -> bool:
+def serves_blocks(hidden: Tensor, weight: Tensor) -> bool:
     """Whether `block_exponentials`, `hidden_gradient` and `weight_gradient_` can be used."""
     return (
         hidden.device.type == "cpu"
         and hidden.dtype == torch.bfloat16
         and hidden.shape[1] % 32 == 0
-        and matrix.stride(1) == 1
+        and weight.stride(1) == 1
         and level() >= 2
     )
 
 
-def exponentials_(tile: Tensor, anchor: Tensor, top: Tensor, best: Tensor, total: Tensor, first: int) -> None:
+def exponentials_(tile: Tensor, anchor: Tensor, row_max: Tensor, argmax: Tensor, row_sum: Tensor, first: int) -> None:
     """Turns logits into ``exp(z - anchor)`` in place and brings the rows' reductions up to date.
 
     Args:
         tile: ``[C, T]`` float32, rows contiguous.
         anchor: ``[C]`` float32.
-        top, best, total: ``[C]`` float32, int64, float32: running maximum of ``z - anchor``, its class, the sum.
+        row_max, argmax, row_sum: ``[C]`` float32, int64, float32: running maximum of ``z - anchor``, its class, sum.
         first: class of the tile's first column.
     """
-    torch.ops.ntpseg.loss_exponentials(tile, anchor, top, best, total, first)
+    torch.ops.ntpseg.loss_exponentials(tile, anchor, row_max, argmax, row_sum, first)
 
 
 def block_exponentials(
-    hidden: Tensor, matrix: Tensor, anchor: Tensor, column: Tensor, exact: Tensor, block: Tensor | None
+    hidden: Tensor, weight: Tensor, anchor: Tensor, target_column: Tensor, target_logit: Tensor, block: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``exp(hidden @ matrix.T - anchor)`` into `block`, with the rows' maximum (less anchor), its class and the sum.
+    """``exp(hidden @ weight.T - anchor)`` into `block`, with the rows' maximum (less anchor), its class and the sum.
 
     Args:
-        hidden, matrix: ``[C, D]`` and ``[V, D]`` bfloat16, D a multiple of 32.
-        anchor, exact: ``[C]`` float32; `exact` is taken for the logit of `column`.
-        column: ``[C]`` int64, a class, or -1 for none.
+        hidden, weight: ``[C, D]`` and ``[V, D]`` bfloat16, D a multiple of 32.
+        anchor, target_logit: ``[C]`` float32; `target_logit` is taken for the logit of `target_column`.
+        target_column: ``[C]`` int64, a class, or -1 for none.
         block: ``[C, V]`` bfloat16, or None where only the reductions are wanted.
     """
-    room = hidden.new_empty(0, 0) if block is None else block
-    return torch.ops.ntpseg.loss_block(hidden, matrix, anchor, column, exact, room)
+    block = hidden.new_empty(0, 0) if block is None else block
+    return torch.ops.ntpseg.loss_block(hidden, weight, anchor, target_column, target_logit, block)
 
 
-def hidden_gradient(block: Tensor, matrix: Tensor, hidden: Tensor, work: torch.dtype) -> Tensor:
-    """``block @ matrix``, ``[C, D]`` float32."""
-    return torch.ops.ntpseg.loss_hidden_gradient(block, matrix, hidden, hidden.new_empty(0, dtype=work))
+def hidden_gradient(block: Tensor, weight: Tensor, hidden: Tensor, work: torch.dtype) -> Tensor:
+    """``block @ weight``, ``[C, D]`` float32."""
+    return torch.ops.ntpseg.loss_hidden_gradient(block, weight, hidden, hidden.new_empty(0, dtype=work))
 
 
-def weight_gradient_(d_matrix: Tensor, block: Tensor, scaled: Tensor, matrix: Tensor, add: bool) -> None:
-    """``d_matrix (+)= block.T @ scaled``; `d_matrix` is ``[V, D]`` float32."""
-    torch.ops.ntpseg.loss_weight_gradient(block, scaled, matrix, d_matrix, add)
+def weight_gradient_(d_weight: Tensor, block: Tensor, scaled: Tensor, weight: Tensor, add: bool) -> None:
+    """``d_weight (+)= block.T @ scaled``; `d_weight` is ``[V, D]`` float32."""
+    torch.ops.ntpseg.loss_weight_gradient(block, scaled, weight, d_weight, add)

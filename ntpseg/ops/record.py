@@ -37,7 +37,7 @@ def record_errors(
     """Merge the hardest errors of a batch into the rows of its samples, in place.
 
     A position is an error where ``prediction >= 0``, ``labels != ignore_index`` and the two differ. A sample may occur
-    more than once in the batch. Shapes and dtypes are the caller's duty; `ntpseg.memory.HardTokenMemory` checks them.
+    more than once in the batch. Shapes and dtypes are not checked; `ntpseg.memory.HardTokenMemory` checks them.
 
     Args:
         rows: ``[2, N, 3, n]`` int32, contiguous; see the module's page.

@@ -79,26 +79,24 @@ def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tens
     column = torch.arange(length, device=deviation.device)
     # The column in the low word makes every key distinct, so that no tie is left for topk to break as it likes.
     key = torch.where(is_error, (ordered_bits(deviation) << 32) | (_LOW_WORD - column), _NOT_AN_ERROR)
-    found, _ = key.topk(min(n, length), dim=1)
-    filled = found != _NOT_AN_ERROR
-    column = torch.where(filled, _LOW_WORD - (found & _LOW_WORD), 0)
+    top, _ = key.topk(min(n, length), dim=1)
+    filled = top != _NOT_AN_ERROR
+    column = torch.where(filled, _LOW_WORD - (top & _LOW_WORD), 0)
     value = deviation.new_full((rows, n), -torch.inf)
     index = torch.full((rows, n), -1, dtype=torch.int32, device=deviation.device)
-    value[:, : found.shape[1]] = torch.where(filled, deviation.gather(1, column), -torch.inf)
-    index[:, : found.shape[1]] = torch.where(filled, column, -1).int()
+    value[:, : top.shape[1]] = torch.where(filled, deviation.gather(1, column), -torch.inf)
+    index[:, : top.shape[1]] = torch.where(filled, column, -1).int()
     return value, index
 
 
 def _check(deviation: Tensor, is_error: Tensor, n: int) -> None:
     if deviation.dim() != 2 or not deviation.is_floating_point():
-        raise ValueError(
-            f"deviation is {deviation.dtype} {list(deviation.shape)}; it must be floating point and [B, T]"
-        )
+        raise ValueError(f"deviation must be a float [B, T] tensor, got {deviation.dtype} {list(deviation.shape)}")
     if is_error.dtype != torch.bool or is_error.shape != deviation.shape:
         raise ValueError(
-            f"is_error is {is_error.dtype} {list(is_error.shape)}; it must be bool and {list(deviation.shape)}"
+            f"is_error must be a bool {list(deviation.shape)} tensor, got {is_error.dtype} {list(is_error.shape)}"
         )
     if is_error.device != deviation.device:
-        raise ValueError(f"is_error is on {is_error.device}; it must be on {deviation.device}, as deviation is")
+        raise ValueError(f"is_error must be on the device of deviation ({deviation.device}), got {is_error.device}")
     if n < 0:
-        raise ValueError(f"n is {n}; it must be 0 or more")
+        raise ValueError(f"n must be >= 0, got {n}")

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ntpseg.losses import NumItems
-from ntpseg.memory import HardTokenMemory
+from ntpseg.losses import LossOptions, NumItems, count_items
+from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import load_memory, save_memory
 from ntpseg.training.dataset import EpochSampler, TokenDataset
@@ -85,20 +85,23 @@ class NTPSegTrainer(Trainer):
         if not batch_samples:
             return None
         model: Any = self.model
-        heads = model.config.num_heads_k
+        config, heads = model.config, model.config.num_heads_k
         counts = torch.zeros(heads + 1, dtype=torch.float64, device=device)
         for batch in batch_samples:
-            labels = batch["labels"]
-            supervised = (labels != -100).to(device)
-            per_position = supervised.sum(0)
-            total = per_position.sum()
-            before = per_position[: heads + 1].cumsum(0)
-            # Head j predicts positions 1 + j and later.
-            counts[:heads] += total - before[:heads]
+            het = None
             if self.memory is not None and model.training:
-                hard = self.memory.lookup(batch["sample_ids"])
-                batch["het_position"], batch["het_token"] = hard.position, hard.token
-                counts[heads] += _counting_entries(hard.position, hard.token, labels.to(hard.position.device))
+                het = self.memory.lookup(batch["sample_ids"])
+                batch["het_position"], batch["het_token"] = het.position, het.token
+                het = HardTokens(het.position.to(device), het.token.to(device))
+            items = count_items(
+                batch["labels"].to(device),
+                heads,
+                het=het,
+                vocab_range=None if config.vocab_range is None else tuple(config.vocab_range),
+                ignore_index=getattr(config, "ignore_index", LossOptions.ignore_index),
+            )
+            counts[:heads] += cast(Tensor, items.rows)
+            counts[heads] += cast(Tensor, items.het)
         if self.args.world_size > 1:
             dist.all_reduce(counts)
         return NumItems(counts[:heads], counts[heads])
@@ -118,11 +121,11 @@ class NTPSegTrainer(Trainer):
         outputs = model(**inputs, num_items=num_items_in_batch)
         labels, prediction = inputs["labels"], outputs["prediction"]
         with torch.no_grad():
-            correct = (prediction == labels).sum()
-            supervised = (prediction >= 0).sum()
-            row = torch.stack([*(outputs[name].float() for name in LOSS_TERMS), correct.float(), supervised.float()])
+            supervised = prediction >= 0
+            correct = (supervised & (prediction == labels)).sum()
+            row = [*(outputs[name].float() for name in LOSS_TERMS), correct.float(), supervised.sum().float()]
             sums = self._sums[model.training]
-            self._sums[model.training] = sums + row if len(sums) else row
+            self._sums[model.training] = sums + torch.stack(row) if len(sums) else torch.stack(row)
         if self.memory is not None and model.training:
             self.memory.record(sample_ids, prediction, labels, outputs["margin"])
         loss = outputs["loss"]
@@ -181,13 +184,6 @@ class NTPSegTrainer(Trainer):
                 # The state file, written below, marks the checkpoint as complete.
                 dist.barrier()
         super()._save_checkpoint(model, trial)
-
-
-def _counting_entries(position: Tensor, token: Tensor, labels: Tensor) -> Tensor:
-    """How many hard tokens count: their position is supervised and they differ from its label now."""
-    inside = (position > 0) & (position < labels.shape[1])
-    target = labels.gather(1, position.clamp(0, labels.shape[1] - 1))
-    return (inside & (target != -100) & (target != token) & (token >= 0)).sum()
 
 
 class _Epochs(TrainerCallback):

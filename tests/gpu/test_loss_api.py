@@ -56,11 +56,13 @@ def _step(
 )
 def test_contract(options: LossOptions, per_head: bool) -> None:
     inputs = _inputs(per_head=per_head)
-    wanted, *truth = _step("reference", inputs, options, torch.float64)
-    found, *got = _step("triton", inputs, options)
+    expected, *truth = _step("reference", inputs, options, torch.float64)
+    result, *got = _step("triton", inputs, options)
     for part in ("loss", "ntp", "nktp", "tcl", "het"):
-        torch.testing.assert_close(getattr(found, part).double(), getattr(wanted, part), rtol=1e-5, atol=1e-6, msg=part)
-    assert (found.prediction == wanted.prediction).float().mean() > 0.999
+        torch.testing.assert_close(
+            getattr(result, part).double(), getattr(expected, part), rtol=1e-5, atol=1e-6, msg=part
+        )
+    assert (result.prediction == expected.prediction).float().mean() > 0.999
     for ours, exact in zip(got, truth, strict=True):
         # a prediction that ties within fp32 rounding may change a negative: allow a little beside the roundings
         assert float((ours.double() - exact).norm() / exact.norm()) < 3.5e-3
@@ -106,7 +108,7 @@ def test_a_step_in_a_cuda_graph() -> None:
         out.loss.backward()
         return out.loss
 
-    wanted = step().clone()
+    expected = step().clone()
     wanted_hidden, wanted_weight = hidden.grad.clone(), weight.grad.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -119,7 +121,7 @@ def test_a_step_in_a_cuda_graph() -> None:
         loss = step()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(loss, wanted)
+    assert torch.equal(loss, expected)
     assert torch.equal(hidden.grad, wanted_hidden) and torch.equal(weight.grad, wanted_weight)
 
 
@@ -135,8 +137,8 @@ def test_a_factor_is_not_rounded_to_bf16(retain: bool) -> None:
         kept = [gradient.clone() for gradient in once]
     (out.loss / 3).backward()
     for leaf, gradient in zip(leaves, whole, strict=True):
-        found, wanted = 3 * leaf.grad.double(), gradient.double()
-        assert abs((found * wanted).sum() / wanted.square().sum() - 1) < 5e-4
+        result, expected = 3 * leaf.grad.double(), gradient.double()
+        assert abs((result * expected).sum() / expected.square().sum() - 1) < 5e-4
     if retain:
         assert all(torch.equal(a, b) for a, b in zip(once, kept, strict=True)), "a later backward changed a gradient"
 
@@ -145,9 +147,9 @@ def test_a_factor_is_not_rounded_to_bf16(retain: bool) -> None:
 def test_unaligned_rows(width: int) -> None:
     hidden, weight, labels, het = _inputs()
     inputs = (hidden[..., :width], weight[..., :width], labels, het)
-    wanted, *truth = _step("reference", inputs, LossOptions(), torch.float64)
-    found, *got = _step("triton", inputs, LossOptions())
-    torch.testing.assert_close(found.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6)
+    expected, *truth = _step("reference", inputs, LossOptions(), torch.float64)
+    result, *got = _step("triton", inputs, LossOptions())
+    torch.testing.assert_close(result.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     for ours, exact in zip(got, truth, strict=True):
         assert float((ours.double() - exact).norm() / exact.norm()) < 3.5e-3
 
@@ -156,6 +158,6 @@ def test_bf16_loss_is_exact_where_rounded_logits_are_not() -> None:
     """Large logits: the loss error stays at fp32's, whatever the rounding of bf16 logits would do."""
     inputs = _inputs()
     inputs = (inputs[0] * 6, *inputs[1:])
-    wanted, *_ = _step("reference", inputs, LossOptions(), torch.float64)
-    found, *_ = _step("triton", inputs, LossOptions())
-    assert abs(found.loss.double() - wanted.loss) < 1e-5 * wanted.loss
+    expected, *_ = _step("reference", inputs, LossOptions(), torch.float64)
+    result, *_ = _step("triton", inputs, LossOptions())
+    assert abs(result.loss.double() - expected.loss) < 1e-5 * expected.loss

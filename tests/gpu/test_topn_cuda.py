@@ -32,8 +32,8 @@ def problem(rows: int, length: int, density: float = 0.13) -> tuple[Tensor, Tens
 
 
 def agree(deviation: Tensor, is_error: Tensor, n: int) -> None:
-    found, expected = topn_errors(deviation, is_error, n), plain_topn_errors(deviation, is_error, n)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    result, expected = topn_errors(deviation, is_error, n), plain_topn_errors(deviation, is_error, n)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.13, 1.0])
@@ -125,7 +125,7 @@ def test_ids_out_of_range_are_reported_by_advance() -> None:
     memory = HardTokenMemory(4, 8, "cuda")
     prediction = torch.zeros(2, 30, dtype=torch.int64, device="cuda")
     memory.record(torch.tensor([1, 9], device="cuda"), prediction, prediction + 1, prediction.float())
-    with pytest.raises(ValueError, match="held 1 ids outside"):
+    with pytest.raises(ValueError, match="got 1 ids outside"):
         memory.advance()
 
 
@@ -142,9 +142,9 @@ def test_host_storage_serves_the_device(storage: str, tmp_path) -> None:
     for each in (memory, expected):
         each.advance()
     memory.prefetch(ids)
-    found, wanted = memory.lookup(ids), expected.lookup(ids)
-    assert found.token.is_cuda and torch.equal(found.token, wanted.token)
-    assert torch.equal(found.position, wanted.position)
+    result, wanted = memory.lookup(ids), expected.lookup(ids)
+    assert result.token.is_cuda and torch.equal(result.token, wanted.token)
+    assert torch.equal(result.position, wanted.position)
 
 
 def microseconds_in_a_graph(call, repeats: int = 50) -> float:

@@ -1,8 +1,8 @@
 """Compiles every kernel that the launchers can choose, for one architecture, on a machine that needs no GPU.
 
 Run as a script, in a process of its own: ahead-of-time compilation and Triton's interpreter exclude each other. It runs
-the engine with every launch replaced by a note of its arguments, so that what is compiled is what a GPU would get;
-then compiles each distinct note and prints one JSON line per kernel.
+the chunk loop with every launch replaced by a record of its arguments, so that what is compiled is what a GPU gets;
+then compiles each distinct launch and prints one JSON line per kernel.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ntpseg.kernels import chunks
-from ntpseg.kernels.combine import Weights
-from ntpseg.kernels.engine import Segment, SegmentResult, Setting, run_segment
-from ntpseg.kernels.hard_table import hard_table, rank_hard
-from ntpseg.kernels.partials import RowStates
-from ntpseg.kernels.placing import place_results, take_rows
-from ntpseg.kernels.planning import Layout, make_rows, mark
-from ntpseg.kernels.rescale import rescale
-from ntpseg.kernels.table import TABLE
+from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
+from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
+from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
+from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
+from ntpseg.kernels.scale_rows import scale_
+from ntpseg.kernels.workspace import LossWeights, RowStats
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -49,7 +48,7 @@ _GIBIBYTE = 1 << 30
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def note(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the just-in-time compiler would key on: types, constants, alignment, options."""
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args)) | kwargs
@@ -80,12 +79,12 @@ def note(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """All distinct launches of the engine over dtypes, alignments and options."""
-    found: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
+    """All distinct launches of the chunk loop over dtypes, alignments and options."""
+    distinct: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
-        noted = note(self, args, dict(kwargs))
-        found.setdefault(self.__name__ + json.dumps(noted, sort_keys=True), (self, noted))
+        spec = specialize(self, args, dict(kwargs))
+        distinct.setdefault(self.__name__ + json.dumps(spec, sort_keys=True), (self, spec))
 
     original, JITFunction.run = JITFunction.run, record
     try:
@@ -97,31 +96,31 @@ def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
             _run_around(dtype)
     finally:
         JITFunction.run = original
-    return list(found.values())
+    return list(distinct.values())
 
 
 def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:
     rows, classes = 160, 640
-    kept = torch.float32 if dtype == torch.float16 else dtype
+    result_dtype = torch.float32 if dtype == torch.float16 else dtype
     for grad in (True, False):
         segment = Segment(
             hidden=torch.zeros(rows, width, dtype=dtype),
             target=torch.zeros(rows, dtype=torch.int64),
-            reach=torch.zeros(rows, dtype=torch.int32),
-            hard=torch.zeros(rows, hard, dtype=torch.int64),
-            weights=Weights(torch.ones(rows), torch.ones(()), 1.0, 1.0, 0.5, 2.0),
+            num_negatives=torch.zeros(rows, dtype=torch.int32),
+            hard_tokens=torch.zeros(rows, hard, dtype=torch.int64),
+            weights=LossWeights(torch.ones(rows), torch.ones(()), 1.0, 1.0, 0.5, 2.0),
             negatives=negatives,
         )
         result = SegmentResult(
-            RowStates.empty(rows, torch.device("cpu")),
+            RowStats.empty(rows, torch.device("cpu")),
             torch.empty(rows),
             torch.empty(rows),
-            torch.empty(rows, width, dtype=kept) if grad else None,
-            torch.empty(classes, width, dtype=kept) if grad else None,
+            torch.empty(rows, width, dtype=result_dtype) if grad else None,
+            torch.empty(classes, width, dtype=result_dtype) if grad else None,
         )
         weight = torch.zeros(classes, width, dtype=dtype)
         several = 640 * dtype.itemsize * 128
-        # one chunk, several that add up in fp32, several that add up beside the gradient, logits from a library product
+        # one chunk, several that add up in fp32, several with a split accumulator, logits from a library product
         for chunk, workspace, fused in (
             (None, _GIBIBYTE, None),
             (several, _GIBIBYTE, None),
@@ -129,35 +128,35 @@ def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: fl
             (None, _GIBIBYTE, False),
         ):
             chunks.WORKSPACE_BYTES = workspace
-            run_segment(segment, weight, result, Setting(chunk, filtered, fused, TABLE[architecture]))
+            run_segment(segment, weight, result, LoopOptions(chunk, filtered, fused, GEMM_CONFIGS[architecture]))
 
 
 def _run_around(dtype: torch.dtype) -> None:
-    """What runs before and after the engine."""
-    layout = Layout(heads=2, batch=3, time=40, shift=1, ignore_index=-100, low=0, classes=640)
+    """What runs before and after the chunk loop."""
+    layout = BatchLayout(heads=2, batch=3, time=40, shift=1, ignore_index=-100, class_start=0, classes=640)
     labels = torch.zeros(3, 40, dtype=torch.int64)
     hard = torch.zeros(3, 5, dtype=torch.int64)
     count = torch.ones(())
     for weights in (None, torch.ones(3, 40, dtype=dtype)):
-        marks = mark(labels, weights, layout)
-        cell, rank = rank_hard(hard, hard, labels, marks, layout)
+        cells = find_supervised(labels, weights, layout)
+        cell, rank = rank_hard_tokens(hard, hard, labels, cells, layout)
         for padded, segments in ((False, False), (True, False), (True, True)):
             for per_head in (None, torch.ones(2)):
-                made = make_rows(
-                    labels, marks, torch.ones(2), count, per_head, layout, 5, 64, padded=padded, segments=segments
+                made = write_rows(
+                    labels, cells, torch.ones(2), count, per_head, layout, 5, 64, padded=padded, segments=segments
                 )
-        hard_table(hard, cell, rank, made.slot, layout, 64, 2)
+        hard_token_table(hard, cell, rank, made.inverse_index, layout, 64, 2)
     rows = torch.zeros(64, 128, dtype=dtype)
-    take_rows(rows, made.slot)
-    place_results(made.slot, made.index, made.share, made.share, (3, 40, 2), 1, 0)
-    rescale(rows, count)
+    gather_rows(rows, made.inverse_index)
+    scatter_results(made.inverse_index, made.index, made.row_weight, made.row_weight, (3, 40, 2), 1, 0)
+    scale_(rows, count)
 
 
-def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
+def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
     """Compiles one launch and reads its resources from the machine code."""
-    attributes = {(index,): [["tt.divisibility", 16]] for index in noted["aligned"]}
-    source = ASTSource(kernel, noted["signature"], constexprs=noted["constants"], attrs=attributes)
-    options = noted["options"] | extra
+    attributes = {(index,): [["tt.divisibility", 16]] for index in spec["aligned"]}
+    source = ASTSource(kernel, spec["signature"], constexprs=spec["constants"], attrs=attributes)
+    options = spec["options"] | extra
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -167,8 +166,8 @@ def compile_one(kernel: JITFunction, noted: dict[str, Any], capability: int, **e
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
-        "operand": noted["signature"].get("hidden") or noted["signature"].get("e"),
-        "constants": noted["constants"],
+        "operand": spec["signature"].get("hidden") or spec["signature"].get("e"),
+        "constants": spec["constants"],
         "options": options,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -188,13 +187,13 @@ def main() -> None:
     architecture = sys.argv[1]
     capability = int(architecture.removeprefix("sm_"))
     torch.set_num_threads(1)
-    for kernel, noted in launches(architecture):
+    for kernel, spec in launches(architecture):
         if len(sys.argv) > 2:
             if kernel.__name__ == "anchored_gemm_kernel":
-                print(json.dumps(compile_one(kernel, noted, capability, maxnreg=64)), flush=True)
+                print(json.dumps(compile_one(kernel, spec, capability, maxnreg=64)), flush=True)
                 return
             continue
-        print(json.dumps(compile_one(kernel, noted, capability)), flush=True)
+        print(json.dumps(compile_one(kernel, spec, capability)), flush=True)
 
 
 if __name__ == "__main__":

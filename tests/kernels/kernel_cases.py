@@ -7,16 +7,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.engine import Setting
-from ntpseg.kernels.table import GemmConfig, Tiles
+from ntpseg.kernels.chunk_loop import LoopOptions
+from ntpseg.kernels.gemm_configs import ArchConfigs, GemmConfig
 from ntpseg.losses import triton_backend
 from ntpseg.losses.backends import RowsResult
+from ntpseg.losses.compaction import Rows
 from ntpseg.losses.options import LossOptions
-from ntpseg.losses.rows import Rows
 
 # The interpreter's tiles once more, with tensor descriptors, parts and flattening as on sm_90.
-_WITH_DESCRIPTORS = GemmConfig(64, 128, 64, warps=4, stages=1, tma=True, flatten=True)
-DESCRIPTORS = Tiles(dataclasses.replace(_WITH_DESCRIPTORS, parts=4), _WITH_DESCRIPTORS, _WITH_DESCRIPTORS)
+_WITH_DESCRIPTORS = GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=True, FLATTEN=True)
+_SUBTILED = dataclasses.replace(_WITH_DESCRIPTORS, EPILOGUE_SUBTILE=4)
+DESCRIPTORS = ArchConfigs(_SUBTILED, _WITH_DESCRIPTORS, _WITH_DESCRIPTORS)
 
 ROW_RESULTS = ("nll", "margin", "tcl", "het", "lse")
 GRADIENTS = ("d_hidden", "d_weight")
@@ -34,7 +35,7 @@ def draw_rows(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
     leaders: bool = False,
-    zero_share: bool = False,
+    zero_row_weight: bool = False,
     padding: int = 0,
     seed: int = 0,
 ) -> tuple[Rows, Tensor]:
@@ -43,7 +44,7 @@ def draw_rows(
     Args:
         scale: of the hidden states; 12 makes gaps between logits that overflow an anchored exponential.
         leaders: every third target is what the model predicts, so that gaps of both kinds occur.
-        zero_share: every eleventh row has no weight in CE, though it may hold a hard token.
+        zero_row_weight: every eleventh row has no weight in CE, though it may hold a hard token.
         padding: that many rows at the end do not exist.
     """
     make = torch.Generator().manual_seed(seed)
@@ -53,22 +54,22 @@ def draw_rows(
     if leaders:
         target[::3] = (hidden[::3].double() @ weight.double().t()).argmax(1)
     row = torch.arange(count)
-    reach = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
-    het = torch.randint(0, classes, (count, hard), generator=make)
-    het[torch.rand(count, hard, generator=make) < 0.5] = -1
+    num_negatives = torch.minimum(row, row % (negatives + 2)).clamp_max(negatives).to(torch.int32)
+    hard_tokens = torch.randint(0, classes, (count, hard), generator=make)
+    hard_tokens[torch.rand(count, hard, generator=make) < 0.5] = -1
     if hard > 1:
-        het[::9, 1] = het[::9, 0]  # duplicates count once per occurrence
-    het = torch.where(het == target.unsqueeze(1), -1, het)
-    share = torch.rand(count, generator=make) / count
-    if zero_share:
-        share[::11] = 0
+        hard_tokens[::9, 1] = hard_tokens[::9, 0]  # duplicates count once per occurrence
+    hard_tokens = torch.where(hard_tokens == target.unsqueeze(1), -1, hard_tokens)
+    row_weight = torch.rand(count, generator=make) / count
+    if zero_row_weight:
+        row_weight[::11] = 0
     if padding:
-        target[-padding:], share[-padding:], reach[-padding:], het[-padding:] = -1, 0, 0, -1
-    return Rows(hidden, target, share, reach, het, torch.tensor(0.07), ((0, count),), row), weight
+        target[-padding:], row_weight[-padding:], num_negatives[-padding:], hard_tokens[-padding:] = -1, 0, 0, -1
+    return Rows(hidden, target, row_weight, num_negatives, hard_tokens, torch.tensor(0.07), ((0, count),), row), weight
 
 
 def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
-    """The seam's definition in float64 with plain autograd, without a filter."""
+    """The definition of a backend in float64 with plain autograd, without a filter."""
     hidden = rows.hidden.double().requires_grad_()
     matrix = weight.double().requires_grad_()
     z = hidden @ matrix.t()
@@ -80,18 +81,18 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     back = torch.arange(1, options.negatives + 1)
     earlier = (torch.arange(len(z)).unsqueeze(1) - back).clamp_min(0)
     negative = torch.where(real, prediction, -1)[earlier]
-    exists = (back <= rows.reach.unsqueeze(1)) & (negative != rows.target.unsqueeze(1)) & (negative >= 0)
+    exists = (back <= rows.num_negatives.unsqueeze(1)) & (negative != rows.target.unsqueeze(1)) & (negative >= 0)
     gap = (z.gather(1, negative.clamp_min(0)) - z_y) / options.temperature
     gap = torch.cat([gap.masked_fill(~exists, -torch.inf), torch.zeros_like(z_y)], 1)
     tcl = torch.where(real, gap.logsumexp(1), 0.0)
-    far = (z.gather(1, rows.het.clamp_min(0)) - z_y) / options.temperature
-    far = far.masked_fill((rows.het < 0) | ~real.unsqueeze(1), -torch.inf)
+    far = (z.gather(1, rows.hard_tokens.clamp_min(0)) - z_y) / options.temperature
+    far = far.masked_fill((rows.hard_tokens < 0) | ~real.unsqueeze(1), -torch.inf)
     het = torch.logaddexp(far, torch.zeros_like(far)).sum(1)
     nll = torch.where(real, lse - z_y.squeeze(1), 0.0)
 
-    share = rows.share.double()
+    row_weight = rows.row_weight.double()
     terms = nll + options.tcl_weight * tcl + options.z_loss * torch.where(real, lse, 0.0).square()
-    ((share * terms).sum() + options.het_weight * rows.het_share.double() * het.sum()).backward()
+    ((row_weight * terms).sum() + options.het_weight * rows.entry_weight.double() * het.sum()).backward()
     return RowsResult(
         prediction=torch.where(real, prediction, -1),
         nll=nll.detach(),
@@ -104,22 +105,22 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     )
 
 
-def run(rows: Rows, weight: Tensor, options: LossOptions, setting: Setting | None = None) -> RowsResult:
+def run(rows: Rows, weight: Tensor, options: LossOptions, loop: LoopOptions | None = None) -> RowsResult:
     """The kernels."""
-    return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, setting=setting)
+    return triton_backend.rows_loss(rows, weight, options, hidden_grad=True, weight_grad=True, loop=loop)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
+def distance(result: Tensor, expected: Tensor) -> float:
     """Relative, in the norm."""
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def assert_agrees(found: RowsResult, wanted: RowsResult, dtype: torch.dtype) -> None:
+def assert_agrees(result: RowsResult, expected: RowsResult, dtype: torch.dtype) -> None:
     """Row results to fp32 accuracy whatever the dtype, gradients to three roundings of it."""
     for name in ROW_RESULTS:
-        assert distance(getattr(found, name), getattr(wanted, name)) < 1e-6, name
-    assert torch.equal(found.prediction, wanted.prediction)
+        assert distance(getattr(result, name), getattr(expected, name)) < 1e-6, name
+    assert torch.equal(result.prediction, expected.prediction)
     for name in GRADIENTS:
-        got = getattr(found, name)
+        got = getattr(result, name)
         assert got.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-        assert distance(got, getattr(wanted, name)) < GRADIENT_ERROR[dtype], name
+        assert distance(got, getattr(expected, name)) < GRADIENT_ERROR[dtype], name

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 from loss_cases import PARTS, Case, draw
 
 from ntpseg import NumItems, ntp_loss
-from ntpseg.kernels.dialect import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
@@ -23,15 +23,15 @@ F32 = torch.float32
 
 
 def _assert_equals_reference(case: Case, tolerance: float = 3e-6) -> None:
-    wanted, d_hidden, d_weight = case.run("reference", torch.float64)
-    found, got_hidden, got_weight = case.run("triton", F32)
+    expected, d_hidden, d_weight = case.run("reference", torch.float64)
+    result, got_hidden, got_weight = case.run("triton", F32)
     for part in PARTS:
         torch.testing.assert_close(
-            getattr(found, part).double(), getattr(wanted, part), rtol=tolerance, atol=tolerance, msg=part
+            getattr(result, part).double(), getattr(expected, part), rtol=tolerance, atol=tolerance, msg=part
         )
-    assert torch.equal(found.prediction, wanted.prediction)
-    torch.testing.assert_close(found.nll.double(), wanted.nll, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found.margin.double(), wanted.margin, rtol=tolerance, atol=tolerance)
+    assert torch.equal(result.prediction, expected.prediction)
+    torch.testing.assert_close(result.nll.double(), expected.nll, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.margin.double(), expected.margin, rtol=tolerance, atol=tolerance)
     for got, truth in ((got_hidden, d_hidden), (got_weight, d_weight)):
         assert float((got.double() - truth).norm()) <= tolerance * float(truth.norm()) + 1e-9
 
@@ -66,10 +66,10 @@ def test_contract(keywords: dict) -> None:
 @pytest.mark.parametrize("scale", [1.0, 6.0])
 def test_error_is_within_twice_that_of_pytorch(dtype: torch.dtype, scale: float) -> None:
     case = draw(time=40, width=32, classes=200, dtype=dtype, scale=scale)
-    wanted, *truth = case.run("reference", torch.float64)
+    expected, *truth = case.run("reference", torch.float64)
     plain, *eager = case.run("reference")
-    found, *got = case.run("triton")
-    assert abs(found.loss - wanted.loss) <= 2 * abs(plain.loss - wanted.loss) + 1e-6 * wanted.loss
+    result, *got = case.run("triton")
+    assert abs(result.loss - expected.loss) <= 2 * abs(plain.loss - expected.loss) + 1e-6 * expected.loss
     for ours, theirs, exact in zip(got, eager, truth, strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm()
@@ -93,7 +93,7 @@ def test_autocast_and_views() -> None:
 
 def test_any_strides() -> None:
     case = draw(dtype=F32, k=2, width=16)
-    wanted, d_hidden, d_weight = case.run("reference")
+    expected, d_hidden, d_weight = case.run("reference")
     far = torch.randn(16, 2, 9, 2).permute(1, 2, 3, 0)  # features far apart
     later = torch.randn(2, 20, 2, 16)[:, 11:]  # samples apart
     wide = torch.randn(17, 32)[:, ::2]
@@ -105,7 +105,7 @@ def test_any_strides() -> None:
             assert not hidden.is_contiguous() and not weight.is_contiguous()
             out = case.loss(hidden, weight, "triton")
             got = torch.autograd.grad(out.loss, (hidden, weight))
-            torch.testing.assert_close(out.loss, wanted.loss, rtol=3e-6, atol=0)
+            torch.testing.assert_close(out.loss, expected.loss, rtol=3e-6, atol=0)
             torch.testing.assert_close(got[0], d_hidden, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(got[1], d_weight, rtol=1e-4, atol=1e-6)
 
@@ -140,7 +140,7 @@ def test_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     case = draw(dtype=F32)
-    with pytest.raises(ValueError, match="hidden on a CUDA device"):
+    with pytest.raises(ValueError, match="hidden must be on a CUDA device"):
         ntp_loss(case.hidden, case.weight, case.labels, backend="triton")
 
 

@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from ntpseg.kernels.chunks import (
-    LEAST_ROWS,
-    LEAST_ROWS_BESIDE,
+    MIN_ROWS,
+    MIN_ROWS_SPLIT,
     WORKSPACE_BYTES,
     Chunks,
-    bytes_of_sum,
+    accumulator_bytes,
     bytes_per_row,
     plan_chunks,
 )
 
 BF16 = torch.bfloat16
-FUSED = {"fused": True, "block_classes": 256}
+FUSED = {"fused": True, "BLOCK_N": 256}
 
 
 def _plan(rows: int, classes: int, width: int) -> Chunks:
-    return plan_chunks(rows, classes, width, BF16, **FUSED, weight_sum=True)
+    return plan_chunks(rows, classes, width, BF16, **FUSED, needs_accumulator=True)
 
 
 @pytest.mark.parametrize("width", [1024, 2048, 4096])
@@ -30,51 +30,51 @@ def test_plan(rows: int, classes: int, width: int) -> None:
     plan = _plan(rows, classes, width)
     assert plan.rows * (plan.count - 1) < rows <= plan.rows * plan.count
     if plan.count > 1:
-        assert plan.rows >= (LEAST_ROWS_BESIDE if plan.beside else LEAST_ROWS)
+        assert plan.rows >= (MIN_ROWS_SPLIT if plan.split_accumulator else MIN_ROWS)
         # the last chunk is no sliver
         assert rows - plan.rows * (plan.count - 1) > plan.rows - 128 * plan.count
-    each = bytes_per_row(classes, width, BF16, **FUSED)
-    if plan.rows * each + bytes_of_sum(plan, classes, width) > WORKSPACE_BYTES:
-        # only where the fewest rows do not fit beside the smaller sum, and then without waste
-        beside = bytes_of_sum(Chunks(LEAST_ROWS, 2, beside=True), classes, width)
-        assert LEAST_ROWS_BESIDE * each + beside > WORKSPACE_BYTES
+    row_bytes = bytes_per_row(classes, width, BF16, **FUSED)
+    if plan.rows * row_bytes + accumulator_bytes(plan, classes, width) > WORKSPACE_BYTES:
+        # only where the fewest rows do not fit with the split accumulator, and then without waste
+        accumulator = accumulator_bytes(Chunks(MIN_ROWS, 2, split_accumulator=True), classes, width)
+        assert MIN_ROWS_SPLIT * row_bytes + accumulator > WORKSPACE_BYTES
         if plan.count > 1:
-            assert plan.beside and plan.rows <= LEAST_ROWS
+            assert plan.split_accumulator and plan.rows <= MIN_ROWS
         else:
-            assert rows * each <= 2 * (LEAST_ROWS * each + beside)
+            assert rows * row_bytes <= 2 * (MIN_ROWS * row_bytes + accumulator)
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes", "width", "wanted", "mebibytes"),
+    ("rows", "classes", "width", "expected", "mebibytes"),
     [
         (6272, 32768, 4096, Chunks(6272, 1), 548),
         (32768, 32768, 4096, Chunks(5504, 6), 993),
-        (6272, 184622, 1024, Chunks(2176, 3, beside=True), 1009),
-        (32768, 184622, 2048, Chunks(1664, 20, beside=True), 1012),
+        (6272, 184622, 1024, Chunks(2176, 3, split_accumulator=True), 1009),
+        (32768, 184622, 2048, Chunks(1664, 20, split_accumulator=True), 1012),
         (6272, 184622, 4096, Chunks(6272, 1), 2408),
-        (32768, 184622, 4096, Chunks(2048, 16, beside=True), 1539),
+        (32768, 184622, 4096, Chunks(2048, 16, split_accumulator=True), 1539),
     ],
 )
-def test_issue_shapes(rows: int, classes: int, width: int, wanted: Chunks, mebibytes: int) -> None:
+def test_issue_shapes(rows: int, classes: int, width: int, expected: Chunks, mebibytes: int) -> None:
     """What docs/kernels.md states."""
     plan = _plan(rows, classes, width)
-    assert plan == wanted
-    used = plan.rows * bytes_per_row(classes, width, BF16, **FUSED) + bytes_of_sum(plan, classes, width)
+    assert plan == expected
+    used = plan.rows * bytes_per_row(classes, width, BF16, **FUSED) + accumulator_bytes(plan, classes, width)
     assert round(used / 2**20) == mebibytes
 
 
 def test_a_gradient_that_is_its_own_sum_needs_no_room() -> None:
     for dtype in (BF16, torch.float32):
-        plan = plan_chunks(32768, 184622, 4096, dtype, **FUSED, weight_sum=False)
-        assert not plan.beside and plan.rows >= LEAST_ROWS
+        plan = plan_chunks(32768, 184622, 4096, dtype, **FUSED, needs_accumulator=False)
+        assert not plan.split_accumulator and plan.rows >= MIN_ROWS
 
 
 def test_own_budget() -> None:
     plan = plan_chunks(
-        100, 1000, 64, torch.float32, fused=False, block_classes=512, weight_sum=False, chunk_bytes=1024 * 4 * 30
+        100, 1000, 64, torch.float32, fused=False, BLOCK_N=512, needs_accumulator=False, chunk_bytes=1024 * 4 * 30
     )
     assert plan == Chunks(25, 4)
-    one = plan_chunks(5, 1000, 64, BF16, **FUSED, weight_sum=True, chunk_bytes=1)
+    one = plan_chunks(5, 1000, 64, BF16, **FUSED, needs_accumulator=True, chunk_bytes=1)
     assert one == Chunks(1, 5)
-    large = plan_chunks(6272, 184622, 4096, BF16, **FUSED, weight_sum=True, chunk_bytes=1 << 29)
-    assert large.beside and large.rows < 1500
+    large = plan_chunks(6272, 184622, 4096, BF16, **FUSED, needs_accumulator=True, chunk_bytes=1 << 29)
+    assert large.split_accumulator and large.rows < 1500

@@ -19,26 +19,26 @@ _SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 _PRODUCTS = {"anchored_gemm_kernel", "filtered_d_hidden_kernel", "filtered_d_weight_kernel"}
 _OTHERS = {
-    "pair_logits_kernel",
-    "combine_kernel",
-    "redo_list_kernel",
-    "touched_tokens_kernel",
-    "touch_up_kernel",
+    "indexed_dot_kernel",
+    "row_reduce_kernel",
+    "recompute_blocks_kernel",
+    "contrastive_tokens_kernel",
+    "contrastive_kernel",
     "scale_rows_kernel",
-    "add_beside_kernel",
-    "mark_kernel",
-    "rows_kernel",
-    "counting_kernel",
-    "rank_kernel",
-    "fill_kernel",
-    "take_rows_kernel",
-    "place_results_kernel",
-    "rescale_kernel",
-    "logits_statistics_kernel",
+    "split_accumulate_kernel",
+    "find_supervised_kernel",
+    "write_rows_kernel",
+    "count_hard_tokens_kernel",
+    "rank_hard_tokens_kernel",
+    "hard_token_table_kernel",
+    "gather_rows_kernel",
+    "scatter_results_kernel",
+    "scale_kernel",
+    "logits_stats_kernel",
     "logits_exp_kernel",
     "mark_probable_kernel",
-    "mark_touched_kernel",
-    "list_live_kernel",
+    "mark_tokens_kernel",
+    "active_indices_kernel",
 }
 
 
@@ -56,9 +56,9 @@ def _compile(cache: Path, *arguments: str) -> list[dict]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_choice_compiles_without_spills_onto_tensor_cores(architecture: str, tmp_path: Path) -> None:
-    found = _compile(tmp_path, architecture)
-    assert {kernel["kernel"] for kernel in found} == _PRODUCTS | _OTHERS
-    for kernel in found:
+    result = _compile(tmp_path, architecture)
+    assert {kernel["kernel"] for kernel in result} == _PRODUCTS | _OTHERS
+    for kernel in result:
         shown = {name: kernel[name] for name in ("kernel", "operand", "constants", "options")}
         assert kernel["stack"] == 0 and kernel["local"] == 0, ("registers spill", shown)
         assert kernel["shared"] <= _SHARED[architecture], (kernel["shared"], shown)
@@ -70,7 +70,7 @@ def test_every_choice_compiles_without_spills_onto_tensor_cores(architecture: st
             else:
                 assert kernel["bulk_copies"] > 0, ("no tensor-memory copies", shown)
                 assert kernel["mma"] == 0, ("the slow product of an older chip", shown)
-    operands = {kernel["operand"].split("[")[0] for kernel in found if kernel["kernel"] == "anchored_gemm_kernel"}
+    operands = {kernel["operand"].split("[")[0] for kernel in result if kernel["kernel"] == "anchored_gemm_kernel"}
     assert len(operands) == 2, operands  # bf16 and fp16
 
 

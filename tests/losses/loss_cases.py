@@ -77,7 +77,7 @@ def draw(
     )
 
 
-def error(found: Tensor, truth: Tensor) -> float:
+def error(result: Tensor, truth: Tensor) -> float:
     """Relative error in norm, against a truth that may be zero."""
-    found, truth = found.double(), truth.double()
-    return float((found - truth).norm() / truth.norm().clamp_min(1e-30))
+    result, truth = result.double(), truth.double()
+    return float((result - truth).norm() / truth.norm().clamp_min(1e-30))

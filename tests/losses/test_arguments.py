@@ -74,8 +74,8 @@ def test_refused(start: str, arguments: dict) -> None:
         ("gradient_filter must", {"gradient_filter": 1.0}),
         ("max_rows must", {"max_rows": 0}),
         ("chunk_bytes must", {"chunk_bytes": 0.5}),
-        ("epsilon is no option", {"epsilon": 1.0}),
-        ("options must not be given together with negatives", {"options": LossOptions(), "negatives": 1}),
+        ("unknown option 'epsilon', expected one of negatives", {"epsilon": 1.0}),
+        ("options must be given without further keywords, got negatives", {"options": LossOptions(), "negatives": 1}),
     ],
 )
 def test_module_refuses(start: str, arguments: dict) -> None:

@@ -91,8 +91,8 @@ def test_unsupervised_rows_are_never_read(backend: str) -> None:
     supervised = torch.zeros(2, 9, dtype=torch.bool)
     supervised[:, :-1] = case.labels[:, 1:] != -100
     case.hidden[~supervised] = torch.nan
-    found, d_found, d_weight = case.run(backend)
-    assert torch.equal(clean.loss, found.loss) and torch.equal(d_clean, d_found) and d_weight.isfinite().all()
+    result, d_found, d_weight = case.run(backend)
+    assert torch.equal(clean.loss, result.loss) and torch.equal(d_clean, d_found) and d_weight.isfinite().all()
 
 
 def test_accumulation_equals_one_large_batch(backend: str) -> None:
@@ -134,8 +134,8 @@ def test_non_contiguous_inputs(backend: str) -> None:
     labels = case.labels.t().contiguous().t()
     assert not (hidden.is_contiguous() or weight.is_contiguous() or labels.is_contiguous())
     case.hidden, case.weight, case.labels = hidden, weight, labels
-    found, *grads = case.run(backend)
-    assert torch.allclose(whole.loss, found.loss)
+    result, *grads = case.run(backend)
+    assert torch.allclose(whole.loss, result.loss)
     assert torch.allclose(grads[0], d_hidden) and torch.allclose(grads[1], d_weight)
 
 

@@ -21,8 +21,8 @@ def peaked(threshold: float, **options):
 def test_error_stays_within_the_bound(threshold: float, per_head: bool) -> None:
     exact, d_hidden, d_weight = peaked(0.0, per_head=per_head).run()
     case = peaked(threshold, per_head=per_head)
-    found, f_hidden, f_weight = case.run()
-    assert torch.equal(exact.loss, found.loss)
+    result, f_hidden, f_weight = case.run()
+    assert torch.equal(exact.loss, result.loss)
     # |dz - dz'| < threshold * g for each skipped class, g the row's weight: 1 / number of rows here
     rows = sum(int((case.labels[:, 1 + j :] != -100).sum()) for j in range(2))
     norms = case.weight.norm(dim=-1)

@@ -67,8 +67,8 @@ def test_loss_and_gradients_are_the_models_own(family: str, tied: bool) -> None:
         assert (out.logits is None) == fused
         out.loss.backward()
         results.append((out.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (loss, grads), (found, found_grads) = results
-    assert float(found) == pytest.approx(float(loss), rel=1e-5)
+    (loss, grads), (result, found_grads) = results
+    assert float(result) == pytest.approx(float(loss), rel=1e-5)
     for name, grad in grads.items():
         assert torch.allclose(found_grads[name], grad, rtol=1e-3, atol=1e-6), name
 
@@ -83,8 +83,8 @@ def test_chameleon_trains_on_image_tokens_too() -> None:
     inputs["input_ids"] = inputs["labels"].clamp_min(10)
     states = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
     expected = ntp_loss(states, model.lm_head.weight, inputs["labels"], backend="reference", negatives=0).loss
-    found = fuse_causal_lm(model, negatives=0)(**inputs).loss
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    result = fuse_causal_lm(model, negatives=0)(**inputs).loss
+    assert float(result.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_tcl_het_and_token_weights_come_from_the_batch() -> None:

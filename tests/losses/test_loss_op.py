@@ -75,7 +75,7 @@ def test_compiles_once_for_changing_lengths() -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_backward_again_over_a_kept_graph(offload: bool) -> None:
-    """A [B, T, D] leaf gets a view of what the operator hands over: the saved gradient must not be that."""
+    """A [B, T, D] leaf gets a view of what the operator returns: the saved gradient must not be that."""
     case = draw(dtype=torch.float32, k=1)
     hidden, weight = case.hidden[:, :, 0].clone().requires_grad_(), case.weight.clone().requires_grad_()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x) if offload else contextlib.nullcontext()

@@ -120,8 +120,8 @@ def test_exponentials_of_a_block(rows: int, width: int, classes: int, strided: b
 def test_products_of_the_gradients(rows: int, width: int, classes: int) -> None:
     block = torch.randn(rows, classes).bfloat16()
     hidden, matrix = torch.randn(rows, width).bfloat16(), torch.randn(classes, width).bfloat16()
-    found = loss_cpu.hidden_gradient(block, matrix, hidden, torch.float32)
-    assert error(found, block.double() @ matrix.double()) < 1e-6
+    result = loss_cpu.hidden_gradient(block, matrix, hidden, torch.float32)
+    assert error(result, block.double() @ matrix.double()) < 1e-6
     start = torch.randn(classes, width)
     total = start.clone()
     product = block.double().t() @ hidden.double()
@@ -137,9 +137,9 @@ def test_bfloat16_loss_is_exact_for_its_operands() -> None:
     """Logits never leave float32 accumulators: the loss is that of exact arithmetic on the same operands."""
     case = draw(3, 40, 3, 64, 700, dtype=torch.bfloat16, scale=1.5, slots=6)
     truth, *truth_grads = case.run("reference", torch.float64)
-    found, *grads = case.run("torch")
-    assert torch.equal(found.prediction, truth.prediction)
-    assert float(found.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
+    result, *grads = case.run("torch")
+    assert torch.equal(result.prediction, truth.prediction)
+    assert float(result.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
     for one, other in zip(grads, truth_grads):
         assert error(one, other) < 3e-3
 

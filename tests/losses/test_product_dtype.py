@@ -51,10 +51,10 @@ def test_without_units_the_loss_is_exact_for_its_operands(
     monkeypatch.setattr(products, "_WIDENED_BYTES", 1)  # several parts of the weight, the last one short
     case = draw(2, 23, 3, width, 701, dtype=dtype, scale=width**-0.5, slots=6, negatives=3, **options)
     truth, *truth_grads = case.run("reference", torch.float64)
-    found, *grads = case.run("torch")
-    assert torch.equal(found.prediction, truth.prediction)
-    assert error(found.nll, truth.nll) < 1e-6
-    assert float(found.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
+    result, *grads = case.run("torch")
+    assert torch.equal(result.prediction, truth.prediction)
+    assert error(result.nll, truth.nll) < 1e-6
+    assert float(result.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
     for one, other in zip(grads, truth_grads):
         assert one.dtype == dtype
         assert error(one, other) < (2e-3 if dtype == torch.bfloat16 else 4e-4)
@@ -68,9 +68,9 @@ def test_with_units_the_error_is_within_twice_that_of_pytorch(
     case = draw(2, 23, 3, width, 701, dtype=torch.bfloat16, scale=width**-0.5, slots=6, negatives=0)
     truth, *truth_grads = case.run("reference", torch.float64)
     eager, *eager_grads = case.run("reference")
-    found, *grads = case.run("torch")
+    result, *grads = case.run("torch")
     floor = torch.finfo(torch.float32).eps
-    assert error(found.nll, truth.nll) <= 2 * error(eager.nll, truth.nll) + floor
+    assert error(result.nll, truth.nll) <= 2 * error(eager.nll, truth.nll) + floor
     for one, eager_one, other in zip(grads, eager_grads, truth_grads):
         assert error(one, other) <= 2 * error(eager_one, other) + 4 * floor
 

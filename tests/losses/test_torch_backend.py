@@ -16,15 +16,15 @@ ROW = 17 * 8  # bytes of one row of 17 float64 logits
 
 def agree(case: Case, tolerance: float = 1e-12) -> None:
     truth, *truth_grads = case.run("reference", torch.float64)
-    found, *found_grads = case.run("torch")
+    result, *found_grads = case.run("torch")
     for name in PARTS:
-        ours, theirs = (float(getattr(out, name).detach()) for out in (found, truth))
+        ours, theirs = (float(getattr(out, name).detach()) for out in (result, truth))
         assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
     if case.options.z_loss:
-        assert float(found.z) == pytest.approx(float(truth.z), rel=tolerance)
-    assert torch.equal(found.prediction, truth.prediction)
-    assert torch.allclose(found.nll.double(), truth.nll, rtol=tolerance, atol=10 * tolerance)
-    assert torch.allclose(found.margin.double(), truth.margin, rtol=tolerance, atol=10 * tolerance)
+        assert float(result.z) == pytest.approx(float(truth.z), rel=tolerance)
+    assert torch.equal(result.prediction, truth.prediction)
+    assert torch.allclose(result.nll.double(), truth.nll, rtol=tolerance, atol=10 * tolerance)
+    assert torch.allclose(result.margin.double(), truth.margin, rtol=tolerance, atol=10 * tolerance)
     for one, other in zip(found_grads, truth_grads):
         assert error(one, other) < 3 * tolerance
 
@@ -113,17 +113,17 @@ def test_error_is_within_twice_that_of_pytorch(dtype: torch.dtype, scale: float,
     case.options = LossOptions(per_head=True)
     truth, *truth_grads = case.run("reference", torch.float64)
     eager, *eager_grads = case.run("reference")  # logits rounded to dtype, softmax in float32: PyTorch's usual way
-    found, *found_grads = case.run("torch")
+    result, *found_grads = case.run("torch")
     floor = torch.finfo(torch.float32).eps
     # rounding may break a near tie, which is PyTorch's lot as well
-    wrong, eager_wrong = ((out.head_prediction != truth.head_prediction).float().mean() for out in (found, eager))
+    wrong, eager_wrong = ((out.head_prediction != truth.head_prediction).float().mean() for out in (result, eager))
     assert wrong <= eager_wrong + 0.02
-    assert error(found.nll, truth.nll) <= 2 * error(eager.nll, truth.nll) + floor
+    assert error(result.nll, truth.nll) <= 2 * error(eager.nll, truth.nll) + floor
     # the rounding of single rows mostly cancels in a mean: by luck, so the rows' own errors are the measure
     typical = float((eager.nll - truth.nll).double().square().mean().sqrt())
     for name in PARTS if wrong == 0 else ("ntp", "nktp", "het"):  # another prediction is another negative
         exact = float(getattr(truth, name).detach())
-        ours = abs(float(getattr(found, name).detach()) - exact)
+        ours = abs(float(getattr(result, name).detach()) - exact)
         assert ours <= 2 * typical + 8 * floor * abs(exact), name
     for one, eager_one, truth_one in zip(found_grads, eager_grads, truth_grads):
         assert one.dtype == dtype

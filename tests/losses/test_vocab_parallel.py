@@ -77,8 +77,8 @@ def test_two_ranks_equal_one(backend: str, tmp_path: Path) -> None:
         ranks = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in (0, 1)]
         for values, d_rank, _ in ranks:
             for part, value in values.items():
-                wanted = getattr(whole, part).to(value.dtype)
-                assert torch.allclose(value, wanted, rtol=tolerance, atol=tolerance), (name, part)
+                expected = getattr(whole, part).to(value.dtype)
+                assert torch.allclose(value, expected, rtol=tolerance, atol=tolerance), (name, part)
             assert error(d_rank, d_hidden) < tolerance, name
         assert torch.equal(ranks[0][1], ranks[1][1]), name
         assert error(torch.cat([ranks[0][2], ranks[1][2]], -2), d_weight) < tolerance, name

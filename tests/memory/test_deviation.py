@@ -28,8 +28,8 @@ def example() -> tuple[Output, Tensor, Codebook]:
 
 def test_codebook_distance() -> None:
     output, labels, codebook = example()
-    found = token_deviation("codebook", output, labels, codebook)
-    assert found[0, :5].tolist() == [0.0, 5.0, 1.0, torch.inf, torch.inf]
+    result = token_deviation("codebook", output, labels, codebook)
+    assert result[0, :5].tolist() == [0.0, 5.0, 1.0, torch.inf, torch.inf]
 
 
 def test_margin_and_nll_are_the_losss_own() -> None:
@@ -52,7 +52,7 @@ def test_each_kind_ranks_in_its_own_order(kind: str, positions: list[int]) -> No
 
 def test_wrong_arguments_are_named() -> None:
     output, labels, _ = example()
-    with pytest.raises(ValueError, match="codebook is None"):
+    with pytest.raises(ValueError, match="codebook must be the embeddings"):
         token_deviation("codebook", output, labels)
-    with pytest.raises(ValueError, match="deviation is 'entropy'"):
+    with pytest.raises(ValueError, match="deviation must be one of margin, nll, codebook, got 'entropy'"):
         token_deviation("entropy", output, labels)

@@ -40,10 +40,10 @@ def served(entries: dict[int, list[reference.Entry]], n: int) -> HardTokens:
 
 
 def expect(memory: HardTokenMemory, entries: dict[int, list[reference.Entry]]) -> None:
-    found, expected = memory.lookup(torch.arange(SAMPLES)), served(entries, memory.n)
-    assert found.position.dtype == found.token.dtype == torch.int64
-    assert torch.equal(found.position, expected.position)
-    assert torch.equal(found.token, expected.token)
+    result, expected = memory.lookup(torch.arange(SAMPLES)), served(entries, memory.n)
+    assert result.position.dtype == result.token.dtype == torch.int64
+    assert torch.equal(result.position, expected.position)
+    assert torch.equal(result.token, expected.token)
 
 
 @pytest.mark.parametrize("path", ["native", "plain"])
@@ -73,14 +73,14 @@ def follow(epochs: list[list[tuple[Tensor, ...]]], n: int) -> None:
 @given(st.lists(batches(), min_size=2, max_size=4), st.integers(1, 5), st.randoms())
 def test_order_of_visits_does_not_matter(recorded: list[tuple[Tensor, ...]], n: int, random) -> None:
     shuffled = random.sample(recorded, len(recorded))
-    found = []
+    result = []
     for order in (recorded, shuffled):
         memory = HardTokenMemory(SAMPLES, n)
         for batch in order:
             memory.record(*batch)
         memory.advance()
-        found.append(memory.lookup(torch.arange(SAMPLES)))
-    assert torch.equal(found[0].position, found[1].position) and torch.equal(found[0].token, found[1].token)
+        result.append(memory.lookup(torch.arange(SAMPLES)))
+    assert torch.equal(result[0].position, result[1].position) and torch.equal(result[0].token, result[1].token)
 
 
 def one_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,9 +96,9 @@ def test_a_case_by_hand() -> None:
     memory.record(*one_batch())
     assert memory.lookup(torch.tensor([4])).position.tolist() == [[-1, -1, -1]]
     memory.advance()
-    found = memory.lookup(torch.tensor([4, 0, 1]))
-    assert found.position.tolist() == [[2, 0, -1], [-1, -1, -1], [1, 3, -1]]
-    assert found.token.tolist() == [[3, 3, -1], [-1, -1, -1], [2, 2, -1]]
+    result = memory.lookup(torch.tensor([4, 0, 1]))
+    assert result.position.tolist() == [[2, 0, -1], [-1, -1, -1], [1, 3, -1]]
+    assert result.token.tolist() == [[3, 3, -1], [-1, -1, -1], [2, 2, -1]]
     memory.advance()
     assert (memory.lookup(torch.arange(5)).position == -1).all()
 
@@ -132,20 +132,20 @@ def test_own_ignore_index() -> None:
 def test_ids_out_of_range(ids: list[int]) -> None:
     memory = HardTokenMemory(5, 3)
     batch = one_batch()[1:]
-    with pytest.raises(ValueError, match="sample_ids spans"):
+    with pytest.raises(ValueError, match="sample_ids must be in"):
         memory.record(torch.tensor(ids), *batch)
-    with pytest.raises(ValueError, match="sample_ids spans"):
+    with pytest.raises(ValueError, match="sample_ids must be in"):
         memory.lookup(torch.tensor(ids))
 
 
 @pytest.mark.parametrize(
     ("position", "wrong", "message"),
     [
-        (0, torch.tensor([1]), "prediction is"),
-        (0, torch.tensor([1.0, 2.0]), "sample_ids is"),
-        (1, torch.zeros(2, dtype=torch.int64), "prediction is"),
-        (2, torch.zeros(2, 3, dtype=torch.int64), "labels is"),
-        (3, torch.zeros(2, 5), "deviation is"),
+        (0, torch.tensor([1]), "prediction must be"),
+        (0, torch.tensor([1.0, 2.0]), "sample_ids must be an int64"),
+        (1, torch.zeros(2, dtype=torch.int64), "prediction must be"),
+        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must have"),
+        (3, torch.zeros(2, 5), "deviation must have"),
     ],
 )
 def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -> None:
@@ -155,7 +155,7 @@ def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -
         HardTokenMemory(5, 3).record(*batch)
 
 
-@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n is 0")])
+@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n must be >= 1, got 0")])
 def test_sizes_must_be_positive(samples: int, n: int, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         HardTokenMemory(samples, n)
@@ -166,7 +166,7 @@ def test_many_threads_on_one_row_agree_with_the_definition() -> None:
     prediction, labels = torch.randint(0, 4, (2, 400, 300), generator=generator)
     deviation = torch.rand(400, 300, generator=generator)
     ids = torch.randint(0, 2, (400,), generator=generator)
-    found = []
+    result = []
     threads = torch.get_num_threads()
     for path, count in (("native", 4), ("plain", 1)):
         memory = HardTokenMemory(2, 64)
@@ -177,5 +177,5 @@ def test_many_threads_on_one_row_agree_with_the_definition() -> None:
         finally:
             torch.set_num_threads(threads)
         memory.advance()
-        found.append(memory.lookup(torch.tensor([0, 1])))
-    assert torch.equal(found[0].position, found[1].position) and torch.equal(found[0].token, found[1].token)
+        result.append(memory.lookup(torch.tensor([0, 1])))
+    assert torch.equal(result[0].position, result[1].position) and torch.equal(result[0].token, result[1].token)

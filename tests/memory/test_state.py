@@ -58,10 +58,10 @@ def test_a_fresh_memory_is_saved_too() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 11}, "num_samples is 10; it must be 11"),
-        ({"n": 5}, "n is 6; it must be 5"),
-        ({"key": "other"}, "content key is 'mine'; it must be 'other'"),
-        ({"deviation": "nll"}, "deviation is 'margin'"),
+        ({"num_samples": 11}, "num_samples must be 11 as in this memory, got 10"),
+        ({"n": 5}, "n must be 5 as in this memory, got 6"),
+        ({"key": "other"}, "content key must be 'other', got 'mine'"),
+        ({"deviation": "nll"}, "deviation must be 'nll' as in this memory, got 'margin'"),
     ],
 )
 def test_a_state_of_something_else_is_refused(options: dict[str, object], message: str) -> None:
@@ -73,7 +73,7 @@ def test_a_state_of_something_else_is_refused(options: dict[str, object], messag
 
 def test_another_format_or_version_is_refused() -> None:
     memory = HardTokenMemory(10, 6)
-    with pytest.raises(ValueError, match="version is 2"):
+    with pytest.raises(ValueError, match="version must be 1 for this release of ntpseg, got 2"):
         memory.load_state_dict({**memory.state_dict(), "version": 2})
     with pytest.raises(ValueError, match="format"):
         memory.load_state_dict({"rows": torch.zeros(3)})

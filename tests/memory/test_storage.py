@@ -69,7 +69,7 @@ def test_prefetched_rows_are_the_ones_served(monkeypatch: pytest.MonkeyPatch) ->
     memory.advance()
     memory.prefetch(ids)
     direct = memory._background._gather(ids)
-    monkeypatch.setattr(background.Background, "_gather", lambda self, wanted: pytest.fail("was not prefetched"))
+    monkeypatch.setattr(background.Background, "_gather", lambda self, expected: pytest.fail("was not prefetched"))
     assert torch.equal(memory.lookup(ids).token, direct[:, 2].long())
 
 
@@ -118,10 +118,10 @@ def test_a_state_moves_between_storages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 31}, "num_samples is 30; it must be 31"),
-        ({"n": 6}, "n is 5; it must be 6"),
-        ({"key": "b"}, "content key is 'a'; it must be 'b'"),
-        ({"deviation": "codebook"}, "deviation is 'margin'"),
+        ({"num_samples": 31}, "num_samples must be 31 as in this memory, got 30"),
+        ({"n": 6}, "n must be 6 as in this memory, got 5"),
+        ({"key": "b"}, "content key must be 'b', got 'a'"),
+        ({"deviation": "codebook"}, "deviation must be 'codebook' as in this memory, got 'margin'"),
     ],
 )
 def test_files_of_another_memory_are_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_files_of_another_version_are_refused(tmp_path: Path) -> None:
     make("mapped", tmp_path)
     header = tmp_path / "memory" / "header.json"
     header.write_text(json.dumps({**json.loads(header.read_text()), "version": 7}))
-    with pytest.raises(ValueError, match="version is 7"):
+    with pytest.raises(ValueError, match="version must be 1 for this release of ntpseg, got 7"):
         make("mapped", tmp_path)
 
 
@@ -165,18 +165,18 @@ def test_a_million_samples(tmp_path: Path) -> None:
     memory.advance()
     for ids in order[:40_000].split(size):
         memory.prefetch(ids)
-        found = memory.lookup(ids)
-        assert torch.equal(found.position[:, 0], ids % 64)
-        assert torch.equal(found.token, (1 + ids % 1000).unsqueeze(1).expand(-1, 64))
+        result = memory.lookup(ids)
+        assert torch.equal(result.position[:, 0], ids % 64)
+        assert torch.equal(result.token, (1 + ids % 1000).unsqueeze(1).expand(-1, 64))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"storage": "tape"}, "storage is 'tape'"),
-        ({"storage": "mapped"}, "path is None"),
-        ({"path": "somewhere"}, "path is 'somewhere'"),
-        ({"deviation": "entropy"}, "deviation is 'entropy'"),
+        ({"storage": "tape"}, "storage must be one of device, pinned, mapped, got 'tape'"),
+        ({"storage": "mapped"}, "path must be a folder .*, got None"),
+        ({"path": "somewhere"}, "path must be .*, got 'somewhere'"),
+        ({"deviation": "entropy"}, "deviation must be one of margin, nll, codebook, got 'entropy'"),
     ],
 )
 def test_unknown_options_are_named(options: dict[str, str], message: str) -> None:

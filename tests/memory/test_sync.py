@@ -58,7 +58,7 @@ def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
         for buffer in ("served", "recording"):
             for name, tensor in expected[buffer].items():
                 assert torch.equal(state[buffer][name], tensor), (rank, buffer, name)
-        assert "ranks are in epochs 2 .. 3" in (tmp_path / f"{rank}.txt").read_text()
+        assert "same epoch, got 2 .. 3" in (tmp_path / f"{rank}.txt").read_text()
 
 
 def test_without_a_process_group_nothing_happens() -> None:

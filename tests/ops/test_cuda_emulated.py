@@ -64,9 +64,9 @@ def topn(emulator: ctypes.CDLL, deviation: Tensor, is_error: Tensor, n: int, see
 
 
 def agree(emulator: ctypes.CDLL, deviation: Tensor, is_error: Tensor, n: int, seed: int = 0) -> None:
-    found, expected = topn(emulator, deviation, is_error, n, seed), plain_topn_errors(deviation, is_error, n)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    result, expected = topn(emulator, deviation, is_error, n, seed), plain_topn_errors(deviation, is_error, n)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
 
 
 # Lengths for each of the launcher's block shapes for few rows, with and without vector loads.

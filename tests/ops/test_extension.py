@@ -36,8 +36,8 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(lambda d, e: topn_errors(d * 2, e, 5), fullgraph=True, backend="aot_eager")
     deviation, is_error = torch.rand(3, 40), torch.rand(3, 40) < 0.5
     expected = topn_errors(deviation * 2, is_error, 5)
-    found = compiled(deviation, is_error)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    result = compiled(deviation, is_error)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
 def test_malformed_tensors_are_refused_natively() -> None:
@@ -74,8 +74,8 @@ def test_without_the_extension_everything_still_runs() -> None:
 
 def test_both_paths_say_the_same() -> None:
     deviation, is_error = torch.rand(3, 40), torch.rand(3, 40) < 0.5
-    found = []
-    for wanted in (True, False):
-        with native(wanted):
-            found.append(topn_errors(deviation, is_error, 7))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    result = []
+    for expected in (True, False):
+        with native(expected):
+            result.append(topn_errors(deviation, is_error, 7))
+    assert torch.equal(result[0][0], result[1][0]) and torch.equal(result[0][1], result[1][1])

@@ -37,6 +37,26 @@ def test_accumulation_equals_a_large_batch(tmp_path) -> None:
         torch.testing.assert_close(weights, found[0][1], rtol=1e-3, atol=1e-5)
 
 
+def test_counts_are_those_of_the_loss(tmp_path) -> None:
+    """Over the vocabulary's range, with a stored hard token outside it: dividing by the counts changes nothing."""
+    trainer = make_trainer(make_toy(6), tmp_path, k=3)
+    low, high = trainer.model.config.vocab_range
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    position = int((batch["labels"][0] != -100).nonzero()[0]) + torch.arange(4).repeat(4, 1)
+    token = torch.tensor([low, high - 1, 0, low - 1]).repeat(4, 1)
+    shape = batch["labels"].shape
+    prediction = torch.full(shape, -1).scatter(1, position, token)
+    trainer.memory.record(batch["sample_ids"], prediction, batch["labels"], torch.ones(shape))
+    trainer.memory.advance()
+    trainer.model.train()
+    items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    inputs = {name: value for name, value in batch.items() if name != "sample_ids"}
+    own, divided = trainer.model(**inputs), trainer.model(**inputs, num_items=items)
+    assert 0 < float(items.het) <= 8 and float(own.het) > 0
+    for name in ("loss", "ntp", "nktp", "tcl", "het"):
+        torch.testing.assert_close(getattr(divided, name), getattr(own, name), msg=name)
+
+
 def test_parts_add_up_and_each_strategy_can_be_off(tmp_path) -> None:
     toy = make_toy(8)
     names = ("loss", "ntp", "nktp", "tcl", "het")

@@ -1,4 +1,4 @@
-"""What every kernel shares: constants, the interpreter switch, the epilogue over a tile of logits."""
+"""Triton helpers that the kernels share: constants, the interpreter switch, the epilogue over a tile of logits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ON_INTERPRETER = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NO_TOKEN = tl.constexpr(2147483647)
+INT32_MAX = tl.constexpr(2147483647)
 # An anchor above every logit: exp2 of the difference is exactly zero, so the dense part of the row vanishes.
 FAR_ANCHOR = tl.constexpr(1.0e30)
 
 
-def _mend_interpreter() -> None:
+def _patch_interpreter() -> None:
     """Lets a scalar be the bound of a loop: a one-element array there, which is no ``int`` to NumPy 2.5 and later.
 
     Triton 3.9 does the same in its own interpreter; 3.6 does not.
@@ -27,19 +27,19 @@ def _mend_interpreter() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def mended(tensor: Any, scope: Any) -> None:
+    def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = mended
+    interpreter._patch_lang_tensor = patched
 
 
 if INTERPRETED:
-    _mend_interpreter()
+    _patch_interpreter()
 
 
 @triton.jit
-def operand(x):
+def upcast_if_interpreted(x):
     """An operand of a product. The interpreter holds bf16 as raw integers and multiplies those: give it fp32."""
     if ON_INTERPRETER:
         x = x.to(tl.float32)
@@ -47,7 +47,7 @@ def operand(x):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def downcast(x, dtype: tl.constexpr):
     """fp32 to the dtype of a store, to the nearest. The interpreter truncates to bf16: round there beforehand."""
     if ON_INTERPRETER and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -61,28 +61,28 @@ def anchored_exp(z, anchor, limit, column):
     """E of one tile and its contribution to each row's sum, maximum and arg-max.
 
     Args:
-        z: ``[BR, BV]`` fp32 logits straight from the accumulators, -inf outside the vocabulary.
-        anchor: ``[BR]`` fp32, ``z_y * log2(e)``, rounded; the combination knows the rounding error.
-        limit: ``[BR]`` fp32, logit above which the anchor would overflow E.
-        column: ``[BV]`` int32 class ids.
+        z: ``[BLOCK_M, BLOCK_N]`` fp32 logits straight from the accumulators, -inf outside the vocabulary.
+        anchor: ``[BLOCK_M]`` fp32, ``z_y * log2(e)``, rounded; the reduction knows the rounding error.
+        limit: ``[BLOCK_M]`` fp32, logit above which the anchor would overflow E.
+        column: ``[BLOCK_N]`` int32 class ids.
 
     Returns:
         e, sum, maximum, arg-max (lowest id on ties). Where the tile's maximum is above `limit` the tile takes that
-        maximum as its anchor instead: E stays finite and the sum exact, and the row is done again afterwards.
+        maximum as its anchor instead: E stays finite and the sum exact, and the row's E is recomputed afterwards.
     """
-    top = tl.max(z, 1)
-    best = tl.min(tl.where(z == top[:, None], column[None, :], NO_TOKEN), 1)
-    used = tl.where(top > limit, top * LOG2E, anchor)
-    # fused on every device: the combination takes single entries out of the sum again and must find the same numbers
+    row_max = tl.max(z, 1)
+    argmax = tl.min(tl.where(z == row_max[:, None], column[None, :], INT32_MAX), 1)
+    used = tl.where(row_max > limit, row_max * LOG2E, anchor)
+    # fused on every device: the reduction takes single entries out of the sum again and must find the same numbers
     e = tl.exp2(tl.fma(z, LOG2E, -used[:, None]))
-    return e, tl.sum(e, 1), top, best
+    return e, tl.sum(e, 1), row_max, argmax
 
 
 @triton.jit
-def rebase(top, whole, anchor, limit):
-    """Factor that brings a sum taken at the anchor of a part (maximum `top`) to that of the whole (maximum `whole`)."""
-    used = tl.where(top > limit, top * LOG2E, anchor)
-    wanted = tl.where(whole > limit, whole * LOG2E, anchor)
+def rescale_factor(part_max, row_max, anchor, limit):
+    """Factor that brings a sum taken at the anchor of a part of the row to that of the whole row, by their maxima."""
+    used = tl.where(part_max > limit, part_max * LOG2E, anchor)
+    wanted = tl.where(row_max > limit, row_max * LOG2E, anchor)
     return tl.exp2(used - wanted)
 
 

@@ -1,4 +1,4 @@
-"""Planning by kernels equals planning in plain PyTorch, row by row and on the way back."""
+"""Compaction by kernels equals compaction in plain PyTorch, row by row and on the way back."""
 
 from __future__ import annotations
 
@@ -14,32 +14,30 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 
 from loss_cases import Case, draw
 
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.placing import take_rows
+from ntpseg.kernels.gather_scatter import gather_rows
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
-from ntpseg.losses.placement import RowPlan
-from ntpseg.losses.rows import plan_rows
-from ntpseg.losses.rows_by_kernels import KernelPlan, plan_by_kernels
+from ntpseg.losses.compaction import Compaction, compact
+from ntpseg.losses.compaction_triton import TritonCompaction, compact_triton
+from ntpseg.losses.supervision import Supervision
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 
 
-def _both(case: Case, per_head: bool, counts: Any = (None, None)) -> tuple[RowPlan, KernelPlan]:
+def _both(case: Case, per_head: bool, counts: Any = (None, None)) -> tuple[Compaction, TritonCompaction]:
     options: LossOptions = case.options
     low, high = options.vocab_range or (0, case.weight.shape[-2])
     het = case.tensors.get("het")
-    keywords = {
-        "per_head_weight": per_head,
-        "het_position": het.position if het else None,
-        "het_token": het.token if het else None,
-        "token_weights": case.tensors.get("token_weights"),
-        "num_rows": counts[0],
-        "num_het": counts[1],
-    }
-    batch, time, heads, _ = case.hidden.shape
-    rows, alone = plan_rows(case.hidden, case.labels, high - low, options, **keywords)
-    plain = RowPlan(rows, alone, (batch, time, heads), int(options.shift))
-    return plain, plan_by_kernels(case.hidden, case.labels, high - low, options, **keywords)
+    supervision = Supervision(
+        labels=case.labels,
+        het_position=het.position if het else None,
+        het_token=het.token if het else None,
+        token_weights=case.tensors.get("token_weights"),
+        num_rows=counts[0],
+        num_het=counts[1],
+    )
+    arguments = case.hidden, supervision, high - low, options
+    return compact(*arguments, per_head_weight=per_head), compact_triton(*arguments, per_head_weight=per_head)
 
 
 @pytest.mark.parametrize(
@@ -70,29 +68,33 @@ def test_equals_plain(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     a, b = plain.rows, kernels.rows
     assert a.segments == b.segments
     real = a.index >= 0
-    for name in ("target", "reach", "het", "index"):
+    for name in ("target", "num_negatives", "hard_tokens", "index"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert getattr(a, name).dtype == getattr(b, name).dtype
     assert torch.equal(a.hidden[real], b.hidden[real]) and not b.hidden[~real].any()
-    for left, right in ((a.share, b.share), (a.het_share, b.het_share), (plain.ntp_share, kernels.ntp_share)):
+    for left, right in (
+        (a.row_weight, b.row_weight),
+        (a.entry_weight, b.entry_weight),
+        (plain.ntp_weight, kernels.ntp_weight),
+    ):
         torch.testing.assert_close(left, right, rtol=3e-7, atol=0)
 
     count = len(a.target)
     prediction = torch.where(real, torch.arange(count), -1)
     nll, margin = torch.rand(2, count).masked_fill(~real, 0.0)
     low = case.options.vocab_range[0] if case.options.vocab_range else 0
-    found, wanted = (plan.results(prediction, nll, margin, low) for plan in (kernels, plain))
-    for left, right in zip(found, wanted, strict=True):
+    result, expected = (each.scatter_results(prediction, nll, margin, low) for each in (kernels, plain))
+    for left, right in zip(result, expected, strict=True):
         assert left.dtype == right.dtype and torch.equal(left, right)
     d_rows = torch.randn(count, case.hidden.shape[-1]).to(dtype) * real.unsqueeze(1)
-    assert torch.equal(kernels.gradient(d_rows), plain.gradient(d_rows))
+    assert torch.equal(kernels.scatter_gradient(d_rows), plain.scatter_gradient(d_rows))
 
 
 def test_given_counts_replace_those_of_the_batch() -> None:
     case = draw(dtype=torch.float32, head_weights=(0.5, 1.0, 2.0))
     plain, kernels = _both(case, False, (torch.tensor([40.0, 0.0, 20.0]).double(), torch.tensor(7.0).double()))
-    torch.testing.assert_close(plain.rows.share, kernels.rows.share, rtol=3e-7, atol=0)
-    assert kernels.rows.het_share == plain.rows.het_share
+    torch.testing.assert_close(plain.rows.row_weight, kernels.rows.row_weight, rtol=3e-7, atol=0)
+    assert kernels.rows.entry_weight == plain.rows.entry_weight
 
 
 @pytest.mark.parametrize("label", [17, -1, 1 << 40])
@@ -102,20 +104,20 @@ def test_a_label_out_of_range_is_named(label: int) -> None:
     with pytest.raises(ValueError, match=rf"labels must be ignore_index or in \[0, 17\), got {label}$"):
         _both(case, False)
     options = LossOptions(max_rows=18)
-    with pytest.raises(RuntimeError, match="a label is neither ignore_index nor in the vocabulary"):
-        plan_by_kernels(case.hidden, case.labels, 17, options, per_head_weight=False)
+    with pytest.raises(RuntimeError, match="labels must be ignore_index or in the vocabulary"):
+        compact_triton(case.hidden, Supervision(case.labels), 17, options, per_head_weight=False)
 
 
 def test_more_rows_than_promised_are_an_error() -> None:
     case = draw(dtype=torch.float32, unsupervised=0.0)
-    with pytest.raises(RuntimeError, match="more supervised rows"):
-        plan_by_kernels(case.hidden, case.labels, 17, LossOptions(max_rows=3), per_head_weight=True)
+    with pytest.raises(RuntimeError, match="supervised rows"):
+        compact_triton(case.hidden, Supervision(case.labels), 17, LossOptions(max_rows=3), per_head_weight=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_take_rows(dtype: torch.dtype) -> None:
+def test_gather_rows(dtype: torch.dtype) -> None:
     source = torch.randn(50, 24).to(dtype)[:, :19]
     index = torch.tensor([49, -1, 0, 7, 7], dtype=torch.int32)
-    wanted = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
-    assert torch.equal(take_rows(source, index), wanted)
-    assert take_rows(source, index[:0]).shape == (0, 19)
+    expected = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
+    assert torch.equal(gather_rows(source, index), expected)
+    assert gather_rows(source, index[:0]).shape == (0, 19)

@@ -1,4 +1,4 @@
-"""The chunk loop over the kernels against float64, for every engine, dtype, option and trap."""
+"""The chunk loop over the kernels against float64, for every forward product, dtype, option and trap."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from kernel_cases import (
     truth,
 )
 
-from ntpseg.kernels import chunks, engine, products
-from ntpseg.kernels.dialect import INTERPRETED
-from ntpseg.kernels.engine import Setting
+from ntpseg.kernels import chunk_loop, chunks, matmul
+from ntpseg.kernels.chunk_loop import LoopOptions
+from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import triton_backend
 from ntpseg.losses.options import LossOptions
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FUSED = Setting(fused=True)
+FUSED = LoopOptions(fused=True)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "setting"),
+    ("dtype", "width", "loop"),
     [
         (F32, 72, None),
         (F32, 72, FUSED),
         (F32, 51, None),
         (BF16, 72, None),
-        (BF16, 72, Setting(tiles=DESCRIPTORS)),
-        (BF16, 200, Setting(tiles=DESCRIPTORS)),
+        (BF16, 72, LoopOptions(configs=DESCRIPTORS)),
+        (BF16, 200, LoopOptions(configs=DESCRIPTORS)),
         (BF16, 51, None),  # rows that are not 16-byte aligned
         (F16, 72, None),
         (F16, 51, None),
     ],
 )
 @pytest.mark.parametrize("scale", [1.0, 12.0], ids=["calm", "overflow"])
-def test_agrees_with_float64(dtype: torch.dtype, width: int, setting: Setting | None, scale: float) -> None:
+def test_agrees_with_float64(dtype: torch.dtype, width: int, loop: LoopOptions | None, scale: float) -> None:
     rows, weight = draw_rows(width=width, dtype=dtype, scale=scale, leaders=True)
     options = LossOptions()
-    assert_agrees(run(rows, weight, options, setting), truth(rows, weight, options), dtype)
+    assert_agrees(run(rows, weight, options, loop), truth(rows, weight, options), dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_rows_without_weight_and_padding(dtype: torch.dtype) -> None:
-    rows, weight = draw_rows(dtype=dtype, zero_share=True, padding=20, scale=3.0)
-    found = run(rows, weight, LossOptions(), FUSED)
-    assert_agrees(found, truth(rows, weight, LossOptions()), dtype)
-    assert (found.prediction[-20:] == -1).all()
-    assert not found.d_hidden[-20:].any()
+    rows, weight = draw_rows(dtype=dtype, zero_row_weight=True, padding=20, scale=3.0)
+    result = run(rows, weight, LossOptions(), FUSED)
+    assert_agrees(result, truth(rows, weight, LossOptions()), dtype)
+    assert (result.prediction[-20:] == -1).all()
+    assert not result.d_hidden[-20:].any()
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_odd_shapes(count: int, width: int, classes: int) -> None:
 
 def test_a_single_class_leaves_nothing_to_learn() -> None:
     rows, weight = draw_rows(9, 16, 1, hard=0)
-    found = run(rows, weight, LossOptions(), FUSED)
-    assert not found.prediction.any() and not found.margin.any()
-    assert found.nll.max() < 1e-6 and found.d_hidden.abs().max() < 1e-6
+    result = run(rows, weight, LossOptions(), FUSED)
+    assert not result.prediction.any() and not result.margin.any()
+    assert result.nll.max() < 1e-6 and result.d_hidden.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
     rows, weight = draw_rows(dtype=dtype, leaders=True)
     whole = run(rows, weight, LossOptions(), FUSED)
-    cut = run(rows, weight, LossOptions(), Setting(fused=True, chunk_bytes=384 * dtype.itemsize * 50))
+    cut = run(rows, weight, LossOptions(), LoopOptions(fused=True, chunk_bytes=384 * dtype.itemsize * 50))
     assert torch.equal(whole.prediction, cut.prediction)
     # a CPU's products may add up in another order where a row lies elsewhere in its block
     for name in (*ROW_RESULTS, "d_hidden"):
@@ -109,24 +109,24 @@ def test_chunks_change_nothing_but_rounding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("filtered", [0.0, 1e-9])
-def test_weight_gradient_summed_beside_itself(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradient_summed_in_a_split_accumulator(filtered: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 40_000)
-    monkeypatch.setattr(products, "SLICE_BYTES", 4 * 72 * 200)  # two slices, or three of whole tiles
+    monkeypatch.setattr(matmul, "SLICE_BYTES", 4 * 72 * 200)  # two slices, or three of whole tiles
     rows, weight = draw_rows(dtype=BF16, leaders=True)
-    setting = Setting(fused=True, chunk_bytes=384 * 2 * 50, gradient_filter=filtered)
+    loop = LoopOptions(fused=True, chunk_bytes=384 * 2 * 50, gradient_filter=filtered)
     planned = []
     monkeypatch.setattr(
-        engine, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
+        chunk_loop, "plan_chunks", lambda *a, **k: planned.append(chunks.plan_chunks(*a, **k)) or planned[-1]
     )
-    found, wanted = run(rows, weight, LossOptions(), setting), truth(rows, weight, LossOptions())
-    assert planned == [chunks.Chunks(47, 3, beside=True)]
-    assert_agrees(found, wanted, BF16)
+    result, expected = run(rows, weight, LossOptions(), loop), truth(rows, weight, LossOptions())
+    assert planned == [chunks.Chunks(47, 3, split_accumulator=True)]
+    assert_agrees(result, expected, BF16)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1 << 30)
-    in_fp32 = run(rows, weight, LossOptions(), setting)
+    in_fp32 = run(rows, weight, LossOptions(), loop)
     assert planned[1] == chunks.Chunks(47, 3)
     # the same sum but for its 17th bit: hardly a number rounds to another bf16
-    assert (found.d_weight != in_fp32.d_weight).float().mean() < 0.01
-    assert torch.equal(found.d_hidden, in_fp32.d_hidden)
+    assert (result.d_weight != in_fp32.d_weight).float().mean() < 0.01
+    assert torch.equal(result.d_hidden, in_fp32.d_hidden)
 
 
 @pytest.mark.parametrize("width", [51, 4])
@@ -134,9 +134,9 @@ def test_weight_gradient_summed_beside_itself(filtered: float, monkeypatch: pyte
 def test_unaligned_rows_are_padded(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = draw_rows(width=width, dtype=dtype, scale=3.0)
     widths = []
-    launch = engine.anchored_gemm
+    launch = chunk_loop.anchored_gemm
     monkeypatch.setattr(
-        engine, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
+        chunk_loop, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
     )
     assert_agrees(run(rows, weight, LossOptions()), truth(rows, weight, LossOptions()), dtype)
     assert set(widths) == {(-(-width // 8) * 8,) * 2}
@@ -151,9 +151,13 @@ def test_repeats_bit_for_bit() -> None:
 
 def test_never_writes_to_its_inputs() -> None:
     rows, weight = draw_rows(dtype=BF16, scale=12.0)
-    before = [x.clone() for x in (rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach)]
+    before = [
+        x.clone() for x in (rows.hidden, weight, rows.target, rows.row_weight, rows.hard_tokens, rows.num_negatives)
+    ]
     run(rows, weight, LossOptions())
-    for x, y in zip((rows.hidden, weight, rows.target, rows.share, rows.het, rows.reach), before, strict=True):
+    for x, y in zip(
+        (rows.hidden, weight, rows.target, rows.row_weight, rows.hard_tokens, rows.num_negatives), before, strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -161,18 +165,23 @@ def test_never_writes_to_its_inputs() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_makes_only_the_gradients_that_are_wanted(hidden_grad: bool, fused: bool) -> None:
     rows, weight = draw_rows()
-    wanted = truth(rows, weight, LossOptions())
-    found = triton_backend.rows_loss(
-        rows, weight, LossOptions(), hidden_grad=hidden_grad, weight_grad=not hidden_grad, setting=Setting(fused=fused)
+    expected = truth(rows, weight, LossOptions())
+    result = triton_backend.rows_loss(
+        rows,
+        weight,
+        LossOptions(),
+        hidden_grad=hidden_grad,
+        weight_grad=not hidden_grad,
+        loop=LoopOptions(fused=fused),
     )
     made, missing = GRADIENTS if hidden_grad else GRADIENTS[::-1]
-    assert getattr(found, missing) is None
-    assert distance(getattr(found, made), getattr(wanted, made)) < GRADIENT_ERROR[F32]
+    assert getattr(result, missing) is None
+    assert distance(getattr(result, made), getattr(expected, made)) < GRADIENT_ERROR[F32]
     neither = triton_backend.rows_loss(
-        rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, setting=Setting(fused=fused)
+        rows, weight, LossOptions(), hidden_grad=False, weight_grad=False, loop=LoopOptions(fused=fused)
     )
     assert neither.d_hidden is None and neither.d_weight is None
-    assert torch.equal(neither.nll, found.nll) and torch.equal(neither.prediction, found.prediction)
+    assert torch.equal(neither.nll, result.nll) and torch.equal(neither.prediction, result.prediction)
 
 
 def test_a_slice_of_a_larger_weight() -> None:
@@ -190,11 +199,11 @@ def test_ties_go_to_the_lowest_id(fused: bool) -> None:
     # whole numbers: their sums are exact in whatever order a CPU's product adds them up
     rows = dataclasses.replace(rows, hidden=rows.hidden.round())
     weight = (2 * weight[:1]).round().expand(300, -1).contiguous()
-    found = run(rows, weight, LossOptions(), Setting(fused=fused))
-    assert not found.prediction.any()
-    assert found.margin.max() < 1e-5
-    assert not found.margin[rows.target == 0].any()
-    torch.testing.assert_close(found.nll, torch.full((40,), math.log(300.0)))
+    result = run(rows, weight, LossOptions(), LoopOptions(fused=fused))
+    assert not result.prediction.any()
+    assert result.margin.max() < 1e-5
+    assert not result.margin[rows.target == 0].any()
+    torch.testing.assert_close(result.nll, torch.full((40,), math.log(300.0)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -202,17 +211,17 @@ def test_nan_stays_visible(fused: bool) -> None:
     rows, weight = draw_rows(count=70)
     hidden = rows.hidden.clone()
     hidden[3, 5] = math.nan
-    found = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), Setting(fused=fused))
-    assert found.nll[3].isnan()
-    assert found.d_hidden[3].isnan().any()
-    assert not found.nll[30:].isnan().any()
+    result = run(dataclasses.replace(rows, hidden=hidden), weight, LossOptions(), LoopOptions(fused=fused))
+    assert result.nll[3].isnan()
+    assert result.d_hidden[3].isnan().any()
+    assert not result.nll[30:].isnan().any()
 
 
 def test_float64_goes_to_the_torch_backend() -> None:
     rows, weight = draw_rows(count=20)
     exact = dataclasses.replace(
-        rows, hidden=rows.hidden.double(), share=rows.share.double(), het_share=rows.het_share.double()
+        rows, hidden=rows.hidden.double(), row_weight=rows.row_weight.double(), entry_weight=rows.entry_weight.double()
     )
-    found = run(exact, weight.double(), LossOptions())
-    assert found.nll.dtype == torch.float64
-    assert distance(found.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-12
+    result = run(exact, weight.double(), LossOptions())
+    assert result.nll.dtype == torch.float64
+    assert distance(result.d_weight, truth(rows, weight, LossOptions()).d_weight) < 1e-12

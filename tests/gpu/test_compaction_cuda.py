@@ -1,4 +1,4 @@
-"""Planning by kernels on a GPU: the same rows as in plain PyTorch, and no more synchronisation than it promises."""
+"""Compaction by kernels on a GPU: the same rows as in plain PyTorch, and no more synchronisation than it promises."""
 
 from __future__ import annotations
 
@@ -12,72 +12,73 @@ import torch
 pytest.importorskip("triton")
 
 from ntpseg.losses import LossOptions
-from ntpseg.losses.placement import RowPlan
-from ntpseg.losses.rows import plan_rows
-from ntpseg.losses.rows_by_kernels import KernelPlan, plan_by_kernels
+from ntpseg.losses.compaction import Compaction, compact
+from ntpseg.losses.compaction_triton import TritonCompaction, compact_triton
+from ntpseg.losses.supervision import Supervision
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = (7, 500, 3)
 
 
-def _arguments(per_head: bool) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict]:
+def _arguments() -> tuple[torch.Tensor, Supervision, int]:
     make = torch.Generator("cuda").manual_seed(0)
     keys = {"device": "cuda", "generator": make}
     batch, time, _ = SHAPE
     labels = torch.randint(0, 900, (batch, time), **keys)
     labels[torch.rand(batch, time, **keys) < 0.4] = -100
     hidden = torch.randn(*SHAPE, 72, **keys).bfloat16()
-    more = {
-        "per_head_weight": per_head,
-        "het_position": torch.randint(-1, time, (batch, 90), **keys),
-        "het_token": torch.randint(0, 900, (batch, 90), **keys),
-        "token_weights": torch.rand(batch, time, **keys),
-    }
-    return (hidden, labels, 900), more
+    supervision = Supervision(
+        labels=labels,
+        het_position=torch.randint(-1, time, (batch, 90), **keys),
+        het_token=torch.randint(0, 900, (batch, 90), **keys),
+        token_weights=torch.rand(batch, time, **keys),
+    )
+    return hidden, supervision, 900
 
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(max_rows=2500, head_weights=(1.0, 0.5, 0.0))], ids=str)
 def test_equals_plain(options: LossOptions, per_head: bool) -> None:
-    arguments, more = _arguments(per_head)
-    rows, alone = plan_rows(*arguments, options, **more)
-    plain = RowPlan(rows, alone, SHAPE, 1)
-    found = plan_by_kernels(*arguments, options, **more)
-    assert rows.segments == found.rows.segments
+    arguments = _arguments()
+    plain = compact(*arguments, options, per_head_weight=per_head)
+    result = compact_triton(*arguments, options, per_head_weight=per_head)
+    rows = plain.rows
+    assert rows.segments == result.rows.segments
     real = rows.index >= 0
-    for name in ("target", "reach", "het", "index"):
-        assert torch.equal(getattr(rows, name), getattr(found.rows, name)), name
-    assert torch.equal(rows.hidden[real], found.rows.hidden[real])
-    torch.testing.assert_close(rows.share, found.rows.share, rtol=1e-6, atol=0)
-    torch.testing.assert_close(rows.het_share, found.rows.het_share, rtol=1e-6, atol=0)
-    _assert_returns(plain, found, real)
+    for name in ("target", "num_negatives", "hard_tokens", "index"):
+        assert torch.equal(getattr(rows, name), getattr(result.rows, name)), name
+    assert torch.equal(rows.hidden[real], result.rows.hidden[real])
+    torch.testing.assert_close(rows.row_weight, result.rows.row_weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows.entry_weight, result.rows.entry_weight, rtol=1e-6, atol=0)
+    _assert_returns(plain, result, real)
 
 
-def _assert_returns(plain: RowPlan, found: KernelPlan, real: torch.Tensor) -> None:
+def _assert_returns(plain: Compaction, result: TritonCompaction, real: torch.Tensor) -> None:
     prediction = torch.where(real, torch.arange(len(real), device="cuda"), -1)
     nll, margin = torch.rand(2, len(real), device="cuda").masked_fill(~real, 0.0)
-    for a, b in zip(plain.results(prediction, nll, margin, 5), found.results(prediction, nll, margin, 5), strict=True):
+    scattered = (each.scatter_results(prediction, nll, margin, 5) for each in (plain, result))
+    for a, b in zip(*scattered, strict=True):
         assert torch.equal(a, b)
     gradient = torch.randn(len(real), 72, device="cuda").bfloat16() * real.unsqueeze(1)
-    assert torch.equal(plain.gradient(gradient), found.gradient(gradient))
+    assert torch.equal(plain.scatter_gradient(gradient), result.scatter_gradient(gradient))
 
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(max_rows=2500, head_weights=(1.0, 0.5, 0.0))], ids=str)
 def test_synchronises_once_or_never(options: LossOptions, per_head: bool) -> None:
-    arguments, more = _arguments(per_head)
-    plan_by_kernels(*arguments, options, **more)
+    arguments = _arguments()
+    compact_triton(*arguments, options, per_head_weight=per_head)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            plan_by_kernels(*arguments, options, **more)
+            compact_triton(*arguments, options, per_head_weight=per_head)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    found = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
-    assert len(found) == (0 if options.max_rows else 1), found
+    result = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(result) == (0 if options.max_rows else 1), result
 
 
 def test_a_wrong_label_is_caught_on_the_device_where_nothing_is_counted() -> None:

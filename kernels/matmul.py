@@ -10,7 +10,7 @@ from torch import Tensor
 from ntpseg.kernels.chunks import SLICE_BYTES
 
 
-def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``out = left @ right``, accumulated in fp32 and rounded once, to the dtype of `out`.
 
     Args:
@@ -27,19 +27,19 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out.copy_(left.float() @ right.float())
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def addmm_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``out += left @ right`` without rounding to less than fp32; `out` is float32 ``[M, N]``."""
     if left.dtype == out.dtype:
         return out.addmm_(left, right)
     if left.is_cuda and _mixed_addmm(left.dtype, left.device):
         return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    for cut in slices(out):
-        part = out[cut]
-        part += product(left[cut], right, torch.empty_like(part))
+    for rows in row_slices(out):
+        part = out[rows]
+        part += matmul(left[rows], right, torch.empty_like(part))
     return out
 
 
-def slices(out: Tensor, unit: int = 1) -> list[slice]:
+def row_slices(out: Tensor, unit: int = 1) -> list[slice]:
     """Rows of `out` in slices, whole multiples of `unit`, whose fp32 form has about `SLICE_BYTES`."""
     step = max(1, SLICE_BYTES // (4 * out.shape[1] * unit)) * unit
     return [slice(low, low + step) for low in range(0, out.shape[0], step)]

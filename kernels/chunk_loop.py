@@ -1,0 +1,394 @@
+"""The chunk loop: row results and gradients of one weight matrix, from the kernels of this folder. No autograd.
+
+Per chunk: fused product -> row reduction -> list of row blocks to recompute -> the same product over that list
+(normally empty, and then a launch that returns at once: nothing is read back to the host) -> contrastive terms -> two
+products that read E.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ntpseg.kernels.anchored_gemm import anchored_gemm
+from ntpseg.kernels.chunks import Chunks, plan_chunks, row_stride
+from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, persistent_grid
+from ntpseg.kernels.gradient_filter import create_block_mask, filtered_d_hidden
+from ntpseg.kernels.logits_epilogue import LOGITS_BLOCK_N, logits_exp, logits_stats
+from ntpseg.kernels.matmul import matmul
+from ntpseg.kernels.row_reduce import overflow_gap, recompute_blocks, row_reduce
+from ntpseg.kernels.scale_rows import scale_rows
+from ntpseg.kernels.tl_utils import LOG2E
+from ntpseg.kernels.vocab_parallel import Shard, all_reduce_stats, local_tokens, token_logits
+from ntpseg.kernels.weight_grad import WeightGrad
+from ntpseg.kernels.workspace import Anchors, BlockStats, LossWeights, RowStats
+
+_ALIGNED_FEATURES = 8  # 16-bit features in 16 bytes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one weight matrix.
+
+    Attributes:
+        hidden: ``[R, D]`` contiguous.
+        target: ``[R]`` int64, -1 = padding.
+        num_negatives: ``[R]`` int32, number of rows just before that predict the negatives.
+        hard_tokens: ``[R, h]`` int64 contiguous, -1 = none.
+        weights: factors of the loss; ``row_weight`` is ``[R]`` fp32.
+        negatives: m.
+    """
+
+    hidden: Tensor
+    target: Tensor
+    num_negatives: Tensor
+    hard_tokens: Tensor
+    weights: LossWeights
+    negatives: int
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How to compute, as opposed to what.
+
+    Attributes:
+        chunk_bytes: budget of one block of E, None for the default workspace.
+        gradient_filter: probability below which whole tiles are left out of the gradients; 0 keeps all.
+        fused: force (True) or forbid (False) the fused product; None takes it for 16-bit operands and pads their rows
+            where they are not aligned.
+        configs: tile shapes; None takes those of the device.
+    """
+
+    chunk_bytes: int | None = None
+    gradient_filter: float = 0.0
+    fused: bool | None = None
+    configs: ArchConfigs | None = None
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What the loop fills.
+
+    Attributes:
+        row_stats: row results.
+        tcl, het: ``[R]`` fp32 terms per row.
+        d_hidden: ``[R, D]`` or None.
+        d_weight: ``[V, D]`` or None.
+    """
+
+    row_stats: RowStats
+    tcl: Tensor
+    het: Tensor
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+
+
+def aligned(*operands: Tensor) -> bool:
+    """Whether rows start on 16 bytes and are whole multiples of it: what descriptors and wide loads need."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0
+        for x in operands
+    )
+
+
+def run_segment(
+    segment: Segment, weight: Tensor, result: SegmentResult, options: LoopOptions, shard: Shard | None = None
+) -> None:
+    """Computes everything in `result`, on the current stream, without synchronising.
+
+    Args:
+        segment: R >= 1 rows.
+        weight: ``[V, D]``, last dimension contiguous, dtype of ``segment.hidden`` (float32, bfloat16 or float16).
+        result: overwritten; its gradients are made where they are tensors. Dtypes: that of hidden or float32.
+        options: see `LoopOptions`.
+        shard: which classes `weight` holds, where several ranks share the vocabulary (then V may be 0, ``d_hidden`` is
+            this rank's part of it and should be float32); None for all of them.
+    """
+    fused = options.fused
+    if fused is None:
+        fused = segment.hidden.dtype != torch.float32
+        if fused and not aligned(segment.hidden, weight):
+            _run_padded(segment, weight, result, replace(options, fused=True), shard)
+            return
+    plan = _Plan.make(segment, weight, result, options, fused, shard)
+    buffers = _Buffers.allocate(plan, result)
+    if result.d_hidden is not None and buffers.e is None:
+        result.d_hidden.zero_()  # a rank without classes
+    # all anchors at once: one launch, and with a shard one reduction, rather than one a chunk
+    target_logit = token_logits(segment.hidden, weight, segment.target.unsqueeze(1), shard).squeeze(1)
+    anchors = Anchors(target_logit, target_logit * LOG2E.value, target_logit + overflow_gap(plan.dtype))
+    # in time order: the negatives of a chunk's first rows are what the chunk before has predicted
+    for start in range(0, plan.rows, plan.chunks.rows):
+        rows = slice(start, min(start + plan.chunks.rows, plan.rows))
+        chunk = _Chunk.make(rows, segment, anchors, result, plan, buffers)
+        _forward(chunk, weight, plan)
+        token = _contrast(chunk, segment, weight, result.row_stats.prediction, plan)
+        if chunk.e is not None:
+            _backward(chunk, token, weight, plan, buffers.weight_grad)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before anything is computed.
+
+    Attributes:
+        rows, classes, width: R, V (of this rank) and D.
+        dtype, device: of the operands, hence of E.
+        fused: whether E comes from the fused product rather than from written logits.
+        configs: tile shapes.
+        chunks: how the rows are divided.
+        gradient_filter: see `LoopOptions`.
+        shard: see `run_segment`.
+    """
+
+    rows: int
+    classes: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    fused: bool
+    configs: ArchConfigs
+    chunks: Chunks
+    gradient_filter: float
+    shard: Shard | None
+
+    @staticmethod
+    def make(
+        segment: Segment,
+        weight: Tensor,
+        result: SegmentResult,
+        options: LoopOptions,
+        fused: bool,
+        shard: Shard | None,
+    ) -> _Plan:
+        (rows, width), classes, dtype = segment.hidden.shape, weight.shape[0], segment.hidden.dtype
+        configs = options.configs or GEMM_CONFIGS[architecture(weight.device)]
+        chunks = plan_chunks(
+            rows,
+            classes if shard is None else shard.classes_per_rank,  # ranks must agree on the chunks
+            width,
+            dtype,
+            fused=fused,
+            BLOCK_N=configs.forward.BLOCK_N if fused else LOGITS_BLOCK_N,
+            # with a shard by what all ranks know, whatever this one's own part of the weight is to get
+            needs_accumulator=dtype == torch.bfloat16 and (shard is not None or result.d_weight is not None),
+            chunk_bytes=options.chunk_bytes,
+        )
+        return _Plan(rows, classes, width, dtype, weight.device, fused, configs, chunks, options.gradient_filter, shard)
+
+    @property
+    def class_blocks(self) -> int:
+        """Vocabulary blocks of the row statistics."""
+        return -(-self.classes // (self.configs.forward.BLOCK_N if self.fused else LOGITS_BLOCK_N))
+
+    @property
+    def class_start(self) -> int:
+        """First class of this rank."""
+        return 0 if self.shard is None else self.shard.start
+
+    @property
+    def total_classes(self) -> int:
+        """Classes of all ranks."""
+        return self.classes if self.shard is None else self.shard.total
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What every chunk writes anew.
+
+    Attributes:
+        e: ``[C, >= V]`` in the operands' dtype; None where no gradient is wanted or this rank has no class.
+        logits: ``[C, >= V]`` fp32, the same memory as `e` where that is fp32 too; None with the fused product.
+        weight_grad: the sum of the weight's gradient; None where it is not wanted.
+    """
+
+    e: Tensor | None
+    logits: Tensor | None
+    weight_grad: WeightGrad | None
+
+    @staticmethod
+    def allocate(plan: _Plan, result: SegmentResult) -> _Buffers:
+        shape = (plan.chunks.rows, row_stride(plan.classes))
+        wants_gradient = result.d_hidden is not None or result.d_weight is not None
+        e = logits = weight_grad = None
+        if wants_gradient and plan.classes:
+            e = torch.empty(shape, dtype=plan.dtype, device=plan.device)
+        if not plan.fused and plan.classes:
+            # E overwrites fp32 logits in place
+            reuse = e is not None and e.dtype == torch.float32
+            logits = e if reuse else torch.empty(shape, dtype=torch.float32, device=plan.device)
+        if e is not None and result.d_weight is not None:
+            weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, plan.rows, plan.configs)
+        return _Buffers(e, logits, weight_grad)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of everything, as views, and the statistics that live as long as the chunk.
+
+    Attributes:
+        rows: which of the segment's; C of them.
+        hidden, target, hard_tokens, weights: see `Segment`.
+        anchors, row_stats, block_stats: see `ntpseg.kernels.workspace`.
+        tcl, het, d_hidden: see `SegmentResult`.
+        e, logits: see `_Buffers`; ``logits`` as wide as there are classes.
+    """
+
+    rows: slice
+    hidden: Tensor
+    target: Tensor
+    hard_tokens: Tensor
+    weights: LossWeights
+    anchors: Anchors
+    row_stats: RowStats
+    block_stats: BlockStats
+    tcl: Tensor
+    het: Tensor
+    d_hidden: Tensor | None
+    e: Tensor | None
+    logits: Tensor | None
+
+    @staticmethod
+    def make(
+        rows: slice, segment: Segment, anchors: Anchors, result: SegmentResult, plan: _Plan, buffers: _Buffers
+    ) -> _Chunk:
+        count = rows.stop - rows.start
+        return _Chunk(
+            rows=rows,
+            hidden=segment.hidden[rows],
+            target=segment.target[rows],
+            hard_tokens=segment.hard_tokens[rows],
+            weights=segment.weights[rows],
+            anchors=anchors[rows],
+            row_stats=result.row_stats[rows],
+            block_stats=BlockStats.empty(plan.class_blocks, count, plan.device),
+            tcl=result.tcl[rows],
+            het=result.het[rows],
+            d_hidden=None if result.d_hidden is None else result.d_hidden[rows],
+            e=None if buffers.e is None else buffers.e[:count],
+            logits=None if buffers.logits is None else buffers.logits[:count, : plan.classes],
+        )
+
+
+def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
+    """E and the row results, by the fused product or from written logits."""
+    if chunk.logits is not None:
+        matmul(chunk.hidden, weight.t(), chunk.logits)
+        logits_stats(chunk.logits, chunk.anchors, chunk.block_stats)
+    elif plan.classes:
+        blocks = -(-chunk.hidden.shape[0] // plan.configs.forward.BLOCK_M)
+        every = torch.arange(blocks, dtype=torch.int32, device=plan.device)
+        _fused_forward(chunk, weight, plan, every, torch.full((), blocks, dtype=torch.int32, device=plan.device))
+    row_reduce(
+        all_reduce_stats(chunk.block_stats, chunk.anchors, plan.shard),
+        chunk.anchors,
+        chunk.row_stats,
+        chunk.target,
+        chunk.hard_tokens,
+        chunk.weights,
+        plan.total_classes,
+        plan.dtype,
+    )
+    if chunk.e is None:
+        return
+    if chunk.logits is not None:
+        # of every row: E has not been written yet, and by now no anchor can overflow
+        logits_exp(chunk.logits, chunk.anchors, chunk.e)
+    else:
+        blocks_and_count = recompute_blocks(chunk.row_stats.recompute, plan.configs.forward.BLOCK_M)
+        _fused_forward(chunk, weight, plan, *blocks_and_count)
+
+
+def _fused_forward(chunk: _Chunk, weight: Tensor, plan: _Plan, row_blocks: Tensor, num_row_blocks: Tensor) -> None:
+    config = plan.configs.forward
+    grid = persistent_grid(config, row_blocks.shape[0] * plan.class_blocks, plan.device)
+    anchored_gemm(
+        chunk.hidden, weight, chunk.e, chunk.anchors, chunk.block_stats, row_blocks, num_row_blocks, config, grid
+    )
+
+
+def _contrast(chunk: _Chunk, segment: Segment, weight: Tensor, prediction: Tensor, plan: _Plan) -> Tensor:
+    """TCL and HET; makes E the logits' gradient but for the row scale. Returns negatives and hard tokens."""
+    # all predictions up to here are known now, those of the chunk before included: they are the negatives
+    token = contrastive_tokens(
+        prediction,
+        segment.target,
+        segment.num_negatives,
+        segment.hard_tokens,
+        chunk.rows.start,
+        chunk.rows.stop - chunk.rows.start,
+        segment.negatives,
+    )
+    contrastive(
+        chunk.e,
+        token,
+        # from dot products in fp32: what E holds of them is rounded, and may be on another rank
+        token_logits(chunk.hidden, weight, token, plan.shard),
+        chunk.anchors.target_logit,
+        chunk.target,
+        chunk.row_stats,
+        chunk.weights,
+        segment.negatives,
+        chunk.tcl,
+        chunk.het,
+        plan.class_start,
+        plan.classes,
+    )
+    return token
+
+
+def _backward(chunk: _Chunk, token: Tensor, weight: Tensor, plan: _Plan, weight_grad: WeightGrad | None) -> None:
+    """The two products that read E, over all of it or over the tiles that the gradient filter keeps."""
+    assert chunk.e is not None
+    e, scale = chunk.e[:, : plan.classes], chunk.row_stats.scale
+    block_mask = None
+    if plan.gradient_filter > 0 and plan.fused:
+        block_mask = create_block_mask(
+            chunk.block_stats,
+            chunk.row_stats,
+            chunk.anchors.target_logit,
+            chunk.target,
+            local_tokens(token, plan.shard),
+            plan.gradient_filter,
+            plan.configs.forward.BLOCK_M,
+            plan.configs.forward.BLOCK_N,
+            local_tokens(chunk.target, plan.shard),
+        )
+    if chunk.d_hidden is not None:
+        out = chunk.d_hidden
+        if block_mask is not None:
+            filtered_d_hidden(e, weight, scale, out, block_mask, plan.configs.d_hidden)
+        else:
+            # scaled in fp32 and rounded once; a result in fp32 holds the unscaled product meanwhile
+            unscaled = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            scale_rows(matmul(e, weight, unscaled), scale, out)
+    if weight_grad is not None:
+        # here the row scale goes to the other operand: rows are the dimension that is summed over
+        scaled = scale_rows(chunk.hidden, scale, torch.empty_like(chunk.hidden), weight_grad.scaled_by)
+        weight_grad.add(e, scaled, block_mask)
+
+
+def _run_padded(
+    segment: Segment, weight: Tensor, result: SegmentResult, options: LoopOptions, shard: Shard | None
+) -> None:
+    """`run_segment` on copies whose rows are whole multiples of 16 bytes: one more pass over the operands and over the
+    gradients, where products of unaligned rows would be slow, all three of them."""
+    width = weight.shape[1]
+    padded_width = -(-width // _ALIGNED_FEATURES) * _ALIGNED_FEATURES
+
+    def padded(x: Tensor) -> Tensor:
+        copy = x.new_zeros(x.shape[0], padded_width)
+        copy[:, :width] = x
+        return copy
+
+    def padded_like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.new_empty(x.shape[0], padded_width)
+
+    inner = replace(result, d_hidden=padded_like(result.d_hidden), d_weight=padded_like(result.d_weight))
+    run_segment(replace(segment, hidden=padded(segment.hidden)), padded(weight), inner, options, shard)
+    for out, wide in ((result.d_hidden, inner.d_hidden), (result.d_weight, inner.d_weight)):
+        if out is not None and wide is not None:
+            out.copy_(wide[:, :width])

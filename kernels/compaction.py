@@ -1,0 +1,324 @@
+"""Compaction: the supervised rows of a batch, in a few launches and at most one synchronisation.
+
+A cell is a (head j, sample b, time t), in this order; it predicts the label at ``t + shift + j``. Supervised cells
+become rows, in the order of cells.
+
+Reference: `ntpseg.losses.compaction.compact`, a hundred small operators of PyTorch, which a GPU would wait for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ntpseg.kernels.tl_utils import INTERPRETED
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Sizes and constants of one call.
+
+    Attributes:
+        heads, batch, time: k, B and T.
+        shift: 1 where head 0 predicts the next position, else 0.
+        ignore_index: label of an unsupervised position.
+        class_start, classes: the slice of the vocabulary that takes part.
+    """
+
+    heads: int
+    batch: int
+    time: int
+    shift: int
+    ignore_index: int
+    class_start: int
+    classes: int
+
+    @property
+    def cells(self) -> int:
+        """``k * B * T``."""
+        return self.heads * self.batch * self.time
+
+
+@dataclass(frozen=True)
+class SupervisedCells:
+    """Which cells are supervised; all ``[k * B * T]`` but for `status`.
+
+    Attributes:
+        token_weight: fp32, weight of each cell, 0 where it is unsupervised.
+        supervised: int32, 1 where it is supervised.
+        prefix_sum: int64, number of supervised cells up to and with this one.
+        status: ``[3]`` int32: one more than the last cell whose label is out of range, or 0; the most hard tokens of
+            any row; the number of hard tokens that count.
+    """
+
+    token_weight: Tensor
+    supervised: Tensor
+    prefix_sum: Tensor
+    status: Tensor
+
+
+@triton.jit
+def label_of(labels, cell, cell_mask, batch, time, shift, ignore):
+    """Label that a cell predicts (`ignore` beyond the end of its sequence), its offset and whether it is within."""
+    head = cell // (batch * time)
+    position = cell % time + shift + head
+    sample = cell // time % batch
+    in_sequence = cell_mask & (position < time)
+    offsets = sample * time + position
+    return tl.load(labels + offsets, mask=in_sequence, other=ignore), offsets, in_sequence
+
+
+@triton.jit(do_not_specialize=["cells", "batch", "time", "shift", "ignore", "class_start", "classes"])
+def find_supervised_kernel(
+    labels,
+    weights_ptr,
+    token_weight_ptr,
+    supervised_ptr,
+    status_ptr,
+    cells,
+    batch,
+    time,
+    shift,
+    ignore,
+    class_start,
+    classes,
+    WEIGHTED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    cell_mask = cell < cells
+    label, offsets, in_sequence = label_of(labels, cell, cell_mask, batch, time, shift, ignore)
+    supervised = in_sequence & (label != ignore)
+    token_weight = tl.where(supervised, 1.0, 0.0)
+    if WEIGHTED:
+        token_weight = tl.where(
+            supervised, tl.load(weights_ptr + offsets, mask=in_sequence, other=0.0).to(tl.float32), 0.0
+        )
+    tl.store(token_weight_ptr + cell, token_weight, mask=cell_mask)
+    tl.store(supervised_ptr + cell, supervised.to(tl.int32), mask=cell_mask)
+    bad = supervised & ((label < class_start) | (label >= class_start + classes))
+    last_bad = tl.max(tl.where(bad, cell + 1, 0), 0)
+    if last_bad > 0:
+        tl.atomic_max(status_ptr, last_bad.to(tl.int32))
+
+
+def find_supervised(labels: Tensor, token_weights: Tensor | None, layout: BatchLayout) -> SupervisedCells:
+    """Finds the supervised cells.
+
+    Args:
+        labels: ``[B, T]`` int64 contiguous.
+        token_weights: ``[B, T]`` float contiguous, by the position of the label, or None.
+        layout: sizes.
+    """
+    cells, device = layout.cells, labels.device
+    token_weight = torch.empty(cells, dtype=torch.float32, device=device)
+    supervised = torch.empty(cells, dtype=torch.int32, device=device)
+    status = torch.zeros(3, dtype=torch.int32, device=device)
+    size = 4096 if INTERPRETED else 512
+    find_supervised_kernel[(triton.cdiv(cells, size),)](
+        labels,
+        labels if token_weights is None else token_weights,
+        token_weight,
+        supervised,
+        status,
+        cells,
+        layout.batch,
+        layout.time,
+        layout.shift,
+        layout.ignore_index,
+        layout.class_start,
+        layout.classes,
+        WEIGHTED=token_weights is not None,
+        BLOCK_SIZE=size,
+        num_warps=4,
+    )
+    return SupervisedCells(token_weight, supervised, supervised.cumsum(0), status)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "cells",
+        "heads",
+        "batch",
+        "time",
+        "shift",
+        "ignore",
+        "class_start",
+        "negatives",
+        "rows_per_segment",
+    ]
+)
+def write_rows_kernel(
+    labels,
+    token_weight_ptr,
+    supervised_ptr,
+    prefix_sum_ptr,
+    num_rows_ptr,
+    head_weight_ptr,
+    num_het_ptr,
+    index_ptr,
+    target_ptr,
+    gather_index_ptr,
+    inverse_index_ptr,
+    num_negatives_ptr,
+    row_weight_ptr,
+    ntp_weight_ptr,
+    entry_weight_ptr,
+    cells,
+    heads,
+    batch,
+    time,
+    shift,
+    ignore,
+    class_start,
+    negatives,
+    rows_per_segment,
+    HEAD_WEIGHTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    cell_mask = cell < cells
+    head = cell // (batch * time)
+    position = cell % time
+    supervised = tl.load(supervised_ptr + cell, mask=cell_mask, other=0) != 0
+    prefix_sum = tl.load(prefix_sum_ptr + cell, mask=cell_mask, other=0)
+    row = prefix_sum - 1
+    if SEGMENTS:  # every head's rows start at a multiple of `rows_per_segment`, however many they are
+        before = tl.load(prefix_sum_ptr + head * batch * time - 1, mask=cell_mask & (head > 0), other=0)
+        row = row - before + head * rows_per_segment
+        supervised = supervised & (row < (head + 1) * rows_per_segment)
+    elif rows_per_segment >= 0:
+        supervised = supervised & (row < rows_per_segment)
+
+    # (sample, time, head) is the order of hidden
+    hidden_row = (cell - head * batch * time) * heads + head
+    tl.store(inverse_index_ptr + hidden_row, tl.where(supervised, row, -1).to(tl.int32), mask=cell_mask)
+    tl.store(gather_index_ptr + row, hidden_row, mask=supervised)
+    tl.store(index_ptr + row, cell, mask=supervised)
+    label, _, _ = label_of(labels, cell, cell_mask, batch, time, shift, ignore)
+    tl.store(target_ptr + row, label - class_start, mask=supervised)
+
+    # supervised cells among those at most `negatives` earlier in the same sequence
+    window_start = cell - tl.minimum(position, negatives)
+    before_window = tl.load(prefix_sum_ptr + window_start, mask=cell_mask, other=0) - tl.load(
+        supervised_ptr + window_start, mask=cell_mask, other=0
+    )
+    tl.store(num_negatives_ptr + row, (prefix_sum - 1 - before_window).to(tl.int32), mask=supervised)
+
+    denominator = 0.0
+    for j in range(heads):
+        rows = tl.load(num_rows_ptr + j)
+        if HEAD_WEIGHTS:
+            rows = rows * tl.load(head_weight_ptr + j)
+        denominator += rows
+    token_weight = tl.load(token_weight_ptr + cell, mask=supervised, other=0.0)
+    weighted = token_weight
+    if HEAD_WEIGHTS:
+        weighted = token_weight * tl.load(head_weight_ptr + head, mask=cell_mask, other=0.0)
+    row_weight = tl.where(denominator > 0, tl.div_rn(weighted, tl.where(denominator > 0, denominator, 1.0)), 0.0)
+    tl.store(row_weight_ptr + row, row_weight, mask=supervised)
+    ntp_denominator = tl.load(num_rows_ptr)
+    ntp_weight = tl.where(
+        ntp_denominator > 0, tl.div_rn(token_weight, tl.where(ntp_denominator > 0, ntp_denominator, 1.0)), 0.0
+    )
+    tl.store(ntp_weight_ptr + row, tl.where(head == 0, ntp_weight, 0.0), mask=supervised)
+    if tl.program_id(0) == 0:
+        entries = tl.load(num_het_ptr).to(tl.float32)
+        tl.store(entry_weight_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """The rows and where they came from.
+
+    Attributes:
+        index, target, gather_index: ``[R]`` int64, cell, label and row of ``[B, T, k]``; -1 on padding rows.
+        num_negatives: ``[R]`` int32; row_weight, ntp_weight: ``[R]`` fp32; 0 on padding rows.
+        entry_weight: 0-dim fp32, weight of one hard token.
+        inverse_index: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
+    """
+
+    index: Tensor
+    target: Tensor
+    gather_index: Tensor
+    num_negatives: Tensor
+    row_weight: Tensor
+    ntp_weight: Tensor
+    entry_weight: Tensor
+    inverse_index: Tensor
+
+
+def write_rows(
+    labels: Tensor,
+    cells: SupervisedCells,
+    num_rows: Tensor,
+    num_het: Tensor | None,
+    head_weights: Tensor | None,
+    layout: BatchLayout,
+    negatives: int,
+    total_rows: int,
+    *,
+    padded: bool,
+    segments: bool,
+) -> RowTable:
+    """Writes the rows.
+
+    Args:
+        labels: ``[B, T]`` int64 contiguous.
+        cells: from `find_supervised`.
+        num_rows: ``[k]`` fp32; num_het: 0-dim, None for the entries that count in this batch.
+        head_weights: ``[k]`` fp32, None for weights of one.
+        layout: sizes.
+        negatives: m.
+        total_rows: R, padding rows included.
+        padded: whether there may be fewer than `total_rows` supervised cells (or, wrongly, more: those are left out).
+        segments: with `padded`, whether each head has ``total_rows / k`` rows of its own.
+    """
+    device = labels.device
+    # one allocation each, as in `ntpseg.kernels.workspace`
+    index, target, gather_index = (torch.empty(total_rows, dtype=torch.int64, device=device) for _ in range(3))
+    if padded:
+        for tensor in (index, target, gather_index):
+            tensor.fill_(-1)
+    allocate = torch.zeros if padded else torch.empty
+    row_weight, ntp_weight = (allocate(total_rows, dtype=torch.float32, device=device) for _ in range(2))
+    entry_weight = torch.empty((), dtype=torch.float32, device=device)
+    num_negatives = allocate(total_rows, dtype=torch.int32, device=device)
+    inverse_index = torch.empty(layout.cells, dtype=torch.int32, device=device)
+    size = 4096 if INTERPRETED else 512
+    write_rows_kernel[(triton.cdiv(layout.cells, size),)](
+        labels,
+        cells.token_weight,
+        cells.supervised,
+        cells.prefix_sum,
+        num_rows,
+        num_rows if head_weights is None else head_weights,
+        cells.status[2] if num_het is None else num_het,
+        index,
+        target,
+        gather_index,
+        inverse_index,
+        num_negatives,
+        row_weight,
+        ntp_weight,
+        entry_weight,
+        layout.cells,
+        layout.heads,
+        layout.batch,
+        layout.time,
+        layout.shift,
+        layout.ignore_index,
+        layout.class_start,
+        negatives,
+        (total_rows // layout.heads if segments else total_rows) if padded else -1,
+        HEAD_WEIGHTS=head_weights is not None,
+        SEGMENTS=padded and segments,
+        BLOCK_SIZE=size,
+        num_warps=4,
+    )
+    return RowTable(index, target, gather_index, num_negatives, row_weight, ntp_weight, entry_weight, inverse_index)

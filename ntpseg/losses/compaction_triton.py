@@ -1,0 +1,115 @@
+"""`ntpseg.losses.compaction` on a GPU: a dozen launches and at most one synchronisation."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
+from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
+from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
+from ntpseg.losses.compaction import OUT_OF_RANGE, TOO_MANY_ROWS, Compaction, Rows, raise_out_of_range
+from ntpseg.losses.options import LossOptions, TokenResults
+from ntpseg.losses.supervision import Supervision, filled
+
+
+@dataclass(frozen=True)
+class TritonCompaction(Compaction):
+    """`Compaction` with kernels.
+
+    Attributes:
+        inverse_index: ``[B * T * k]`` int32, the row of each (sample, time, head), -1 = none.
+    """
+
+    inverse_index: Tensor
+
+    def scatter_results(self, prediction: Tensor, nll: Tensor, margin: Tensor, class_start: int) -> TokenResults:
+        """See `Compaction.scatter_results`."""
+        return TokenResults(
+            *scatter_results(self.inverse_index, prediction, nll, margin, self.shape, self.shift, class_start)
+        )
+
+    def scatter_gradient(self, d_rows: Tensor) -> Tensor:
+        """See `Compaction.scatter_gradient`."""
+        # a gather by the inverse index: every place is written once, the empty ones included
+        return gather_rows(d_rows, self.inverse_index).view(*self.shape, d_rows.shape[1])
+
+
+def compact_triton(
+    hidden: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, per_head_weight: bool
+) -> TritonCompaction:
+    """See `ntpseg.losses.compaction.compact` for the arguments and errors; not for float64.
+
+    Counts rows and entries in the kernels that find them, by the rule of `ntpseg.losses.supervision`: its operators
+    would be as many launches again.
+    """
+    batch, time, heads, _ = hidden.shape
+    low = options.vocab_range[0] if options.vocab_range else 0
+    layout = BatchLayout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)
+    labels, token_weights = supervision.labels.contiguous(), supervision.token_weights
+    cells = find_supervised(labels, None if token_weights is None else token_weights.contiguous(), layout)
+    position, token, ranked = supervision.het_position, supervision.het_token, None
+    if position is not None and token is not None and position.numel():
+        token = token.contiguous()
+        ranked = rank_hard_tokens(position.contiguous(), token, labels, cells, layout)
+
+    if supervision.num_rows is None:
+        # a sum per head is deterministic on every device
+        num_rows = cells.token_weight.view(heads, -1).sum(1)
+    else:
+        num_rows = supervision.num_rows.to(torch.float32)
+    slots = 0 if ranked is None else ranked[0].shape[1]
+    segments, most = _sizes(cells, labels, layout, options, per_head_weight, slots)
+    total_rows = segments[-1][1]
+    table = write_rows(
+        labels,
+        cells,
+        num_rows,
+        supervision.num_het,
+        filled(options.head_weights, torch.float32, hidden.device) if options.head_weights else None,
+        layout,
+        options.negatives,
+        total_rows,
+        padded=options.max_rows is not None,
+        segments=per_head_weight,
+    )
+    if ranked is None or token is None:
+        hard_tokens = labels.new_empty(total_rows, 0)
+    else:
+        hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, most)
+    rows = Rows(
+        hidden=gather_rows(hidden, table.gather_index),
+        target=table.target,
+        row_weight=table.row_weight,
+        num_negatives=table.num_negatives,
+        hard_tokens=hard_tokens,
+        entry_weight=table.entry_weight,
+        segments=segments,
+        index=table.index,
+    )
+    return TritonCompaction(rows, table.ntp_weight, (batch, time, heads), layout.shift, table.inverse_index)
+
+
+def _sizes(
+    cells: SupervisedCells, labels: Tensor, layout: BatchLayout, options: LossOptions, per_head: bool, slots: int
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Segments and the width of the table of hard tokens, as host integers; checks the labels."""
+    head_cells = layout.cells // layout.heads
+    ends = cells.prefix_sum[head_cells - 1 :: head_cells]
+    groups = layout.heads if per_head else 1
+    if options.max_rows is not None:
+        size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
+        counts = ends.diff(prepend=ends.new_zeros(1)) if per_head else ends[-1:]
+        torch._assert_async((counts <= size).all(), TOO_MANY_ROWS)
+        torch._assert_async(cells.status[0] == 0, OUT_OF_RANGE)
+        return tuple((j * size, (j + 1) * size) for j in range(groups)), slots
+    bad, most, _, *edges = torch.cat([cells.status, ends]).tolist()  # the one look at the device
+    if bad:
+        cell = bad - 1
+        position = cell % layout.time + layout.shift + cell // head_cells
+        label = int(labels[cell // layout.time % layout.batch, position])
+        raise_out_of_range(label, layout.class_start, layout.classes)
+    return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), most
