@@ -130,12 +130,15 @@ def prepare(
     return scaled, None if mask is None else resize_mask(mask, size, size)[None].astype(np.float32)
 
 
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a mask (bool or a probability, [H, W]) to bool [height, width]: foreground where the mean is >= 0.5."""
+def resize_mask(mask: np.ndarray, height: int, width: int, threshold: float = 0.5) -> np.ndarray:
+    """Resize a mask (bool or a probability, [H, W]) to bool [height, width].
+
+    Foreground is where the mean reaches `threshold`.
+    """
     soft = Image.fromarray(mask.astype(np.float32))
     enlarging = height > mask.shape[0] or width > mask.shape[1]
     resample = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BOX
-    return np.asarray(soft.resize((width, height), resample)) >= 0.5
+    return np.asarray(soft.resize((width, height), resample)) >= threshold
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -22,7 +22,8 @@ from ntpseg.utils.progress import StageCallback, counter
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
-    from ntpseg.generation import Segmenter
+    from ntpseg.generation import Generated, Segmenter
+    from ntpseg.generation.segmenter import EncodedImages
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ class _Evaluator:
                 self.progress("reading", i + 1, len(self.cases))
                 yield read_image(record.image)
 
-        codes = self.segmenter.encode(images())
+        encoded = self.segmenter.encode(images())
         self.truth = [read_mask(r.mask) for r in self.cases if r.mask is not None]
-        generated = self._decode("decoding", codes, self.texts)
-        masks = self._masks(generated.codes, range(len(self.cases)))
+        generated = self._decode("decoding", encoded, self.texts)
+        masks = self._masks(generated, range(len(self.cases)))
         parts = []
         for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
             parts.append(segmentation_metrics(mask[None], truth[None]))
@@ -113,18 +114,19 @@ class _Evaluator:
         }
         result = Evaluation(self.cases, per_case, summary, masks, generated.confidence)
         if self.options.text_check:
-            self._text_check(codes, result)
+            self._text_check(encoded, result)
         summary["grouped_by"], groups = group_cases(self.cases)
         summary["groups"] = summarise_groups(per_case, self.subjects, groups, bootstrap)
         return result
 
-    def _decode(self, stage: str, codes: np.ndarray, texts: Sequence[str]) -> Any:
-        return self.segmenter.decode(codes, texts, counter(self.progress, stage, len(texts)))
+    def _decode(self, stage: str, images: EncodedImages, texts: Sequence[str]) -> Generated:
+        return self.segmenter.decode(images, texts, counter(self.progress, stage, len(texts)))
 
-    def _masks(self, codes: np.ndarray, chosen: Sequence[int]) -> list[np.ndarray]:
-        """The masks of codes ``[n, h, w]`` at the size of the chosen images."""
-        probabilities = self.segmenter.probabilities(codes)
-        return [resize_mask(p, *self.truth[i].shape) for p, i in zip(probabilities, chosen, strict=True)]
+    def _masks(self, generated: Generated, chosen: Sequence[int]) -> list[np.ndarray]:
+        """Decoded masks at the size of the chosen images."""
+        threshold = self.segmenter.options.threshold
+        pairs = zip(self.segmenter.probabilities(generated), chosen, strict=True)
+        return [resize_mask(p, *self.truth[i].shape[:2], threshold=threshold) for p, i in pairs]
 
     def _ceiling(self) -> np.ndarray:
         vision = self.segmenter.bundle.vision
@@ -133,13 +135,13 @@ class _Evaluator:
             part = self.truth[first : first + ENCODE_BATCH]
             small = np.stack([resize_mask(t, size, size) for t in part])[:, None].astype(np.float32)
             codes.append(vision.encode_mask(torch.from_numpy(small)).cpu().numpy())
-        masks = self._masks(np.concatenate(codes), range(len(self.truth)))
-        return self._dice(masks, range(len(self.truth)))
+        pairs = zip(self.segmenter.decode_codes(np.concatenate(codes)), self.truth, strict=True)
+        return self._dice([resize_mask(p, *truth.shape) for p, truth in pairs], range(len(self.truth)))
 
     def _dice(self, masks: Sequence[np.ndarray], chosen: Sequence[int]) -> np.ndarray:
         return np.array([dice_scores(m[None], self.truth[i][None])[0] for m, i in zip(masks, chosen, strict=True)])
 
-    def _text_check(self, codes: np.ndarray, result: Evaluation) -> None:
+    def _text_check(self, images: EncodedImages, result: Evaluation) -> None:
         """Decode some cases again without their text and with another's; all are scored against the right truth."""
         count = min(self.options.text_check, len(self.cases))
         chosen = np.unique(np.linspace(0, len(self.cases) - 1, count).round().astype(int)).tolist()
@@ -152,13 +154,14 @@ class _Evaluator:
 
         result.checked = chosen
         right = result.per_case["dice"][chosen]
-        empty = self._decode("decoding, empty text", codes[chosen], [""] * len(chosen))
-        result.empty_dice = self._dice(self._masks(empty.codes, chosen), chosen)
+        images = images.take(chosen)
+        empty = self._decode("decoding, empty text", images, [""] * len(chosen))
+        result.empty_dice = self._dice(self._masks(empty, chosen), chosen)
         check = {"cases": len(chosen), "right": estimate(right), "empty": estimate(result.empty_dice), "other": None}
         others = other_texts([self.texts[i] for i in chosen])
         if others is not None:
-            generated = self._decode("decoding, another text", codes[chosen], others)
-            result.other_text, result.other_masks = others, self._masks(generated.codes, chosen)
+            generated = self._decode("decoding, another text", images, others)
+            result.other_text, result.other_masks = others, self._masks(generated, chosen)
             result.other_dice = self._dice(result.other_masks, chosen)
             check["other"] = estimate(result.other_dice)
         result.summary["text_check"] = check

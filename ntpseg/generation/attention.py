@@ -32,12 +32,13 @@ class KeyValueCache:
         return self.buffer[:, : self.kv_heads, :length], self.buffer[:, self.kv_heads :, :length]
 
 
-def prompt_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention within the prompt.
+def prompt_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention within the prompt, causal unless `visible` says otherwise.
 
     Args:
         query: ``[B, P, heads, head_dim]``.
         key, value: ``[B, P, kv_heads, head_dim]``; head h reads key-value head ``h // (heads // kv_heads)``.
+        visible: bool ``[B, 1, 1 or P, P]``, which tokens each query sees.
 
     Returns:
         ``[B, P, heads * head_dim]``.
@@ -46,7 +47,7 @@ def prompt_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if groups > 1:
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible, is_causal=visible is None
     )
     return out.transpose(1, 2).flatten(2)
 

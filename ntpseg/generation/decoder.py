@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ntpseg.generation.options import DecodingOptions
     from ntpseg.models.heads import NextKHeads
+    from ntpseg.models.readout import PatchReadout
+    from ntpseg.models.stem import StemOutput
     from ntpseg.tokenizers.sequence import SequenceFormat
 
 
@@ -20,10 +23,12 @@ class PromptBatch:
     Attributes:
         ids: int64 ``[P_b]`` each, of any lengths.
         grid_ids: int64 ``[P_b]`` each, the grid cell of every token, see `SequenceFormat.grid_ids`.
+        stem: features of the images, for models with a stem.
     """
 
     ids: list[Tensor]
     grid_ids: list[Tensor]
+    stem: StemOutput | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,18 +88,25 @@ class DecodedBatch:
         codes: int64 ``[B, h * w]``, indices into the mask codebook.
         logprob: float32 ``[B, h * w]``, log-probability of each code among the mask codes.
         steps: forward passes after the prompt.
+        patches: float32 ``[B, h * w, P * P]``, the expected patch of each cell; None without a read-out.
     """
 
     codes: Tensor
     logprob: Tensor
     steps: int
+    patches: Tensor | None = None
 
 
 class DecodingMethodFunction(Protocol):
     """The implementation of a `DecodingMethod`."""
 
     def __call__(
-        self, heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch
+        self,
+        heads: NextKHeads,
+        decoder: Decoder,
+        target: TargetTemplate,
+        prompts: PromptBatch,
+        options: DecodingOptions,
     ) -> DecodedBatch:
         """Decode the masks of `prompts`; head 0 of `heads` decides."""
         ...
@@ -103,15 +115,29 @@ class DecodingMethodFunction(Protocol):
 class TargetTemplate:
     """The target of a `SequenceFormat` on a device: which tokens are forced, and the grid cell of each.
 
+    Args:
+        sequence: the sequence format.
+        device: where the tensors are.
+        readout: the model's, for expected patches; None without one.
+        blank: id that stands for a mask token that is not known.
+
     Attributes:
         code_range: half-open id range of the mask codes.
         forced: int64 ``[M]``, the id forced at each target index, -1 where a mask code is free.
         grid_ids: int64 ``[M]``, the grid id of each target index.
         free: the free target indices in order, one per grid cell.
         end: target index after the last free one; what follows is forced and never read.
+        readout, blank: as given.
     """
 
-    def __init__(self, sequence: SequenceFormat, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequence: SequenceFormat,
+        device: torch.device,
+        readout: PatchReadout | None = None,
+        blank: int = -1,
+    ) -> None:
+        self.readout, self.blank = readout, blank
         forced = [sequence.forced(i) for i in range(sequence.num_target)]
         self.code_range = sequence.vocabulary.mask_range
         self.forced = torch.tensor([-1 if token is None else token for token in forced], device=device)
@@ -124,3 +150,25 @@ def greedy_choice(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest class of ``[..., V]`` float logits and its log-probability, both ``[...]``; ties to the lowest."""
     maximum, index = logits.max(-1)
     return index, maximum - logits.logsumexp(-1)
+
+
+def read_mask(decoder: Decoder, target: TargetTemplate, prompts: PromptBatch, codes: Tensor | None) -> Tensor:
+    """One forward pass over the prompts and a whole mask.
+
+    Args:
+        decoder: started anew.
+        target: the target.
+        prompts: B prompts.
+        codes: int64 ``[B, h * w]``, the mask that is read; None reads blanks.
+
+    Returns:
+        float32 ``[B, h * w, D]``: for each cell the hidden state that predicts it, having read the cells before it.
+    """
+    free = torch.tensor(target.free, device=target.forced.device)
+    tokens = target.forced[: target.end].expand(len(prompts), -1).clone()
+    tokens[:, free] = target.blank if codes is None else codes + target.code_range[0]
+    hidden = decoder.start(prompts, prompts.max_length + target.end)[:, None]
+    if target.end > 1:
+        grid_ids = target.grid_ids[: target.end - 1].expand(len(prompts), -1)
+        hidden = torch.cat([hidden, decoder.extend(tokens[:, :-1], grid_ids)], 1)
+    return hidden[:, free]

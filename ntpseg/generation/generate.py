@@ -14,6 +14,7 @@ from ntpseg.generation.huggingface import HuggingFaceDecoder
 from ntpseg.generation.methods import METHODS, DecodingMethod
 from ntpseg.generation.native import NativeDecoder, unsupported_reason
 from ntpseg.generation.options import DecodingOptions, Generated, resolve_dtype
+from ntpseg.losses.dense import from_patches
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle
@@ -39,35 +40,45 @@ class MaskGenerator:
     def __init__(self, model: NTPSegModel, sequence: SequenceFormat, options: DecodingOptions | None = None) -> None:
         self.model, self.sequence, self.options = model, sequence, options or DecodingOptions()
         self.device = next(model.parameters()).device
-        self.target = TargetTemplate(sequence, self.device)
+        self.target = TargetTemplate(sequence, self.device, model.readout, model.config.blank_token)
         method = METHODS[self.options.method]
-        if model.heads.k < method.min_heads:
-            raise ValueError(
-                f"model must have at least {method.min_heads} heads for method {method.name!r}, got {model.heads.k}"
-            )
+        _check_method(model, self.options, method)
         self.method = method.load()
         with torch.no_grad():
             self.decoder = make_decoder(model, sequence, self.options, method)
 
-    def __call__(self, prompts: Sequence[np.ndarray], progress: Callable[[int], None] | None = None) -> Generated:
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        progress: Callable[[int], None] | None = None,
+        pixel_values: np.ndarray | None = None,
+    ) -> Generated:
         """Decode one mask per prompt.
 
         Args:
             prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` returns them.
+            pixel_values: float32 ``[N, C, S, S]`` in [-1, 1], the images; needed by models with a stem.
             progress: called with the number of prompts just finished.
 
         Returns:
             The masks in the order of the prompts.
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or there are not as many images as prompts where images are needed.
         """
         if not len(prompts):
             raise ValueError("prompts must hold at least one prompt, got none")
+        if self.model.front_end is not None and (pixel_values is None or len(pixel_values) != len(prompts)):
+            count = 0 if pixel_values is None else len(pixel_values)
+            raise ValueError(f"pixel_values must hold an image for each of {len(prompts)} prompts, got {count}")
         order = np.argsort([-len(p) for p in prompts], kind="stable")
         height, width = self.sequence.mask_grid
         codes = np.empty((len(prompts), height * width), np.int64)
         logprob = np.empty((len(prompts), height * width), np.float32)
+        probability = None
+        if self.options.expected_readout:
+            factor = self.model.config.patch_size
+            probability = np.empty((len(prompts), height * factor, width * factor), np.float32)
         steps = 0
         training = self.model.training
         self.model.eval()
@@ -76,21 +87,47 @@ class MaskGenerator:
             with torch.inference_mode():
                 for first in range(0, len(order), self.options.batch_size):
                     chosen = order[first : first + self.options.batch_size]
-                    batch = self._batch([prompts[i] for i in chosen])
-                    decoded = self.method(self.model.heads, self.decoder, self.target, batch)
+                    batch = self._batch(
+                        [prompts[i] for i in chosen], None if pixel_values is None else pixel_values[chosen]
+                    )
+                    decoded = self.method(self.model.heads, self.decoder, self.target, batch, self.options)
                     codes[chosen], logprob[chosen] = decoded.codes.cpu().numpy(), decoded.logprob.cpu().numpy()
+                    if probability is not None and decoded.patches is not None:
+                        probability[chosen] = from_patches(decoded.patches, (height, width)).cpu().numpy()
                     steps += decoded.steps * len(chosen)
                     if progress is not None:
                         progress(len(chosen))
         finally:
             self.model.train(training)
         seconds = time.perf_counter() - started
-        return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts))
+        return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts), probability)
 
-    def _batch(self, prompts: list[np.ndarray]) -> PromptBatch:
+    def _batch(self, prompts: list[np.ndarray], pixel_values: np.ndarray | None) -> PromptBatch:
+        ids = [torch.as_tensor(np.asarray(p, np.int64), device=self.device) for p in prompts]
+        stem = None
+        if self.model.front_end is not None and pixel_values is not None:
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.sequence.vocabulary.pad)
+            stem = self.model.encode_image(torch.as_tensor(pixel_values, device=self.device), padded)
         return PromptBatch(
-            ids=[torch.as_tensor(np.asarray(p, np.int64), device=self.device) for p in prompts],
+            ids=ids,
             grid_ids=[torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts],
+            stem=stem,
+        )
+
+
+def _check_method(model: NTPSegModel, options: DecodingOptions, method: DecodingMethod) -> None:
+    """Raise a `ValueError` unless the model has what the method and the read-out need."""
+    if model.heads.k < method.min_heads:
+        raise ValueError(
+            f"model must have at least {method.min_heads} heads for method {method.name!r}, got {model.heads.k}"
+        )
+    if model.readout is None and (method.needs_readout or options.expected_readout):
+        raise ValueError(f"model must have a read-out of expected patches for method {method.name!r}, got none")
+    inputs = model.config.mask_inputs
+    if method.needs_blanks and not (inputs and inputs["blank"]):
+        raise ValueError(
+            f"model must have been trained on blank mask tokens (mask_inputs.blank above 0) for method "
+            f"{method.name!r}, got mask_inputs {inputs}"
         )
 
 
@@ -120,6 +157,7 @@ def generate_masks(
     sequence: SequenceFormat | None = None,
     options: DecodingOptions | None = None,
     progress: Callable[[int], None] | None = None,
+    pixel_values: np.ndarray | None = None,
 ) -> Generated:
     """Decode masks, restricted to the mask codes, with a key-value cache.
 
@@ -129,6 +167,7 @@ def generate_masks(
         sequence: the model's `SequenceFormat`; taken from a bundle.
         options: see `DecodingOptions`.
         progress: called with the number of prompts just finished.
+        pixel_values: float32 ``[N, C, S, S]`` in [-1, 1], the images; needed by models with a stem.
 
     Returns:
         Codes, log-probabilities and timing, in the order of the prompts.
@@ -140,4 +179,4 @@ def generate_masks(
         sequence, model = getattr(model, "sequence", None), getattr(model, "model", model)
         if sequence is None:
             raise ValueError("sequence must be the SequenceFormat of a model without a bundle, got None")
-    return MaskGenerator(cast("NTPSegModel", model), sequence, options)(prompts, progress)
+    return MaskGenerator(cast("NTPSegModel", model), sequence, options)(prompts, progress, pixel_values)

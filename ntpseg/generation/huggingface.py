@@ -40,7 +40,7 @@ class HuggingFaceDecoder:
             grid[row, longest - len(prompt) :] = cells
             self.mask[row, longest - len(prompt) :] = 1
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.cache = None
+        self.cache, self.stem = None, prompts.stem
         hidden = self._forward(ids, grid, self.positions)
         self.positions = self.positions[:, -1:]
         return hidden[:, -1]
@@ -62,6 +62,7 @@ class HuggingFaceDecoder:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                stem_output=self.stem,
             )
         self.cache = out.past_key_values
         return out.last_hidden_state.float()

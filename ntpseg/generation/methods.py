@@ -23,6 +23,8 @@ class DecodingMethod:
         function: the `DecodingMethodFunction` as "module:function".
         min_heads: heads that the model needs.
         needs_rewind: it takes tokens back, so its decoder must be a `RewindableDecoder`.
+        needs_readout: it works on expected patches, so the model must have a read-out (``patch_size``).
+        needs_blanks: it reads blanks, so the model must have been trained to (``mask_inputs`` with ``blank`` above 0).
     """
 
     name: str
@@ -30,6 +32,8 @@ class DecodingMethod:
     function: str
     min_heads: int = 1
     needs_rewind: bool = False
+    needs_readout: bool = False
+    needs_blanks: bool = False
 
     def load(self) -> DecodingMethodFunction:
         """Import the implementation."""
@@ -47,6 +51,22 @@ METHODS: dict[str, DecodingMethod] = {
             "ntpseg.generation.speculative:speculative",
             min_heads=2,
             needs_rewind=True,
+        ),
+        DecodingMethod(
+            "expected",
+            "one token per step, the code nearest to the expected patch",
+            "ntpseg.generation.greedy:expected",
+            needs_readout=True,
+        ),
+        DecodingMethod(
+            "refine",
+            "a draft of the whole mask from one pass, then passes that read the last draft",
+            "ntpseg.generation.passes:refine",
+            needs_readout=True,
+            needs_blanks=True,
+        ),
+        DecodingMethod(
+            "sample", "the mean of several sampled masks", "ntpseg.generation.sampling:sample", needs_readout=True
         ),
     )
 }

@@ -75,20 +75,24 @@ class _Layer:
 
 
 class _Embedding:
-    """Token embedding plus the grid's, whose table is computed once instead of at every token."""
+    """Token embedding plus the grid's, whose table is computed once instead of at every token, and the stem's."""
 
     def __init__(self, model: Any) -> None:
+        self.front_end = model.front_end
         self.tokens = model.get_input_embeddings().weight.detach()
         self.query = model.config.query_token
         self.table = None if model.grid is None else model.grid.table()
 
-    def __call__(self, ids: Tensor, grid_ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, grid_ids: Tensor, features: Tensor | None) -> Tensor:
         embeds = F.embedding(ids, self.tokens).float()
-        if self.table is None:
-            return embeds
-        # The table's last row belongs to the token before the mask.
-        last = self.table.shape[0] - 1
-        return embeds + F.embedding(torch.where(ids == self.query, last, grid_ids), self.table).float()
+        if self.table is not None:
+            # The table's last row belongs to the token before the mask.
+            last = self.table.shape[0] - 1
+            embeds = embeds + F.embedding(torch.where(ids == self.query, last, grid_ids), self.table).float()
+        if self.front_end is not None:
+            assert features is not None
+            embeds = self.front_end.inject(embeds, features, ids, grid_ids)
+        return embeds
 
 
 class NativeDecoder:
@@ -117,6 +121,7 @@ class NativeDecoder:
         self.layers = [_Layer(layer, self.heads, self.kv_heads, dtype) for layer in backbone.layers]
         self.norm, self.rotary = backbone.norm.weight.float(), backbone.rotary_emb
         self.embed = _Embedding(model)
+        self.prefix_lm = model.config.prefix_lm
         self.device = self.norm.device
 
     def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
@@ -137,8 +142,13 @@ class NativeDecoder:
             layer.cache = KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, like)
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad(prompts.ids, batch_first=True).to(device)
-        hidden = self.embed(ids, pad(prompts.grid_ids, batch_first=True).to(device))
-        hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], None, prompt=True)
+        self.features = None if prompts.stem is None else prompts.stem.features
+        hidden = self.embed(ids, pad(prompts.grid_ids, batch_first=True).to(device), self.features)
+        visible = None
+        if self.prefix_lm:
+            # All of a prompt sees all of it, but not the padding behind a shorter one.
+            visible = (torch.arange(self.longest, device=device) < self.lengths[:, None])[:, None, None]
+        hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], visible, prompt=True)
         return self._final_norm(hidden[self.rows[:, 0], self.lengths - 1])
 
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
@@ -154,7 +164,7 @@ class NativeDecoder:
             positions = self.lengths[:, None] + torch.arange(new, device=self.device)
             cos, sin = self.cos[positions], self.sin[positions]
             visible = visible_slots(positions, end)
-        hidden = self._run(self.embed(tokens, grid_ids), cos, sin, visible, positions=positions, end=end)
+        hidden = self._run(self.embed(tokens, grid_ids, self.features), cos, sin, visible, positions=positions, end=end)
         self.lengths = self.lengths + new
         self.longest = end
         return self._final_norm(hidden)
@@ -195,7 +205,8 @@ class NativeDecoder:
             query, key_value = qkv[:, :, : self.heads], qkv[:, :, self.heads :]
             if prompt:
                 layer.cache.write(0, key_value)
-                attended = prompt_attention(query, key_value[:, :, : self.kv_heads], key_value[:, :, self.kv_heads :])
+                key, value = key_value[:, :, : self.kv_heads], key_value[:, :, self.kv_heads :]
+                attended = prompt_attention(query, key, value, visible)
             else:
                 if positions is None:
                     layer.cache.write(end - new, key_value)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ntpseg.generation.methods import METHODS
-from ntpseg.utils.checks import check_choice, check_integer
+from ntpseg.utils.checks import check_choice, check_integer, check_number
 
 DECODERS = ("auto", "native", "huggingface")
+READOUTS = ("auto", "codes", "expected")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +25,15 @@ class DecodingOptions:
         batch_size: prompts decoded together; sorted by length, so that a batch wastes little.
         method: the name of one of `ntpseg.generation.methods.METHODS`. "greedy" takes one token per step; "speculative"
             lets heads 1..k-1 draft and head 0 verify, with the same result. It takes about half the steps with k = 2,
-            which is faster for single images, not for batches.
+            which is faster for single images, not for batches. "expected" feeds back the code nearest to the expected
+            patch, "refine" decodes all cells at once, "sample" averages sampled masks.
+        passes: of method "refine": how often the last draft is read; 0 feeds nothing back.
+        samples, temperature, seed: of method "sample".
+        readout: "codes" decodes the mask from its codes, "expected" from the expected patches; "auto" is "codes" for
+            "greedy" and "speculative", as in the paper, and "expected" for the other methods.
+        threshold: foreground probability from which a pixel is foreground.
+        mirror: also decode the mirrored image with left and right exchanged in the sentence, and average; takes twice
+            the time. For data in which a mirrored image is anatomically right.
         decoder: "native" is `NativeDecoder`, "huggingface" the model's own forward; "auto" is native where that is
             supported for the backbone.
         dtype: of the matrix products; "auto" is bfloat16 where the processor multiplies it natively (AMX, Ampere and
@@ -37,12 +46,32 @@ class DecodingOptions:
 
     batch_size: int = 64
     method: str = "greedy"
+    passes: int = 1
+    samples: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+    readout: Literal["auto", "codes", "expected"] = "auto"
+    threshold: float = 0.5
+    mirror: bool = False
     decoder: Literal["auto", "native", "huggingface"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @property
+    def expected_readout(self) -> bool:
+        """Whether masks are read out as expected patches."""
+        if self.readout == "auto":
+            return METHODS[self.method].needs_readout
+        return self.readout == "expected"
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, 1)
         check_choice("method", self.method, METHODS)
+        check_integer("passes", self.passes, 0)
+        check_integer("samples", self.samples, 1)
+        check_integer("seed", self.seed, 0)
+        check_number("temperature", self.temperature, above=0)
+        check_number("threshold", self.threshold, above=0, below=1)
+        check_choice("readout", self.readout, READOUTS)
         check_choice("decoder", self.decoder, DECODERS)
         check_choice("dtype", self.dtype, DTYPES)
         if METHODS[self.method].needs_rewind and self.decoder == "huggingface":
@@ -58,12 +87,15 @@ class Generated:
         logprob: float32 ``[N, h * w]``, log-probability of each chosen code among the mask codes.
         seconds: wall time of decoding, prompts included.
         steps: forward passes after the prompt, averaged over prompts (h * w - 1 for greedy decoding).
+        probability: float32 ``[N, S, S]``, foreground probability of every pixel at the model's size by the expected
+            patches; None with the read-out "codes" or without a read-out.
     """
 
     codes: np.ndarray
     logprob: np.ndarray
     seconds: float
     steps: float
+    probability: np.ndarray | None = None
 
     @property
     def tokens_per_second(self) -> float:

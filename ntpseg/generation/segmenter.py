@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ntpseg.data import prepare, read_image, resize_mask
+from ntpseg.data import prepare, read_image, resize_mask, swap_laterality
 from ntpseg.generation.generate import MaskGenerator
 from ntpseg.generation.options import DecodingOptions, Generated
 from ntpseg.tokenizers.text import encode_text
@@ -23,6 +23,33 @@ ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
+class EncodedImages:
+    """N images as a model reads them.
+
+    Attributes:
+        codes: int64 ``[N, h, w]``, the image tokens; None where the model reads none.
+        pixels: float32 ``[N, C, S, S]`` in [-1, 1]; None where the model has no stem.
+        mirrored: the same images mirrored, where the options ask for it.
+    """
+
+    codes: np.ndarray | None
+    pixels: np.ndarray | None
+    mirrored: EncodedImages | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.codes is None else self.codes)  # type: ignore[arg-type]
+
+    def take(self, chosen: Sequence[int]) -> EncodedImages:
+        """The images at these indices."""
+        index = np.asarray(chosen, dtype=np.int64)
+        return EncodedImages(
+            None if self.codes is None else self.codes[index],
+            None if self.pixels is None else self.pixels[index],
+            None if self.mirrored is None else self.mirrored.take(chosen),
+        )
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One segmented image.
 
@@ -30,11 +57,13 @@ class Prediction:
         mask: bool ``[H, W]``, the image's own size.
         confidence: float32 ``[h, w]``, the probability of each patch's code among all mask codes.
         codes: int64 ``[h, w]``, the mask codes.
+        probability: float32 ``[S, S]``, the foreground probability of every pixel at the model's size.
     """
 
     mask: np.ndarray
     confidence: np.ndarray
     codes: np.ndarray
+    probability: np.ndarray
 
 
 class Segmenter:
@@ -42,12 +71,13 @@ class Segmenter:
 
     Args:
         bundle: model, tokenizers and sequence format, see `ntpseg.models.Bundle`.
-        options: see `DecodingOptions`.
+        options: see `DecodingOptions`; those that were saved with the model by default.
     """
 
     def __init__(self, bundle: Bundle, options: DecodingOptions | None = None) -> None:
         self.bundle = bundle
-        self.generator = MaskGenerator(bundle.model, bundle.sequence, options)
+        self.options = options or DecodingOptions(**(bundle.decoding or {}))
+        self.generator = MaskGenerator(bundle.model, bundle.sequence, self.options)
 
     @classmethod
     def from_pretrained(
@@ -90,21 +120,30 @@ class Segmenter:
         if len(images) != len(texts):
             raise ValueError(f"texts must have the length of images, {len(images)}, got {len(texts)}")
         sizes: list[tuple[int, int]] = []
-        codes = self.encode(self._pixels(images, sizes))
-        generated = self.decode(codes, texts, progress)
-        for i, probability in enumerate(self.probabilities(generated.codes)):
-            mask = resize_mask(probability, *sizes[i])
-            yield Prediction(mask, generated.confidence[i], generated.codes[i])
+        encoded = self.encode(self._pixels(images, sizes))
+        generated = self.decode(encoded, texts, progress)
+        for i, probability in enumerate(self.probabilities(generated)):
+            mask = resize_mask(probability, *sizes[i], threshold=self.options.threshold)
+            yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
 
-    def encode(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Image codes int64 ``[N, h, w]`` of images, uint8 ``[H, W]`` or ``[H, W, 3]`` of any size."""
+    def encode(self, images: Iterable[np.ndarray]) -> EncodedImages:
+        """What the model reads of images, uint8 ``[H, W]`` or ``[H, W, 3]`` of any size."""
         vision = self.bundle.vision
-        codes: list[np.ndarray] = []
+        has_codes = self.bundle.sequence.image_grid is not None
+        has_pixels = self.bundle.model.front_end is not None
+        codes: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        pixels: list[np.ndarray] = []
         batch: list[np.ndarray] = []
 
         def flush() -> None:
-            codes.append(vision.encode_image(torch.from_numpy(np.stack(batch))).cpu().numpy())
+            stacked = np.stack(batch)
             batch.clear()
+            if has_pixels:
+                pixels.append(stacked)
+            if has_codes:
+                codes[False].append(self._image_codes(stacked))
+                if self.options.mirror:
+                    codes[True].append(self._image_codes(stacked[..., ::-1]))
 
         with torch.inference_mode():
             for image in images:
@@ -113,19 +152,51 @@ class Segmenter:
                     flush()
             if batch:
                 flush()
-        return np.concatenate(codes)
+        own = np.concatenate(pixels) if has_pixels else None
+        mirrored = None
+        if self.options.mirror:
+            turned = None if own is None else np.ascontiguousarray(own[..., ::-1])
+            mirrored = EncodedImages(np.concatenate(codes[True]) if has_codes else None, turned)
+        return EncodedImages(np.concatenate(codes[False]) if has_codes else None, own, mirrored)
+
+    def _image_codes(self, pixels: np.ndarray) -> np.ndarray:
+        vision, grid = self.bundle.vision, self.bundle.sequence.image_grid
+        if self.bundle.model.config.front_end == "features":
+            # Features that are not aligned stand on one code.
+            return np.zeros((len(pixels), *(grid or ())), np.int64)
+        return vision.encode_image(torch.from_numpy(np.ascontiguousarray(pixels))).cpu().numpy()
 
     def decode(
-        self, image_codes: np.ndarray, texts: Sequence[str], progress: Callable[[int], None] | None = None
+        self, images: EncodedImages, texts: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> Generated:
-        """Mask codes of ``[N, h, w]`` image codes and N sentences."""
-        ids = {text: encode_text(self.bundle.text, text) for text in dict.fromkeys(texts)}
-        prompts = [
-            self.bundle.sequence.prompt(ids[text], codes) for text, codes in zip(texts, image_codes, strict=True)
-        ]
-        return self.generator(prompts, progress)
+        """Masks of N images and N sentences.
 
-    def probabilities(self, mask_codes: np.ndarray) -> Iterator[np.ndarray]:
+        With ``mirror`` the probabilities are the mean of the image's and its mirror image's, and codes, confidence and
+        steps are the image's own.
+        """
+        generated = self._generate(images, texts, progress)
+        if images.mirrored is None:
+            return generated
+        turned = self._generate(images.mirrored, [swap_laterality(text) for text in texts], None)
+        both = (np.stack(list(self.probabilities(generated))), np.stack(list(self.probabilities(turned)))[..., ::-1])
+        return replace(generated, probability=(both[0] + both[1]) / 2, seconds=generated.seconds + turned.seconds)
+
+    def _generate(
+        self, images: EncodedImages, texts: Sequence[str], progress: Callable[[int], None] | None
+    ) -> Generated:
+        ids = {text: encode_text(self.bundle.text, text) for text in dict.fromkeys(texts)}
+        codes = [None] * len(images) if images.codes is None else images.codes
+        prompts = [self.bundle.sequence.prompt(ids[text], code) for text, code in zip(texts, codes, strict=True)]
+        return self.generator(prompts, progress, images.pixels)
+
+    def probabilities(self, generated: Generated) -> Iterator[np.ndarray]:
+        """The foreground probability, float32 ``[S, S]`` at the model's size, of each decoded mask."""
+        if generated.probability is not None:
+            yield from generated.probability
+        else:
+            yield from self.decode_codes(generated.codes)
+
+    def decode_codes(self, mask_codes: np.ndarray) -> Iterator[np.ndarray]:
         """The foreground probability, float32 ``[S, S]`` at the model's size, of each of ``[N, h, w]`` mask codes."""
         for first in range(0, len(mask_codes), ENCODE_BATCH):
             part = torch.from_numpy(np.ascontiguousarray(mask_codes[first : first + ENCODE_BATCH]))

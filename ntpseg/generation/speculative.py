@@ -20,10 +20,13 @@ from ntpseg.generation.decoder import (
 )
 
 if TYPE_CHECKING:
+    from ntpseg.generation.options import DecodingOptions
     from ntpseg.models.heads import NextKHeads
 
 
-def speculative(heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch) -> DecodedBatch:
+def speculative(
+    heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch, options: DecodingOptions
+) -> DecodedBatch:
     """Decode a batch, see `DecodingMethodFunction`; `decoder` is a `RewindableDecoder`.
 
     The first token of a draft is head 0's own and so always right; token j + 1 of it is accepted if head 0, having read

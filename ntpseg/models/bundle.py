@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ntpseg.tokenizers.vision import VisionTokenizer
 
 
+DECODING = "decoding.json"
+
+
 @dataclass
 class Bundle:
     """Everything that turns an image and a sentence into a mask.
@@ -29,12 +32,14 @@ class Bundle:
         text: Hugging Face tokenizer.
         vision: image and mask tokenizer.
         sequence: how both become one sequence; its vocabulary is the model's.
+        decoding: fields of `DecodingOptions` that suit the model, as validation chose them; None: the defaults.
     """
 
     model: NTPSegModel
     text: PreTrainedTokenizerBase
     vision: VisionTokenizer
     sequence: SequenceFormat
+    decoding: dict[str, Any] | None = None
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors``, and what `save_tokenizers` writes."""
@@ -44,11 +49,16 @@ class Bundle:
         return path
 
     def save_tokenizers(self, directory: str | Path) -> None:
-        """Write ``text/``, ``vision/`` and ``sequence.json`` alone (a sharded model is saved by its trainer)."""
+        """Write ``text/``, ``vision/``, ``sequence.json`` and, if there is a choice, ``decoding.json`` alone.
+
+        A sharded model is saved by its trainer.
+        """
         path = Path(directory)
         self.text.save_pretrained(str(path / "text"))
         self.vision.save_pretrained(path / "vision")
         write_json(path / "sequence.json", self.sequence.to_dict())
+        if self.decoding is not None:
+            write_json(path / DECODING, self.decoding)
 
     @classmethod
     def from_pretrained(
@@ -85,7 +95,14 @@ class Bundle:
             if isinstance(vision, torch.nn.Module):
                 vision.to(device)
         model.eval()
-        return cls(model=model, text=load_text_tokenizer(path / "text"), vision=vision, sequence=sequence)
+        decoding = path / DECODING
+        return cls(
+            model=model,
+            text=load_text_tokenizer(path / "text"),
+            vision=vision,
+            sequence=sequence,
+            decoding=json.loads(decoding.read_text(encoding="utf-8")) if decoding.is_file() else None,
+        )
 
 
 def bundle_directory(directory: str | Path) -> Path:

@@ -1,4 +1,7 @@
-"""`NTPSegModel`: a Hugging Face causal decoder that returns hidden states, with k heads that compute the loss."""
+"""`NTPSegModel`: a Hugging Face causal decoder that returns hidden states, with k heads that compute the loss.
+
+What training adds to the loss on tokens, the reading of drafts and the losses on pixels, is in `MaskTraining`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,14 @@ from ntpseg.losses import NumItems
 from ntpseg.memory import HardTokens
 from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
+from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
+from ntpseg.models.mask_training import MaskTraining
+from ntpseg.models.prefix import prefix_mask, prompt_lengths
+from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
+from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
@@ -32,6 +40,7 @@ class NTPSegOutput(ModelOutput):
     Attributes:
         loss: scalar, differentiable; None without labels, as are the parts and the per-token results.
         ntp, nktp, tcl, het: detached scalars, see `ntpseg.ntp_loss`.
+        dice, pixel, soft: detached scalars, see `DenseLossOptions`; None where they are switched off.
         prediction, nll, margin: ``[B, T]``, head 0, aligned with the target's position; -1 / 0 / 0 where unsupervised.
         last_hidden_state: ``[B, T, D]``.
         cache: the decoding cache, with ``use_cache=True``; also called past_key_values.
@@ -42,6 +51,9 @@ class NTPSegOutput(ModelOutput):
     nktp: Tensor | None = None
     tcl: Tensor | None = None
     het: Tensor | None = None
+    dice: Tensor | None = None
+    pixel: Tensor | None = None
+    soft: Tensor | None = None
     prediction: Tensor | None = None
     nll: Tensor | None = None
     margin: Tensor | None = None
@@ -57,7 +69,8 @@ class NTPSegOutput(ModelOutput):
 class NTPSegModel(PreTrainedModel):
     """Reads ``text, image tokens, mask tokens`` and predicts the next k tokens at every position.
 
-    Training materialises no logits: the module that owns the heads' weight computes the loss, as ZeRO-3 and FSDP need.
+    The loss on tokens materialises no logits: the module that owns the heads' weight computes it, as ZeRO-3 and FSDP
+    need. Losses on pixels, where they are configured, make the logits of the mask codes.
     The configuration is copied, since Hugging Face models otherwise share it (and with it the attention
     implementation).
     """
@@ -74,6 +87,10 @@ class NTPSegModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    grid: GridEmbedding | None
+    front_end: FrontEnd | None
+    readout: PatchReadout | None
+
     def __init__(self, config: NTPSegConfig) -> None:
         super().__init__(copy.deepcopy(config))
         config, text = self.config, self.config.text_config
@@ -83,7 +100,13 @@ class NTPSegModel(PreTrainedModel):
         self.heads = NextKHeads(config.hidden_size, config.vocab_size, config.num_heads_k)
         self.grid = None
         if config.grid_positions:
-            self.grid = GridEmbedding(tuple(config.image_grid), tuple(config.mask_grid), config.hidden_size)
+            image_grid = None if config.image_grid is None else tuple(config.image_grid)
+            self.grid = GridEmbedding(image_grid, tuple(config.mask_grid), config.hidden_size)
+        self.front_end = FrontEnd(config) if config.front_end != "codes" else None
+        self.readout = None
+        if config.patch_size:
+            self.readout = PatchReadout(config.mask_range[1] - config.mask_range[0], config.patch_size)
+        self.mask_training = MaskTraining(config)
         self._no_split_modules = list(self.backbone._no_split_modules or [])
         self.post_init()
 
@@ -94,6 +117,10 @@ class NTPSegModel(PreTrainedModel):
                 init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, NextKHeads):
             module.init_weights(std, init.normal_, init.zeros_)
+        elif isinstance(module, FrontEnd):
+            module.init_weights(init.uniform_, init.zeros_)
+        elif isinstance(module, PatchReadout):
+            init.zeros_(module.patches)
         else:
             super()._init_weights(module)
 
@@ -107,7 +134,7 @@ class NTPSegModel(PreTrainedModel):
 
     @torch.no_grad()
     def init_visual_embeddings(
-        self, image_codebook: Tensor, mask_codebook: Tensor, generator: torch.Generator | None = None
+        self, image_codebook: Tensor | None, mask_codebook: Tensor, generator: torch.Generator | None = None
     ) -> None:
         """Start the embeddings of the visual codes from the codebooks, so that codes that look alike start alike.
 
@@ -115,7 +142,8 @@ class NTPSegModel(PreTrainedModel):
         standard deviation.
 
         Args:
-            image_codebook, mask_codebook: ``[codes, e]`` float, as a vision tokenizer gives them.
+            image_codebook, mask_codebook: ``[codes, e]`` float, as a vision tokenizer gives them; None without image
+                codes.
             generator: source of the projections.
 
         Raises:
@@ -123,6 +151,8 @@ class NTPSegModel(PreTrainedModel):
         """
         weight = self.get_input_embeddings().weight
         for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
+            if codebook is None:
+                continue
             span = getattr(self.config, f"{name}_range")
             if span is None:
                 raise ValueError(f"{name}_range of the configuration must be set to place the {name} codes, got None")
@@ -137,19 +167,55 @@ class NTPSegModel(PreTrainedModel):
             if name == "image" and list(span) == self.config.mask_range:
                 return
 
-    def embed(self, input_ids: Tensor, grid_ids: Tensor | None = None) -> Tensor:
-        """What the backbone reads: the embeddings of tokens ``[B, T]`` and of their grid cells, ``[B, T, D]``.
+    @property
+    def image_cells(self) -> int:
+        """Number of image tokens in a sequence."""
+        grid = self.config.image_grid
+        return 0 if grid is None else grid[0] * grid[1]
+
+    def encode_image(self, pixel_values: Tensor | None, input_ids: Tensor) -> StemOutput:
+        """Features and draft of every mask cell, for the front ends ``features`` and ``both``.
+
+        Args:
+            pixel_values: ``[B, C, S, S]`` float in [-1, 1].
+            input_ids: ``[B, T]`` int64, the prompt or more; its text tokens condition the stem.
 
         Raises:
-            ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
+            ValueError: the model has no stem, or the pixels are missing or not of its size.
+        """
+        if self.front_end is None:
+            raise ValueError("front_end must be features or both for pixels to be read, got 'codes'")
+        config = self.config
+        wanted = [len(input_ids), config.channels, config.image_size, config.image_size]
+        if pixel_values is None or list(pixel_values.shape) != wanted:
+            shape = None if pixel_values is None else list(pixel_values.shape)
+            raise ValueError(f"pixel_values must be {wanted}, got {shape}")
+        return self.front_end(pixel_values, input_ids, self.get_input_embeddings()(input_ids))
+
+    def embed(self, input_ids: Tensor, grid_ids: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """What the backbone reads: the embeddings of tokens ``[B, T]`` and of their grid cells, ``[B, T, D]``.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            grid_ids: ``[B, T]`` int64; needed with grid positions and with a stem.
+            features: ``[B, cells, D]``, see `encode_image`; needed with a stem.
+
+        Raises:
+            ValueError: `grid_ids` or `features` are needed and missing, or not of the right shape.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        if self.grid is None:
+        if self.grid is None and self.front_end is None:
             return embeds
         if grid_ids is None or grid_ids.shape != input_ids.shape:
             shape = None if grid_ids is None else list(grid_ids.shape)
             raise ValueError(f"grid_ids must be {list(input_ids.shape)}, as input_ids is, got {shape}")
-        return embeds + self.grid(grid_ids, input_ids == self.config.query_token)
+        if self.grid is not None:
+            embeds = embeds + self.grid(grid_ids, input_ids == self.config.query_token)
+        if self.front_end is not None:
+            if features is None:
+                raise ValueError(f"features must be given with front_end {self.config.front_end!r}, got None")
+            embeds = self.front_end.inject(embeds, features, input_ids, grid_ids)
+        return embeds
 
     def forward(
         self,
@@ -164,6 +230,10 @@ class NTPSegModel(PreTrainedModel):
         het_token: Tensor | None = None,
         num_items: NumItems | float | Tensor | None = None,
         loss_start: int | None = None,
+        pixel_values: Tensor | None = None,
+        mask_pixels: Tensor | None = None,
+        num_images: float | Tensor | None = None,
+        stem_output: StemOutput | None = None,
         **kwargs: Any,
     ) -> NTPSegOutput:
         """Hidden states and, with labels, the loss.
@@ -171,29 +241,53 @@ class NTPSegModel(PreTrainedModel):
         Args:
             input_ids: ``[B, T]`` int64. Pad on the right: causal attention then needs no mask.
             labels: ``[B, T]`` int64, unshifted, -100 where unsupervised.
-            grid_ids: ``[B, T]`` int64, see `SequenceFormat.grid_ids`; needed when the configuration has grid positions.
+            grid_ids: ``[B, T]`` int64, see `SequenceFormat.grid_ids`; needed when the configuration has grid positions,
+                a stem, mask inputs or losses on pixels.
             attention_mask, position_ids, past_key_values, use_cache: as in Hugging Face.
             het_position, het_token: ``[B, n]`` int64, hard error tokens, see `ntpseg.HardTokens`.
             num_items: counts of the whole accumulated and global batch, see `ntpseg.NumItems`.
             loss_start: no label before this position is supervised; the heads skip the prompt. Read from `labels`
                 where it is not given, which on a GPU waits for the device.
+            pixel_values: ``[B, C, S, S]`` float in [-1, 1], for the front ends ``features`` and ``both``.
+            mask_pixels: ``[B, S, S]`` in {0, 1}, for the losses on pixels; the patches of the labels' codes by default.
+            num_images: images of the whole accumulated and global batch, by which the losses on pixels are divided; B
+                by default.
+            stem_output: what `encode_image` returned, instead of `pixel_values`.
             **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences.
 
         Raises:
-            ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
+            ValueError: what the configuration needs is missing or not of the right shape.
         """
-        decoded = self.backbone(
-            inputs_embeds=self.embed(input_ids, grid_ids),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **{CACHE: past_key_values},
-            **kwargs,
-        )
+        stem = stem_output
+        if self.front_end is not None and stem is None:
+            stem = self.encode_image(pixel_values, input_ids)
+
+        def decode(ids: Tensor) -> Any:
+            embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
+            mask: Any = attention_mask
+            if self.config.prefix_lm and past_key_values is None and grid_ids is not None:
+                lengths = prompt_lengths(grid_ids, self.image_cells)
+                mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths)
+            return self.backbone(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **{CACHE: past_key_values},
+                **kwargs,
+            )
+
+        extra = self.mask_training
+        if labels is not None and self.training and extra.inputs is not None:
+            input_ids = extra.replace_inputs(self, input_ids, grid_ids, stem, decode)
+        decoded = decode(input_ids)
         hidden = decoded.last_hidden_state
         if labels is None:
             return NTPSegOutput(last_hidden_state=hidden, cache=getattr(decoded, CACHE))
         losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
+        if extra.dense is not None:
+            total, parts = extra.dense_losses(self, hidden, labels, grid_ids, stem, mask_pixels, num_images)
+            losses |= {"loss": losses["loss"] + total, **parts}
         return NTPSegOutput(**losses, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
 
     def _loss(

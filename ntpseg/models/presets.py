@@ -93,12 +93,14 @@ def preset_config(
     fields: dict[str, Any] = {
         "vocab_size": vocabulary.size,
         "vocab_range": list(vocabulary.supervised_range),
-        "image_range": list(vocabulary.image_range),
+        "image_range": list(vocabulary.image_range) if vocabulary.image_codes else None,
         "mask_range": list(vocabulary.mask_range),
-        "image_grid": list(sequence.image_grid),
+        "image_grid": None if sequence.image_grid is None else list(sequence.image_grid),
         "mask_grid": list(sequence.mask_grid),
         "query_token": vocabulary.image_token if sequence.layout == "emu3" else vocabulary.bom,
         "grid_positions": grid_positions,
+        "text_size": vocabulary.text_size,
+        "blank_token": vocabulary.pad,
         "text_config": text,
     }
     return NTPSegConfig(**{**fields, **options})

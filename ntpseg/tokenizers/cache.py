@@ -1,14 +1,11 @@
 """The token cache: every image and mask is tokenised once, and read through a memory map ever after.
 
-A cache lies in ``DIR/<key>/``. The key is a hash of everything that its content depends on: pixels and sentences,
-both tokenizers, the augmentation, the seed. It is built under another name, flushed, and renamed, so a folder of
-that name is complete; its size is checked all the same, and a damaged one is rebuilt.
+Its key is a hash of everything that its content depends on: pixels and sentences, both tokenizers, the augmentation,
+the seed; see `ntpseg.tokenizers.cache_folder`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,10 +18,10 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from ntpseg.data.records import check_masks
+from ntpseg.tokenizers.cache_folder import build_cache, check_cache, content_key, damage_named
 from ntpseg.tokenizers.preprocess import Pair, augment_pair, check_variants, parallel_map, preprocess
 from ntpseg.tokenizers.text import encode_text, text_fingerprint
 from ntpseg.tokenizers.vision import VisionTokenizer
-from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json
 from ntpseg.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     from ntpseg.data import Augmentation, Record
 
 _VERSION = 1
-_META = "meta.json"
 _ARRAYS = ("image_codes", "mask_codes", "text_ids", "text_offsets")
 _IMAGES_PER_BATCH = 256
 
@@ -109,19 +105,13 @@ class TokenCache:
         check_variants(variants, augmentation)
         if not variants:
             augmentation = None
-        root = Path(directory)
-        root.mkdir(parents=True, exist_ok=True)
-        remove_stale_folders(root)
         key = cache_key(dataset, vision, text, variants=variants, augmentation=augmentation, seed=seed)
-        if (root / key).exists():
-            try:
-                return cls.open(root, key)
-            except ValueError:
-                remove_folder(root / key)
-        # Where another process has been quicker, its cache has the same content.
-        with contextlib.suppress(FileExistsError), atomic_folder(root / key, replace=False) as folder:
-            _write(folder, dataset, vision, text, variants, augmentation, seed, progress)
-        return cls.open(root, key)
+        build_cache(
+            Path(directory),
+            key,
+            lambda folder: _write(folder, dataset, vision, text, variants, augmentation, seed, progress),
+        )
+        return cls.open(directory, key)
 
     @classmethod
     def open(cls, directory: str | Path, key: str) -> TokenCache:
@@ -130,21 +120,10 @@ class TokenCache:
         Raises:
             ValueError: there is none, or it is damaged.
         """
-        path = Path(directory) / key
-        if not path.is_dir():
-            raise ValueError(f"key must be that of a token cache in {str(directory)!r}, got {key!r}; build it first")
-        try:
-            meta = json.loads((path / _META).read_text(encoding="utf-8"))
-            for name, size in meta["bytes"].items():
-                actual = (path / name).stat().st_size
-                if actual != size:
-                    raise ValueError(f"{name} must have {size} bytes, got {actual}")
+        path = check_cache(Path(directory), key)
+        with damage_named(path):
             image, mask, ids, offsets = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
             texts = json.loads((path / "texts.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"token cache {str(path)!r} must be complete, got a damaged one ({error}); build it again"
-            ) from error
         return cls(Path(directory), key, image, mask, texts, ids, offsets)
 
 
@@ -171,19 +150,7 @@ def cache_key(
     if variants:
         settings["augmentation"] = asdict(augmentation) if augmentation else None
         settings["seed"] = seed
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for content in parallel_map(_record_digest, dataset):
-        digest.update(content)
-    return digest.hexdigest()[:32]
-
-
-def _record_digest(record: Record) -> bytes:
-    digest = hashlib.sha256()
-    for path in (record.image, record.mask):
-        # File by file, so that no byte can move from one to the other unnoticed.
-        digest.update(hashlib.sha256(path.read_bytes() if path else b"").digest())
-    digest.update(record.text.encode())
-    return digest.digest()
+    return content_key(settings, dataset)
 
 
 def _code_type(codes: int) -> type[np.unsignedinteger[Any]]:
@@ -200,7 +167,7 @@ def _write(
     seed: int,
     progress: bool,
 ) -> None:
-    """Fill the empty folder `path`; meta.json, written last, lists every other file's size."""
+    """Fill the empty folder `path`."""
     each = 1 + variants
     shapes = {
         "image_codes": (_code_type(vision.image_codes), vision.image_grid),
@@ -241,5 +208,3 @@ def _write(
     np.save(path / "text_ids.npy", np.array([i for row in rows for i in row], dtype=np.uint32))
     np.save(path / "text_offsets.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
     (path / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-    write_json(path / _META, {"version": _VERSION, "bytes": sizes})

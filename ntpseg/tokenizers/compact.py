@@ -23,6 +23,8 @@ from ntpseg.utils.files import atomic_write, write_json
 
 MODEL_TYPE = "ntpseg_compact_vq"
 FACTORS = (4, 8, 16)
+# The logit of a pixel that every patch of a code agrees on is half of this.
+MASK_GAIN = 6.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class CompactVQOptions:
 
     Attributes:
         factor: pixels per code along each side: 4, 8 or 16.
-        image_codes: size of the image codebook.
+        image_codes: size of the image codebook; 0: the tokenizer has no image branch.
         mask_codes: size of the mask codebook, all background and all foreground included.
         dim: length of a latent (fewer where a patch has fewer pixels).
         width: channels of the decoders.
@@ -73,6 +75,8 @@ class CompactVQOptions:
             "codebook_steps": 0,
             "max_images": 1,
         }
+        if self.image_codes == 0:
+            del minimum["image_codes"]
         for name, value in minimum.items():
             check_integer(name, getattr(self, name), value)
         check_number("learning_rate", self.learning_rate, above=0)
@@ -109,20 +113,20 @@ class CompactVQ(nn.Module):
             dim = min(options.dim, channels * options.factor**2)
             return PatchVQ(channels, options.factor, codes, dim, options.width, options.depth)
 
-        self.image = branch(channels, options.image_codes)
+        self.image = branch(channels, options.image_codes) if options.image_codes else None
         self.mask = branch(1, options.mask_codes)
         self.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are; inputs are moved there."""
-        return self.image.base.weight.device
+        return self.mask.base.weight.device
 
     @torch.no_grad()
     def encode_image(self, x: Tensor) -> Tensor:
         """Codes, int64 [B, h, w], of images, float [B, C, S, S] in [-1, 1]."""
         check_images(x, self.channels, self.image_size, "x")
-        return self.image.encode(x.to(self.device, torch.float32))
+        return self._image_branch.encode(x.to(self.device, torch.float32))
 
     @torch.no_grad()
     def encode_mask(self, x: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class CompactVQ(nn.Module):
     def decode_image(self, codes: Tensor) -> Tensor:
         """Images, float [B, C, S, S] in [-1, 1], of codes, int64 [B, h, w]."""
         check_codes(codes, self.image_grid, self.image_codes, "codes")
-        return self.image.decode(codes.to(self.device).long()).clamp(-1, 1)
+        return self._image_branch.decode(codes.to(self.device).long()).clamp(-1, 1)
 
     @torch.no_grad()
     def decode_mask(self, codes: Tensor) -> Tensor:
@@ -144,11 +148,22 @@ class CompactVQ(nn.Module):
 
     def image_codebook(self) -> Tensor:
         """Float [image_codes, e]."""
-        return self.image.codebook
+        return self._image_branch.codebook
 
     def mask_codebook(self) -> Tensor:
         """Float [mask_codes, e]."""
         return self.mask.codebook
+
+    @torch.no_grad()
+    def mask_patches(self) -> Tensor:
+        """Float [mask_codes, factor, factor] in [0, 1]."""
+        return self.mask.patches().clamp(0, 1).unflatten(1, (self.factor, self.factor))
+
+    @property
+    def _image_branch(self) -> PatchVQ:
+        if self.image is None:
+            raise ValueError("image_codes must be above 0 for images to be tokenised, got 0")
+        return self.image
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -184,7 +199,13 @@ class CompactVQ(nn.Module):
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             model = cls(config["image_size"], config["channels"], CompactVQOptions(**config["options"]))
-            model.load_state_dict(load_file(path / "model.safetensors"))
+            weights = load_file(path / "model.safetensors")
+            for name, branch in (("image", model.image), ("mask", model.mask)):
+                # Not saved before version 0.2; where the decoder was not trained this is what it was.
+                if branch is not None and f"{name}.mean" not in weights:
+                    gain, centre = (MASK_GAIN, 0.5) if name == "mask" else (1.0, 0.0)
+                    weights[f"{name}.mean"] = weights[f"{name}.base.bias"] / gain + centre
+            model.load_state_dict(weights)
         except Exception as error:
             raise ValueError(
                 f"vision tokenizer directory must hold what CompactVQ.save_pretrained wrote, got {str(path)!r}, "

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from vector_quantize_pytorch.vector_quantize_pytorch import kmeans
 
-from ntpseg.tokenizers.compact import CompactVQ, CompactVQOptions
+from ntpseg.tokenizers.compact import MASK_GAIN, CompactVQ, CompactVQOptions
 from ntpseg.tokenizers.patch_vq import PatchVQ, fill_quantizer, make_quantizer
 from ntpseg.utils.progress import progress_bar
 
 _KMEANS_ITERATIONS = 15
 _CODEBOOK_BATCH = 4096
-# The logit of a pixel that every patch of a code agrees on is half of this.
-_MASK_GAIN = 6.0
 
 Advance = Callable[[int], None]
 
@@ -49,10 +47,11 @@ def train_compact_vq(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(options.seed)
         model = CompactVQ(images.shape[-1], images.shape[1], options).to(images.device)
-        total = 2 * (options.steps + options.codebook_steps)
+        total = (1 + (model.image is not None)) * (options.steps + options.codebook_steps)
         with progress_bar("vision tokenizer", total, enabled=progress) as advance:
-            _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
-            _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
+            if model.image is not None:
+                _fit_codebook(model.image, _patches(images, options.factor), (), options, generator, advance)
+                _fit_decoder(model.image, images, F.mse_loss, options, generator, advance)
             patches = _patches(masks, options.factor)
             constant = (torch.zeros_like(patches[0]), torch.ones_like(patches[0]))
             # Most patches are all background. It and all foreground have their codes; boundaries need the rest.
@@ -111,7 +110,7 @@ def _fit_codebook(
     centred = sample - mean
     axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1).T[:dim]
     is_mask = bool(fixed)
-    branch.set_axes(axes, mean, gain=_MASK_GAIN if is_mask else 1.0, centre=0.5 if is_mask else 0.0)
+    branch.set_axes(axes, mean, gain=MASK_GAIN if is_mask else 1.0, centre=0.5 if is_mask else 0.0)
 
     def project(x: Tensor) -> Tensor:
         return (x - mean) @ axes.T

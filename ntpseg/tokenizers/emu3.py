@@ -126,6 +126,17 @@ class Emu3Vision:
         """The image codebook: there is one."""
         return self.image_codebook()
 
+    @torch.no_grad()
+    def mask_patches(self) -> Tensor:
+        """Float [mask_codes, factor, factor] in [0, 1]: the middle of what 3 x 3 times the same code decode to."""
+        mean, std = self._statistics()
+        self.model.eval()
+        size, patches = self.factor, []
+        for codes in torch.arange(self.mask_codes, device=self.device).split(max(1, _BATCH_PIXELS // (3 * size) ** 2)):
+            picture = self.model.decode(codes[:, None, None].expand(-1, 3, 3).contiguous()) * std + mean
+            patches.append(picture.mean(1)[:, size : 2 * size, size : 2 * size])
+        return torch.cat(patches).clamp(0, 1)
+
     @cached_property
     def _fingerprint(self) -> str:
         settings = [self.model.config.model_type, self.image_size, self.mean, self.std]

@@ -53,11 +53,14 @@ class PatchVQ(nn.Module):
         depth: residual 3x3 convolutions at grid resolution; each lets a patch see one patch farther.
     """
 
+    mean: Tensor
+
     def __init__(self, channels: int, factor: int, codes: int, dim: int, width: int, depth: int) -> None:
         super().__init__()
         self.factor = factor
         pixels = channels * factor**2
         self.analysis = nn.Conv2d(channels, dim, factor, stride=factor)
+        self.register_buffer("mean", torch.zeros(pixels))
         self.quantizer = make_quantizer(dim, codes)
         self.base = nn.Conv2d(dim, pixels, 1)
         self.context = nn.Conv2d(dim, width, 3, padding=1)
@@ -82,7 +85,15 @@ class PatchVQ(nn.Module):
         self.base.weight.copy_(gain * axes.T[..., None, None])
         assert self.analysis.bias is not None and self.base.bias is not None
         self.analysis.bias.copy_(-(axes @ mean))
+        self.mean.copy_(mean)
         self.base.bias.copy_(gain * (mean - centre))
+
+    def patches(self) -> Tensor:
+        """Float [codes, channels * factor**2]: the patch that each code stands for, without its neighbours' part."""
+        assert self.analysis.bias is not None
+        axes = self.analysis.weight.flatten(1)
+        # The axes are orthonormal: their transpose undoes the projection, and what it left out is the mean's own.
+        return (self.codebook - self.analysis.bias) @ axes + (self.mean - axes.T @ (axes @ self.mean))
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, int64 [B, h, w], of float [B, channels, h * factor, w * factor]."""

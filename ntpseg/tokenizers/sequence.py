@@ -3,7 +3,8 @@
 Layout ``ntpseg``: ``BOS text BOI image EOI BOM | mask EOM``, codes row-major; the bar is where the prompt ends and the
 target begins. Layout ``emu3`` writes an image as Emu3 does: ``start H*W image-token``, each row followed by a row end,
 then frame end and image end; the mask is a second image. Mask codes and EOM are supervised; row ends and the frame end
-are forced while decoding, so there is nothing to learn about them.
+are forced while decoding, so there is nothing to learn about them. Without an image grid, for a model that reads the
+image by features, the prompt of layout ``ntpseg`` is ``BOS text BOM``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class SequenceFormat:
 
     Attributes:
         vocabulary: the ids.
-        image_grid: rows and columns of the image codes.
+        image_grid: rows and columns of the image codes; None where the image is not read as tokens (``ntpseg`` alone).
         mask_grid: rows and columns of the mask codes.
         layout: ``ntpseg`` or ``emu3``; it must be the vocabulary's (and is taken from it when left out).
         image_size_ids, mask_size_ids: text ids of ``"H*W"`` (in codes); needed by layout ``emu3``, see `for_tokenizer`.
@@ -41,7 +42,7 @@ class SequenceFormat:
     """
 
     vocabulary: Vocabulary
-    image_grid: tuple[int, int]
+    image_grid: tuple[int, int] | None
     mask_grid: tuple[int, int]
     layout: SequenceLayout | None = None
     image_size_ids: tuple[int, ...] = ()
@@ -55,7 +56,9 @@ class SequenceFormat:
                 f"layout must be the vocabulary's layout, {self.vocabulary.layout!r} "
                 f"(one of {', '.join(SEQUENCE_LAYOUTS)}), got {self.layout!r}"
             )
-        for name in ("image_grid", "mask_grid"):
+        if self.image_grid is None and self.layout == "emu3":
+            raise ValueError("image_grid must be given in layout 'emu3', got None")
+        for name in ("image_grid", "mask_grid") if self.image_grid is not None else ("mask_grid",):
             grid = tuple(int(n) for n in getattr(self, name))
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"{name} must be two numbers >= 1, rows and columns, got {grid}")
@@ -70,10 +73,10 @@ class SequenceFormat:
 
     @classmethod
     def for_tokenizer(
-        cls, vocabulary: Vocabulary, image_grid: tuple[int, int], mask_grid: tuple[int, int], text: _Encodes
+        cls, vocabulary: Vocabulary, image_grid: tuple[int, int] | None, mask_grid: tuple[int, int], text: _Encodes
     ) -> SequenceFormat:
         """The format for a text tokenizer: layout ``emu3`` spells each grid's size with it."""
-        if vocabulary.layout == "ntpseg":
+        if vocabulary.layout == "ntpseg" or image_grid is None:
             return cls(vocabulary, image_grid, mask_grid)
         spell = [tuple(text.encode(f"{h}*{w}", add_special_tokens=False)) for h, w in (image_grid, mask_grid)]
         return cls(vocabulary, image_grid, mask_grid, "emu3", *spell)
@@ -81,7 +84,7 @@ class SequenceFormat:
     @property
     def image_cells(self) -> int:
         """Number of image codes."""
-        return self.image_grid[0] * self.image_grid[1]
+        return 0 if self.image_grid is None else self.image_grid[0] * self.image_grid[1]
 
     @property
     def mask_cells(self) -> int:
@@ -121,10 +124,10 @@ class SequenceFormat:
         free = self._forced < 0
         return np.where(free, self.image_cells + np.cumsum(free), 0)
 
-    def _codes(self, codes: ArrayLike, kind: str) -> Ids:
+    def _codes(self, codes: ArrayLike | None, kind: str) -> Ids:
         grid: tuple[int, int] = getattr(self, f"{kind}_grid")
         size: int = getattr(self.vocabulary, f"{kind}_codes")
-        array = np.asarray(codes)
+        array: NDArray[Any] = np.asarray(codes)
         if array.shape != grid or array.dtype.kind not in "iu":
             raise ValueError(f"{kind}_codes must be integers {list(grid)}, got {array.dtype} {list(array.shape)}")
         array = array.astype(np.int64)
@@ -132,12 +135,12 @@ class SequenceFormat:
             raise ValueError(f"{kind}_codes must be within [0, {size}), got values from {array.min()} to {array.max()}")
         return array
 
-    def prompt(self, text_ids: list[int], image_codes: ArrayLike) -> Ids:
+    def prompt(self, text_ids: list[int], image_codes: ArrayLike | None = None) -> Ids:
         """Int64 [P]: everything before the first mask token.
 
         Args:
             text_ids: ids of the text tokenizer, in ``[0, text_size)``, without special tokens; may be empty.
-            image_codes: integers [h, w] in ``[0, vocabulary.image_codes)``.
+            image_codes: integers [h, w] in ``[0, vocabulary.image_codes)``; ignored without an image grid.
 
         Raises:
             ValueError: a text id or image code out of range, or a wrong grid.
@@ -148,6 +151,8 @@ class SequenceFormat:
             raise ValueError(
                 f"text_ids must be within [0, {v.text_size}), got values from {text.min()} to {text.max()}"
             )
+        if self.image_grid is None:
+            return np.concatenate([[v.bos], text, [v.bom]]).astype(np.int64)
         image = self._codes(image_codes, "image") + v.image_range[0]
         if self.layout == "ntpseg":
             parts: list[Any] = [[v.bos], text, [v.boi], image.ravel(), [v.eoi, v.bom]]
@@ -163,7 +168,7 @@ class SequenceFormat:
         out[out < 0] = self._codes(mask_codes, "mask").ravel() + self.vocabulary.mask_range[0]
         return out
 
-    def build(self, text_ids: list[int], image_codes: ArrayLike, mask_codes: ArrayLike) -> tuple[Ids, Ids]:
+    def build(self, text_ids: list[int], image_codes: ArrayLike | None, mask_codes: ArrayLike) -> tuple[Ids, Ids]:
         """Input ids and unshifted labels, both int64 [T]; labels are -100 but at mask codes and EOM."""
         prompt, target = self.prompt(text_ids, image_codes), self.target(mask_codes)
         supervised = (self._forced < 0) | (self._forced == self.vocabulary.eom)
@@ -210,7 +215,7 @@ class SequenceFormat:
         """The fields, ready for JSON."""
         return {
             "vocabulary": self.vocabulary.to_dict(),
-            "image_grid": list(self.image_grid),
+            "image_grid": None if self.image_grid is None else list(self.image_grid),
             "mask_grid": list(self.mask_grid),
             "layout": self.layout,
             "image_size_ids": list(self.image_size_ids),

@@ -49,6 +49,10 @@ class VisionTokenizer(Protocol):
         """Float [mask_codes, e]; the image codebook itself when it is shared."""
         ...
 
+    def mask_patches(self) -> Tensor:
+        """Float [mask_codes, factor, factor] in [0, 1]: the foreground probability of the patch of each code alone."""
+        ...
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that `load_vision_tokenizer` reads."""
         ...

@@ -40,13 +40,14 @@ class Vocabulary:
 
     Attributes:
         text_size: number of text ids, ``len(text_tokenizer)`` (byte-pair ranks alone in layout ``emu3``).
-        image_codes: size of the image codebook.
+        image_codes: size of the image codebook; 0 where no image is read as tokens.
         mask_codes: size of the mask codebook; equal to `image_codes` when the codebook is shared.
         shared_codebook: image and mask codes have the same ids.
         layout: ``ntpseg`` or ``emu3``; the latter needs a shared codebook.
 
     Raises:
-        ValueError: a size below 1, an unknown layout, or sizes that contradict a shared codebook.
+        ValueError: a size below 1 (`image_codes`: below 0), an unknown layout, or sizes that contradict a shared
+            codebook.
     """
 
     text_size: int
@@ -56,8 +57,8 @@ class Vocabulary:
     layout: SequenceLayout = "ntpseg"
 
     def __post_init__(self) -> None:
-        for name in ("text_size", "image_codes", "mask_codes"):
-            check_integer(name, getattr(self, name), 1)
+        for name, minimum in (("text_size", 1), ("image_codes", 0), ("mask_codes", 1)):
+            check_integer(name, getattr(self, name), minimum)
         check_choice("layout", self.layout, SEQUENCE_LAYOUTS)
         if self.shared_codebook and self.mask_codes != self.image_codes:
             raise ValueError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,19 +25,26 @@ class TimeBudget(TrainerCallback):
     of different speed are not the same run, and a resumed one starts its clock at the fraction of its steps.
 
     Args:
-        minutes: of training; evaluation within it counts.
+        minutes: of training.
         warmup_steps: linear warm-up.
+        clock: "wall", in which evaluation counts, or "cpu", this process's processor time, in which it does not: the
+            clock of comparisons, since what else the machine does changes it little.
+
+    Raises:
+        ValueError: the minutes are not above 0.
     """
 
-    def __init__(self, minutes: float, warmup_steps: int = 50) -> None:
+    def __init__(self, minutes: float, warmup_steps: int = 50, clock: str = "wall") -> None:
         check_number("max_minutes", minutes, above=0)
         self.seconds, self.warmup_steps = 60.0 * minutes, warmup_steps
+        self.clock = clock
+        self.now = time.process_time if clock == "cpu" else time.monotonic
         self.started: float | None = None
         self.max_steps = 1
 
     def fraction(self, step: int) -> float:
         """How much of the run is over after `step` steps, in [0, 1]."""
-        clock = 0.0 if self.started is None else (time.monotonic() - self.started) / self.seconds
+        clock = 0.0 if self.started is None else (self.now() - self.started) / self.seconds
         return min(1.0, max(step / self.max_steps, clock))
 
     def factor(self, step: int) -> float:
@@ -53,7 +62,15 @@ class TimeBudget(TrainerCallback):
     ) -> None:
         """Start the clock."""
         self.max_steps = max(1, state.max_steps)
-        self.started = time.monotonic() - self.seconds * state.global_step / self.max_steps
+        self.started = self.now() - self.seconds * state.global_step / self.max_steps
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around an evaluation: the processor's clock stands still."""
+        before = self.now()
+        yield
+        if self.clock == "cpu" and self.started is not None:
+            self.started += self.now() - before
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End training when the time is up."""

@@ -11,10 +11,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ntpseg.models.stem import FRONT_ENDS
 from ntpseg.tokenizers.vocabulary import SEQUENCE_LAYOUTS
 from ntpseg.utils.checks import check_choice, check_integer, check_number
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+OPTIMIZERS = ("adamw", "muon")
+CLOCKS = ("wall", "cpu")
 
 
 @dataclass
@@ -26,11 +29,14 @@ class DataConfig:
         layout: see `ntpseg.data.load_records`.
         size: side S of the square that images and masks are resized to, in pixels.
         channels: 1 (grey) or 3 (RGB).
-        augment: fields of `ntpseg.data.Augmentation`; used when `variants` is not 0.
+        augment: fields of `ntpseg.data.Augmentation`. With the front end ``codes`` used when `variants` is not 0; with
+            the others every epoch augments anew, and no field given means no augmentation.
         variants: augmented variants per training pair, tokenized once; each epoch draws one of them or the original.
+            Only with the front end ``codes``.
         mask_noise: at most this fraction of the mask tokens that the model reads in training is replaced by random mask
             codes, drawn per sequence from 0 to it. The labels stay. It makes the model read the image instead of
-            copying the last token, and continue after its own errors; not in the paper. 0 switches it off.
+            copying the last token, and continue after its own errors; not in the paper. 0 switches it off. With
+            ``model.mask_inputs`` it must be 0.
         skip_bad: leave bad pairs out instead of refusing the data.
         cache: folder of the token cache; the run's own by default.
     """
@@ -67,6 +73,13 @@ class ModelConfig:
         preset: see `ntpseg.models.PRESETS`.
         k: how many next tokens each position predicts; 1 switches next-k-token prediction off.
         attention: Hugging Face's name (sdpa, eager, flash_attention_2, flash_attention_3); null: its default.
+        front_end: how the image is read: codes (tokens, the paper's), features (of a convolutional stem or a pretrained
+            encoder), or both.
+        stem: fields of `ntpseg.models.stem.StemOptions`, for the front ends features and both.
+        encoder_weights: file or directory of a pretrained encoder's weights, see `PretrainedEncoder.load_weights`.
+        mask_inputs: fields of `ntpseg.models.mask_inputs.MaskInputOptions`: drafts, noise and blanks in place of the
+            mask tokens that are read in training; null: the true ones.
+        prefix_lm: the prompt's tokens see each other in both directions.
         grid_positions: learned two-dimensional position embeddings of the grid cells.
         codebook_embeddings: start the visual codes' embeddings from the vision tokenizer's codebooks.
         overrides: fields of the Hugging Face config that replace the preset's.
@@ -76,6 +89,11 @@ class ModelConfig:
     preset: str = "tiny"
     k: int = 4
     attention: str | None = None
+    front_end: str = "codes"
+    stem: dict[str, Any] = field(default_factory=dict)
+    encoder_weights: str | None = None
+    mask_inputs: dict[str, Any] | None = None
+    prefix_lm: bool = False
     grid_positions: bool = True
     codebook_embeddings: bool = True
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +102,7 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """The loss, see `ntpseg.ntp_loss`.
+    """The loss, see `ntpseg.ntp_loss` and `ntpseg.losses.dense`.
 
     Attributes:
         negatives: of TCL; 0 switches it off.
@@ -92,6 +110,7 @@ class LossConfig:
         hard_tokens: hard error tokens that each sample keeps; 0 switches HET off.
         temperature: of TCL and HET.
         head_weights: weight of each head; null: all 1.
+        dice, pixel, soft, soft_temperature: see `DenseLossOptions`; all off by default.
     """
 
     negatives: int = 5
@@ -100,6 +119,27 @@ class LossConfig:
     hard_tokens: int = 8
     temperature: float = 1.0
     head_weights: list[float] | None = None
+    dice: float = 0.0
+    pixel: float = 0.0
+    soft: float = 0.0
+    soft_temperature: float = 4.0
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer; learning rate, betas and weight decay of AdamW are fields of ``training``.
+
+    Attributes:
+        name: adamw, or muon: `Muon` for the matrices and convolutions inside the model, AdamW for all else.
+        muon_learning_rate: of the matrices, at its peak.
+        muon_momentum: of the matrices.
+        ema: decay of the moving average of the weights that is evaluated and saved; 0: there is none.
+    """
+
+    name: str = "adamw"
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+    ema: float = 0.0
 
 
 @dataclass
@@ -114,6 +154,8 @@ class RunConfig:
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
         max_minutes: end training after so many minutes, the learning rate falling with the clock; null: only steps
             and epochs count.
+        clock: of max_minutes: wall, or cpu, the processor time of the training steps alone (of this process: with
+            loader workers their time is not counted).
         deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
     """
 
@@ -122,16 +164,18 @@ class RunConfig:
     vision: dict[str, Any] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: dict[str, Any] = field(default_factory=dict)
     output: str | None = None
     seed: int = 0
     layout: str = "ntpseg"
     max_minutes: float | None = None
+    clock: str = "wall"
     deepspeed: str | None = None
 
 
 # What a resumed run must have in common with the one it continues, or it would not be the same training.
-RESUME_SECTIONS = ("data", "text", "vision", "model", "loss", "seed", "layout")
+RESUME_SECTIONS = ("data", "text", "vision", "model", "loss", "optimizer", "seed", "layout")
 
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -190,6 +234,23 @@ def _check(config: RunConfig) -> None:
     check_number("loss.temperature", config.loss.temperature, above=0)
     if config.max_minutes is not None:
         check_number("max_minutes", config.max_minutes, above=0)
+    check_choice("clock", config.clock, CLOCKS)
+    check_choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    check_number("optimizer.muon_learning_rate", config.optimizer.muon_learning_rate, above=0)
+    check_number("optimizer.muon_momentum", config.optimizer.muon_momentum, 0, below=1)
+    check_number("optimizer.ema", config.optimizer.ema, 0, below=1)
+    if config.optimizer.name == "muon" and config.deepspeed is not None:
+        raise ValueError(f"optimizer.name must be adamw with deepspeed, which flattens the matrices, got {'muon'!r}")
+    check_choice("model.front_end", config.model.front_end, FRONT_ENDS)
+    if config.model.front_end != "codes" and config.layout != "ntpseg":
+        raise ValueError(f"layout must be ntpseg with front_end {config.model.front_end!r}, got {config.layout!r}")
+    if config.model.front_end != "codes" and config.data.variants:
+        raise ValueError(
+            f"data.variants must be 0 with front_end {config.model.front_end!r}, which augments as it trains, "
+            f"got {config.data.variants}"
+        )
+    if config.model.mask_inputs is not None and config.data.mask_noise:
+        raise ValueError(f"data.mask_noise must be 0 with model.mask_inputs, got {config.data.mask_noise}")
     check_choice("layout", config.layout, SEQUENCE_LAYOUTS)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     for name, value in config.training.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,11 +32,28 @@ class CodeSource(Protocol):
         """Ids of a sentence, without special tokens."""
 
 
-class TokenDataset(Dataset):
-    """Sequences of a token cache.
+class EpochDataset(Dataset, ABC):
+    """A data set whose samples depend on seed, epoch and index alone, so that a resumed run sees the same ones.
 
-    Which variant of a pair an epoch uses depends on seed, epoch and index alone, so that a resumed run sees the same
-    sequences. Hard error tokens are remembered per pair, whatever its variant.
+    Args:
+        seed: of everything random.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0 on."""
+        self.epoch = epoch
+
+
+class TokenDataset(EpochDataset):
+    """Sequences of a token cache; each epoch draws one of a pair's variants.
+
+    Hard error tokens are remembered per pair, whatever its variant.
 
     Args:
         cache: the codes and sentences.
@@ -54,16 +72,12 @@ class TokenDataset(Dataset):
         augmented: bool = True,
         mask_noise: float = 0.0,
     ) -> None:
-        self.cache, self.sequence, self.seed, self.augmented = cache, sequence, seed, augmented
+        super().__init__(seed)
+        self.cache, self.sequence, self.augmented = cache, sequence, augmented
         self.mask_noise = mask_noise if augmented else 0.0
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.cache.image_codes)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0 on."""
-        self.epoch = epoch
 
     def variant(self, index: int) -> int:
         """The variant of pair `index` in this epoch; 0 is the original."""
@@ -123,7 +137,7 @@ class Collator:
 class EpochSampler(Sampler[int]):
     """A permutation of the data set that depends on its seed and epoch alone, the same on every rank."""
 
-    def __init__(self, dataset: TokenDataset) -> None:
+    def __init__(self, dataset: EpochDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntpseg.models.attention import attention_errors, default_attention
 from ntpseg.models.bundle import Bundle
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.budget import TimeBudget
+from ntpseg.training.builders import default_decoding, make_datasets, make_model
 from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
 from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
-from ntpseg.training.dataset import Collator, TokenDataset
 from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
@@ -23,7 +22,6 @@ from ntpseg.utils.files import publish_folder, write_text
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from ntpseg.models.model import NTPSegModel
     from ntpseg.training.trainer import NTPSegTrainer
 
 
@@ -81,6 +79,7 @@ def make_trainer(
 
     set_seed(config.seed)
     training, validation = prepared.training, prepared.validation
+    data = make_datasets(config, prepared)
     if validation is None and args.eval_strategy != IntervalStrategy.NO:
         print("the data set has no validation split: there will be no evaluation while training", file=sys.stderr)
         args.eval_strategy = IntervalStrategy.NO
@@ -90,16 +89,17 @@ def make_trainer(
     trainer = NTPSegTrainer(
         make_model(config, prepared),
         args,
-        train_dataset=TokenDataset(training, prepared.sequence, seed=config.seed, mask_noise=config.data.mask_noise),
-        eval_dataset=None
-        if validation is None
-        else TokenDataset(validation, prepared.sequence, seed=config.seed, augmented=False),
-        data_collator=Collator(prepared.sequence, grid_ids=config.model.grid_positions),
+        train_dataset=data.training,
+        eval_dataset=data.validation,
+        data_collator=data.collator,
         memory=memory,
-        budget=None if config.max_minutes is None else TimeBudget(config.max_minutes, args.get_warmup_steps(500)),
+        optimizer_options=config.optimizer,
+        budget=None
+        if config.max_minutes is None
+        else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),
         generation_metrics=None
         if validation is None
-        else FreeRunningDice(validation, prepared.sequence, prepared.vision),
+        else FreeRunningDice.from_prepared(prepared, default_decoding(config)),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
     for plain in (PrinterCallback, ProgressCallback):
@@ -107,44 +107,6 @@ def make_trainer(
     if progress:
         trainer.add_callback(TrainingProgress())
     return trainer
-
-
-def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
-    """A fresh model, or one that starts from ``model.weights``.
-
-    Raises:
-        ValueError: a setting of the model, the loss or the attention cannot be used.
-    """
-    from ntpseg.models.model import NTPSegModel
-    from ntpseg.models.presets import preset_config
-
-    loss, settings = config.loss, config.model
-    options: dict[str, Any] = {
-        "num_heads_k": settings.k,
-        "grid_positions": settings.grid_positions,
-        "negatives": loss.negatives,
-        "tcl_weight": loss.tcl_weight,
-        "het_weight": loss.het_weight if loss.hard_tokens else 0.0,
-        "temperature": loss.temperature,
-        "head_weights": loss.head_weights,
-    }
-    model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
-    with attention_errors(settings.attention):
-        if settings.weights is not None:
-            path = Path(settings.weights).expanduser()
-            if not (path / "config.json").is_file():
-                raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
-            return NTPSegModel.from_pretrained(
-                path,
-                config=model_config,
-                attn_implementation=settings.attention or default_attention(),
-                local_files_only=True,
-            )
-        model_config._attn_implementation = settings.attention or default_attention()
-        model = NTPSegModel(model_config)
-    if settings.codebook_embeddings:
-        model.init_visual_embeddings(prepared.vision.image_codebook(), prepared.vision.mask_codebook())
-    return model
 
 
 def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
 from ntpseg.tokenizers.compact_training import train_compact_vq
+from ntpseg.tokenizers.pixel_cache import PixelCache
 from ntpseg.tokenizers.preprocess import stack_pairs
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
@@ -37,15 +38,15 @@ class Prepared:
         text: the text tokenizer.
         vision: the vision tokenizer.
         sequence: the format of sequences.
-        training: tokens of the training split.
-        validation: tokens of the validation split; None where the data set has none.
+        training: the training split: tokens or, for front ends that read pixels, pixels.
+        validation: the validation split; None where the data set has none.
     """
 
     text: PreTrainedTokenizerBase
     vision: VisionTokenizer
     sequence: SequenceFormat
-    training: TokenCache
-    validation: TokenCache | None
+    training: TokenCache | PixelCache
+    validation: TokenCache | PixelCache | None
 
 
 def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepared:
@@ -65,17 +66,24 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     validation = [r for r in records if r.split == "val"]
     if not training:
         raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
-    augmentation = _augmentation(config)
+    augmentation = augmentation_of(config)
     text = _text(config, training)
     text.save_pretrained(str(run / "tokenizers" / "text"))
     vision = _vision(config, training, augmentation, progress)
     vision.save_pretrained(run / "tokenizers" / "vision")
-    options: dict[str, Any] = {"seed": config.seed, "progress": progress}
     folder = _cache_folder(config, run)
-    first = TokenCache.build(
-        folder, training, vision, text, variants=config.data.variants, augmentation=augmentation, **options
-    )
-    second = TokenCache.build(folder, validation, vision, text, **options) if validation else None
+    first: TokenCache | PixelCache
+    second: TokenCache | PixelCache | None
+    if config.model.front_end == "codes":
+        options: dict[str, Any] = {"seed": config.seed, "progress": progress}
+        first = TokenCache.build(
+            folder, training, vision, text, variants=config.data.variants, augmentation=augmentation, **options
+        )
+        second = TokenCache.build(folder, validation, vision, text, **options) if validation else None
+    else:
+        size, channels = config.data.size, config.data.channels
+        first = PixelCache.build(folder, training, size, channels, progress=progress)
+        second = PixelCache.build(folder, validation, size, channels, progress=progress) if validation else None
     sequence = _sequence(config, vision, text)
     keys = {
         "training": first.key,
@@ -90,12 +98,13 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
 def _open(config: RunConfig, run: Path, keys: dict[str, Any]) -> Prepared:
     folder = _cache_folder(config, run)
     second = keys["validation"]
+    kind = TokenCache if config.model.front_end == "codes" else PixelCache
     return Prepared(
         text=load_text_tokenizer(run / "tokenizers" / "text"),
         vision=load_vision_tokenizer(run / "tokenizers" / "vision"),
         sequence=SequenceFormat.from_dict(keys["sequence"]),
-        training=TokenCache.open(folder, keys["training"]),
-        validation=None if second is None else TokenCache.open(folder, second),
+        training=kind.open(folder, keys["training"]),
+        validation=None if second is None else kind.open(folder, second),
     )
 
 
@@ -122,12 +131,23 @@ def _report_left_out(problems: Sequence[Problem], run: Path) -> None:
     write_jsonl(run / "left_out.jsonl", [dataclasses.asdict(p) for p in problems])
 
 
-def _augmentation(config: RunConfig) -> Augmentation | None:
+def prompt_has_codes(config: RunConfig) -> bool:
+    """Whether the image is read as tokens, by themselves or beside features."""
+    return config.model.front_end != "features"
+
+
+def augmentation_of(config: RunConfig) -> Augmentation | None:
+    """The augmentation of a run; None where there is none.
+
+    Raises:
+        ValueError: a field that `Augmentation` does not have, or a value that it refuses.
+    """
     try:
         augmentation = Augmentation(**config.data.augment)
     except (TypeError, ValueError) as error:
         raise ValueError(f"data.augment: {error}") from error
-    return augmentation if config.data.variants else None
+    augmented = config.data.variants if config.model.front_end == "codes" else config.data.augment
+    return augmentation if augmented else None
 
 
 def _text(config: RunConfig, training: Sequence[Record]) -> PreTrainedTokenizerBase:
@@ -147,6 +167,9 @@ def _vision(
         if vision.channels != channels:
             raise ValueError(f"data.channels must be {vision.channels} for the vision tokenizer {path}, got {channels}")
         return vision
+    if not prompt_has_codes(config):
+        # No image is tokenised, so no image codebook is trained.
+        fields["image_codes"] = 0
     try:
         options = CompactVQOptions(**{"seed": config.seed, **fields})
     except (TypeError, ValueError) as error:
@@ -169,6 +192,12 @@ def _vision(
 def _sequence(config: RunConfig, vision: VisionTokenizer, text: PreTrainedTokenizerBase) -> SequenceFormat:
     if config.layout == "emu3":
         vocabulary = Vocabulary.emu3(vision.image_codes, text.vocab_size)
-    else:
+        return SequenceFormat.for_tokenizer(vocabulary, vision.image_grid, vision.mask_grid, text)
+    aligned = config.model.stem.get("aligned", True)
+    if prompt_has_codes(config):
         vocabulary = Vocabulary(len(text), vision.image_codes, vision.mask_codes, vision.shared_codebook)
-    return SequenceFormat.for_tokenizer(vocabulary, vision.image_grid, vision.mask_grid, text)
+    else:
+        # Features that are not aligned stand where image tokens would, on one code.
+        vocabulary = Vocabulary(len(text), 0 if aligned else 1, vision.mask_codes)
+    image_grid = vision.image_grid if prompt_has_codes(config) or not aligned else None
+    return SequenceFormat.for_tokenizer(vocabulary, image_grid, vision.mask_grid, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +17,18 @@ from ntpseg.losses import LossOptions, NumItems, count_items
 from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import load_memory, save_memory
-from ntpseg.training.dataset import EpochSampler, TokenDataset
+from ntpseg.training.config import OptimizerConfig
+from ntpseg.training.dataset import EpochDataset, EpochSampler
+from ntpseg.training.ema import WeightAverage
+from ntpseg.training.muon import Muon, split_parameters
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
+# Only of models that have losses on pixels.
+DENSE_TERMS = ("dice", "pixel", "soft")
 
 
 class NTPSegTrainer(Trainer):
-    """Trains an `NTPSegModel` on a `TokenDataset`.
+    """Trains an `NTPSegModel` on an `EpochDataset`.
 
     What it adds to the Trainer:
 
@@ -30,17 +36,20 @@ class NTPSegTrainer(Trainer):
       accumulation nor the number of ranks changes the gradient.
     - Hard error tokens: looked up for each batch, recorded after it, exchanged between ranks and advanced at the end of
       each epoch, saved with each checkpoint.
-    - ntp, nktp, tcl, het and the token accuracy of head 0 are logged with the loss, in training and evaluation.
+    - ntp, nktp, tcl, het, the losses on pixels and the token accuracy of head 0 are logged with the loss, in training
+      and evaluation.
+    - Muon as an optimizer, and an average of the weights that is evaluated in their place.
 
     Args:
         memory: where hard error tokens are kept; None switches HET off.
         budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
         generation_metrics: scores of freely decoded masks, given the model; called at each evaluation (not under
             ZeRO-3, where no rank holds all weights). None leaves them out.
+        optimizer_options: the optimizer and the average of the weights, see `OptimizerConfig`.
         **kwargs: see `transformers.Trainer`.
     """
 
-    train_dataset: TokenDataset
+    train_dataset: EpochDataset
 
     def __init__(
         self,
@@ -48,9 +57,18 @@ class NTPSegTrainer(Trainer):
         memory: HardTokenMemory | None = None,
         budget: TimeBudget | None = None,
         generation_metrics: Callable[[Any], dict[str, float]] | None = None,
+        optimizer_options: OptimizerConfig | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.optimizer_options = optimizer_options or OptimizerConfig()
+        dense = getattr(cast(Any, self.model).config, "dense_loss", None) or {}
+        self._terms = LOSS_TERMS + tuple(name for name in DENSE_TERMS if dense.get(name))
+        self.average = None
+        if self.optimizer_options.ema:
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                raise ValueError("optimizer.ema must be 0 where ranks share the weights (ZeRO-3, FSDP)")
+            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
         self.memory, self.budget, self.generation_metrics = memory, budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
@@ -64,7 +82,32 @@ class NTPSegTrainer(Trainer):
         """Train, or go on from the checkpoint at a path, hard-token memory included."""
         if resume_from_checkpoint and self.memory is not None:
             load_memory(self.memory, Path(resume_from_checkpoint), self.args.process_index)
+        if resume_from_checkpoint and self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer, or Muon."""
+        options = self.optimizer_options
+        if options.name == "adamw" or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError("optimizer.name must be adamw with FSDP, which divides the matrices, got 'muon'")
+        matrices, decayed, plain = split_parameters(cast(Any, self.model))
+        self.optimizer = Muon(
+            [
+                {"params": matrices, "muon": True, "weight_decay": 0.0},
+                {"params": decayed},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=self.args.learning_rate,
+            muon_lr=options.muon_learning_rate,
+            momentum=options.muon_momentum,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule, or the time budget's."""
@@ -78,7 +121,7 @@ class NTPSegTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(dataset) if isinstance(dataset, TokenDataset) else super()._get_train_sampler(dataset)
+        return EpochSampler(dataset) if isinstance(dataset, EpochDataset) else super()._get_train_sampler(dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way."""
@@ -86,7 +129,7 @@ class NTPSegTrainer(Trainer):
             return None
         model: Any = self.model
         config, heads = model.config, model.config.num_heads_k
-        counts = torch.zeros(heads + 1, dtype=torch.float64, device=device)
+        counts = torch.zeros(heads + 2, dtype=torch.float64, device=device)
         for batch in batch_samples:
             het = None
             if self.memory is not None and model.training:
@@ -102,8 +145,12 @@ class NTPSegTrainer(Trainer):
             )
             counts[:heads] += cast(Tensor, items.rows)
             counts[heads] += cast(Tensor, items.het)
+            counts[heads + 1] += len(batch["labels"])
         if self.args.world_size > 1:
             dist.all_reduce(counts)
+        if config.dense_loss is not None:
+            for batch in batch_samples:
+                batch["num_images"] = counts[heads + 1].to(torch.float32)
         return NumItems(counts[:heads], counts[heads])
 
     # ---- loss
@@ -123,7 +170,7 @@ class NTPSegTrainer(Trainer):
         with torch.no_grad():
             supervised = prediction >= 0
             correct = (supervised & (prediction == labels)).sum()
-            row = [*(outputs[name].float() for name in LOSS_TERMS), correct.float(), supervised.sum().float()]
+            row = [outputs[name].float() for name in self._terms] + [correct.float(), supervised.sum().float()]
             sums = self._sums[model.training]
             self._sums[model.training] = sums + torch.stack(row) if len(sums) else torch.stack(row)
         if self.memory is not None and model.training:
@@ -145,9 +192,15 @@ class NTPSegTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, with the scores of decoded masks."""
-        if self.generation_metrics is not None and not is_deepspeed_zero3_enabled():
-            self._generation_scores = self.generation_metrics(self.model)
-        return super().evaluate(*args, **kwargs)
+        pause = nullcontext() if self.budget is None else self.budget.evaluation()
+        with pause, self.averaged_weights():
+            if self.generation_metrics is not None and not is_deepspeed_zero3_enabled():
+                self._generation_scores = self.generation_metrics(self.model)
+            return super().evaluate(*args, **kwargs)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the averaged weights, where there is an average."""
+        return nullcontext() if self.average is None else self.average.applied(cast(Any, self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms: means over the steps since the last log, over all ranks."""
@@ -172,7 +225,7 @@ class NTPSegTrainer(Trainer):
         else:
             count = len(self.get_eval_dataloader())
         values = sums.tolist()
-        metrics = {prefix + name: value / max(count, 1) for name, value in zip(LOSS_TERMS, values)}
+        metrics = {prefix + name: value / max(count, 1) for name, value in zip(self._terms, values)}
         metrics[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
         return metrics
 
@@ -183,6 +236,8 @@ class NTPSegTrainer(Trainer):
             if self.args.world_size > 1:
                 # The state file, written below, marks the checkpoint as complete.
                 dist.barrier()
+        if self.average is not None and self.is_world_process_zero():
+            self.average.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
 

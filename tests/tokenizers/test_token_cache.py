@@ -235,7 +235,7 @@ def test_wrong_input_is_named(tmp_path, records, compact, text):
         build(records, variants=1)
     with pytest.raises(ValueError, match="variants must be an integer >= 0, got -1"):
         build(records, variants=-1)
-    with pytest.raises(ValueError, match=r"key must be that of a token cache in .* got 'abc'"):
+    with pytest.raises(ValueError, match=r"key must be that of a cache in .* got 'abc'"):
         TokenCache.open(tmp_path, "abc")
 
 

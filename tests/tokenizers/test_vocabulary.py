@@ -39,7 +39,7 @@ def test_dict_round_trip(vocabulary):
     ("arguments", "message"),
     [
         ({"text_size": 0, "image_codes": 1, "mask_codes": 1}, "text_size must be an integer >= 1, got 0"),
-        ({"text_size": 1, "image_codes": -3, "mask_codes": 1}, "image_codes must be an integer >= 1, got -3"),
+        ({"text_size": 1, "image_codes": -3, "mask_codes": 1}, "image_codes must be an integer >= 0, got -3"),
         ({"text_size": 1, "image_codes": 2, "mask_codes": 3, "shared_codebook": True}, "must equal image_codes"),
         ({"text_size": 1, "image_codes": 2, "mask_codes": 2, "layout": "emu3"}, "shared_codebook must be True"),
         (

@@ -1,0 +1,49 @@
+"""The attention mask of a prefix language model: the prompt sees itself in both directions, the mask is causal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from ntpseg.utils.transformers_compat import CACHE
+
+
+def prefix_mask(config: Any, embeds: Tensor, attention_mask: Tensor | None, prefix: Tensor) -> Any:
+    """The mask that the configured attention implementation takes.
+
+    Args:
+        config: the Hugging Face decoder's; its attention implementation decides the mask's form.
+        embeds: ``[B, T, D]``.
+        attention_mask: ``[B, T]``, 0 at padding, or None.
+        prefix: ``[B]`` int64, tokens of each row's prompt.
+
+    Raises:
+        ValueError: the implementation takes no mask (FlashAttention).
+    """
+    if "flash" in str(config._attn_implementation):
+        raise ValueError(
+            f"attention must be sdpa, eager, flex_attention or causal_blocks with prefix_lm, "
+            f"got {config._attn_implementation!r}, which takes no mask"
+        )
+
+    def within_prompt(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query < prefix[batch]) & (key < prefix[batch])
+
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=None,
+        or_mask_function=within_prompt,
+        **{CACHE: None},
+    )
+
+
+def prompt_lengths(grid_ids: Tensor, image_cells: int) -> Tensor:
+    """``[B]`` int64: tokens before each row's first mask token, all of them where there is none."""
+    is_mask = grid_ids > image_cells
+    first = is_mask.int().argmax(1)
+    return torch.where(is_mask.any(1), first, grid_ids.shape[1])

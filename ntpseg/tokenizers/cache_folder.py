@@ -1,0 +1,94 @@
+"""A cache in ``DIR/<key>/``: complete under its name or not there, checked when it is opened.
+
+The key is a hash of everything that the content depends on. A folder is built under another name, flushed, and renamed,
+so one of that name is complete; the size of each file is checked all the same, and a damaged one is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntpseg.tokenizers.preprocess import parallel_map
+from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json
+
+if TYPE_CHECKING:
+    from ntpseg.data import Record
+
+_META = "meta.json"
+
+
+def build_cache(directory: Path, key: str, write: Callable[[Path], None]) -> None:
+    """Make the cache `key`, unless it is there and complete.
+
+    Several processes may build the same cache at once: one of them wins, all get the same content.
+
+    Args:
+        directory: where caches are; created if absent.
+        key: the cache's folder.
+        write: fills an empty folder.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_stale_folders(directory)
+    path = directory / key
+    if path.exists():
+        try:
+            check_cache(directory, key)
+            return
+        except ValueError:
+            remove_folder(path)
+    # Where another process has been quicker, its cache has the same content.
+    with contextlib.suppress(FileExistsError), atomic_folder(path, replace=False) as folder:
+        write(folder)
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        write_json(folder / _META, {"bytes": sizes})
+
+
+def check_cache(directory: Path, key: str) -> Path:
+    """The path of the cache `key` in `directory`, all its files of the size with which they were written.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = directory / key
+    if not path.is_dir():
+        raise ValueError(f"key must be that of a cache in {str(directory)!r}, got {key!r}; build it first")
+    with damage_named(path):
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        for name, size in meta["bytes"].items():
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise ValueError(f"{name} must have {size} bytes, got {actual}")
+    return path
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Any:
+    """Turn what goes wrong when the cache at `path` is read into a `ValueError` that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cache {str(path)!r} must be complete, got a damaged one ({error}); build it again"
+        ) from error
+
+
+def content_key(settings: dict[str, Any], dataset: Iterable[Record]) -> str:
+    """Hash of `settings` and of the records' file contents and sentences in order; names of files do not count."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for content in parallel_map(_record_digest, dataset):
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _record_digest(record: Record) -> bytes:
+    digest = hashlib.sha256()
+    for path in (record.image, record.mask):
+        # File by file, so that no byte can move from one to the other unnoticed.
+        digest.update(hashlib.sha256(path.read_bytes() if path else b"").digest())
+    digest.update(record.text.encode())
+    return digest.digest()

@@ -1,0 +1,134 @@
+"""What a prepared run is trained with: the model and the data sets, by its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ntpseg.generation.options import DecodingOptions
+from ntpseg.models.attention import attention_errors, default_attention
+from ntpseg.models.mask_inputs import MaskInputOptions
+from ntpseg.models.pretrained_encoder import huggingface_encoder_config
+from ntpseg.models.stem import StemOptions
+from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.training.config import ModelConfig, RunConfig
+from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
+from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
+from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+
+if TYPE_CHECKING:
+    from ntpseg.models.model import NTPSegModel
+
+
+class Datasets(NamedTuple):
+    """What the trainer reads.
+
+    Attributes:
+        training: the training split.
+        validation: the validation split, as it is; None where there is none.
+        collator: makes a batch of samples of either.
+    """
+
+    training: EpochDataset
+    validation: EpochDataset | None
+    collator: Any
+
+
+def default_decoding(config: RunConfig) -> DecodingOptions:
+    """How masks are decoded until validation has chosen: as in the paper, or in one pass where that was trained."""
+    inputs = config.model.mask_inputs
+    if inputs is not None and inputs.get("blank", MaskInputOptions.blank):
+        return DecodingOptions(method="refine", passes=0)
+    return DecodingOptions()
+
+
+def make_datasets(config: RunConfig, prepared: Prepared) -> Datasets:
+    """The data sets of a prepared run: pixels for the front ends that read them, else tokens."""
+    training, validation, sequence = prepared.training, prepared.validation, prepared.sequence
+    if isinstance(training, PixelCache):
+        augmentation = augmentation_of(config)
+        assert validation is None or isinstance(validation, PixelCache)
+        return Datasets(
+            PixelDataset(training, augmentation, seed=config.seed),
+            None if validation is None else PixelDataset(validation, seed=config.seed),
+            PixelCollator(sequence, prepared.text, prepared.vision, image_tokens=prompt_has_codes(config)),
+        )
+    assert not isinstance(validation, PixelCache)
+    return Datasets(
+        TokenDataset(training, sequence, seed=config.seed, mask_noise=config.data.mask_noise),
+        None if validation is None else TokenDataset(validation, sequence, seed=config.seed, augmented=False),
+        Collator(sequence, grid_ids=config.model.grid_positions or config.model.mask_inputs is not None),
+    )
+
+
+def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
+    """A fresh model, or one that starts from ``model.weights``.
+
+    Raises:
+        ValueError: a setting of the model, the loss or the attention cannot be used.
+    """
+    from ntpseg.models.model import NTPSegModel
+    from ntpseg.models.presets import preset_config
+
+    loss, settings = config.loss, config.model
+    vision = prepared.vision
+    dense = {name: getattr(loss, name) for name in ("dice", "pixel", "soft", "soft_temperature")}
+    options: dict[str, Any] = {
+        "num_heads_k": settings.k,
+        "grid_positions": settings.grid_positions,
+        "negatives": loss.negatives,
+        "tcl_weight": loss.tcl_weight,
+        "het_weight": loss.het_weight if loss.hard_tokens else 0.0,
+        "temperature": loss.temperature,
+        "head_weights": loss.head_weights,
+        "front_end": settings.front_end,
+        "stem": _stem_fields(settings),
+        "channels": vision.channels,
+        "image_size": vision.image_size,
+        "patch_size": vision.factor,
+        "mask_inputs": settings.mask_inputs,
+        "dense_loss": dense if loss.dice or loss.pixel or loss.soft else None,
+        "prefix_lm": settings.prefix_lm,
+    }
+    model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
+    with attention_errors(settings.attention):
+        if settings.weights is not None:
+            path = Path(settings.weights).expanduser()
+            if not (path / "config.json").is_file():
+                raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
+            return NTPSegModel.from_pretrained(
+                path,
+                config=model_config,
+                attn_implementation=settings.attention or default_attention(),
+                local_files_only=True,
+            )
+        model_config._attn_implementation = settings.attention or default_attention()
+        model = NTPSegModel(model_config)
+    if settings.codebook_embeddings:
+        has_codes = model.config.image_range is not None and vision.image_codes > 0
+        model.init_visual_embeddings(vision.image_codebook() if has_codes else None, vision.mask_codebook())
+    assert model.readout is not None
+    model.readout.set_patches(vision.mask_patches())
+    if settings.encoder_weights is not None and model.front_end is not None:
+        model.front_end.load_encoder_weights(settings.encoder_weights)
+    return model
+
+
+def _stem_fields(settings: ModelConfig) -> dict[str, Any] | None:
+    """The model configuration's ``stem``; the architecture of a Hugging Face encoder comes from its directory.
+
+    Raises:
+        ValueError: a field that a stem does not have, or an encoder without its directory.
+    """
+    if settings.front_end == "codes":
+        return None
+    fields = dict(settings.stem)
+    if fields.get("encoder") == "huggingface" and not fields.get("encoder_config"):
+        if settings.encoder_weights is None:
+            raise ValueError("model.encoder_weights must be given with stem.encoder 'huggingface', got null")
+        fields["encoder_config"] = huggingface_encoder_config(settings.encoder_weights)
+    try:
+        return asdict(StemOptions(**fields))
+    except TypeError as error:
+        raise ValueError(f"model.stem: {error}") from error
