@@ -107,6 +107,7 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+        data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
         training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto".
         output: the run's directory; must be given.
