@@ -171,9 +171,9 @@ def test_bad_data_is_refused_with_a_table(tmp_path) -> None:
     (folder / "m1.png").unlink()
     (folder / "i2.png").write_bytes(b"no image")
     config = load_config("tiny", [f"data.path={folder}", f"output={tmp_path / 'r'}", *FAST, "training.max_steps=1"])
-    with pytest.raises(DataProblems) as found:
+    with pytest.raises(DataProblems) as refused:
         train(config, progress=False)
-    assert "missing mask" in str(found.value) and "unreadable file" in str(found.value)
+    assert "missing mask" in str(refused.value) and "unreadable file" in str(refused.value)
     config.data.skip_bad = True
     run = train(config, progress=False)
     left = [json.loads(line)["kind"] for line in (run / "left_out.jsonl").read_text().splitlines()]
