@@ -190,7 +190,7 @@ def ours(operands: Operands, backend: str, gradient_filter: float = 0.0) -> Step
     def rows_of(result: dict[str, Any]) -> dict[str, Tensor | None]:
         return result | {"d_hidden": result["hidden"][b, t, j], "prediction": result["tokens"][b, t + 1 + j, j]}
 
-    step.rows_of = rows_of  # type: ignore[attr-defined]
+    step.rows_of = rows_of  # type: ignore[attr-defined]  # what the verifier calls, outside the timing
     return step
 
 

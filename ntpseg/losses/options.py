@@ -93,7 +93,7 @@ class LossOptions:
     @lru_cache(maxsize=64)
     def from_text(text: str) -> LossOptions:
         """The inverse of `to_text`."""
-        return LossOptions(*_unpack(text))  # type: ignore[arg-type]
+        return LossOptions(*_unpack(text))  # type: ignore[arg-type]  # in the order of the fields
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
@@ -225,6 +225,6 @@ def _unpack_one(item: str) -> _Value:
     if item.startswith("'"):
         return item[1:]
     if item.startswith("("):
-        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]
+        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]  # never nested
     number = float.fromhex(item[1:])
     return int(number) if item.startswith("i") else number

@@ -35,7 +35,7 @@ class Shard:
     @staticmethod
     def from_group_name(name: str, start: int, count: int, total: int) -> Shard:
         """From the name of a group, "" for none; an operator's schema carries no group."""
-        group = dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+        group = dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]  # a GroupName is a str
         return Shard(start, count, total, group)
 
     @property
