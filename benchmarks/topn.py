@@ -62,7 +62,9 @@ def _comparison(batch: int, length: int, n: int, error_rate: float, gate: bool, 
         at_index = deviation.gather(1, index[:, :kept].long().clamp_min(0))
         wrong += ((at_index != value[:, :kept]) & filled).sum() + ((index[:, :kept] >= 0) != filled).sum()
         if int(wrong):
-            raise Inaccurate({"entries": float(wrong)}, f"{int(wrong)} of {batch * n} entries are not right")
+            raise Inaccurate(
+                {"entries": float(wrong)}, f"all {batch * n} entries must be right, got {int(wrong)} wrong"
+            )
         return {"entries": 0.0}
 
     def provider(call: Callable[..., Ranked], computes: str, unavailable: str | None = None) -> Provider:

@@ -126,7 +126,7 @@ def _augmentation(config: RunConfig) -> Augmentation | None:
     try:
         augmentation = Augmentation(**config.data.augment)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"data.augment: {error}") from error
+        raise ValueError(f"data.augment must be fields of Augmentation, got: {error}") from error
     return augmentation if config.data.variants else None
 
 
@@ -150,7 +150,7 @@ def _vision(
     try:
         options = CompactVQOptions(**{"seed": config.seed, **fields})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"vision: {error}") from error
+        raise ValueError(f"vision must be fields of CompactVQOptions, or path, got: {error}") from error
     # A codebook that will encode augmented images has to have seen some.
     copies = 1 if augmentation is not None else 0
     images, masks = stack_pairs(
