@@ -55,7 +55,7 @@ def wants_cuda(torch_cuda: str | None) -> bool:
     nvcc = find_nvcc()
     if os.environ.get("NTPSEG_FORCE_CUDA") == "1":
         if nvcc is None:
-            raise RuntimeError("NTPSEG_FORCE_CUDA=1 but nvcc was found neither in CUDA_HOME nor on the PATH")
+            raise RuntimeError("nvcc must be in CUDA_HOME or on the PATH with NTPSEG_FORCE_CUDA=1, got neither")
         return True
     if torch_cuda is None or nvcc is None:
         return False

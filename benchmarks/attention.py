@@ -29,17 +29,21 @@ SDPA = {
 _PARTS = ("out", "d_query", "d_key", "d_value")
 
 
+# B, H, T, D and dtype. A prompt, 784 image and 784 mask tokens make T = 1,664; Emu3's at 512 x 512 pixels 8,320.
+GRIDS = {
+    ("cpu", "quick"): [(1, 2, 48, 16, "float32")],
+    ("cpu", "full"): [(4, 4, t, 64, dtype) for t in (192, 512) for dtype in ("float32", "bfloat16")],
+    ("cuda", "quick"): [(8, 16, 1664, 64, "bfloat16"), (2, 32, 4096, 128, "bfloat16")],
+    ("cuda", "full"): [
+        *((b, 16, t, 64, "bfloat16") for b, t in ((64, 192), (16, 1024), (8, 1664), (2, 8320))),
+        *((b, 32, t, 128, "bfloat16") for b, t in ((8, 1664), (2, 4096), (1, 8320))),
+    ],
+}
+
+
 def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
-    """Sequences of a prompt, 784 image and 784 mask tokens make T = 1,664; 8,320 are Emu3's at 512 x 512 pixels."""
-    if device.type != "cuda":
-        points = [(4, 4, t, 64, dtype) for t in (192, 512) for dtype in ("float32", "bfloat16")]
-        points = [(1, 2, 48, 16, "float32")] if grid == "quick" else points
-    elif grid == "quick":
-        points = [(8, 16, 1664, 64, "bfloat16"), (2, 32, 4096, 128, "bfloat16")]
-    else:
-        points = [(b, 16, t, 64, "bfloat16") for b, t in ((64, 192), (16, 1024), (8, 1664), (2, 8320))]
-        points += [(b, 32, t, 128, "bfloat16") for b, t in ((8, 1664), (2, 4096), (1, 8320))]
-    for *shape, dtype in points:
+    """Batches of sequences."""
+    for *shape, dtype in GRIDS[device.type, grid]:
         parameters = dict(zip(("B", "H", "T", "D"), shape, strict=True)) | {"dtype": dtype}
         yield Case("attention", parameters, partial(_comparison, tuple(shape), dtype, grid == "quick"))
 

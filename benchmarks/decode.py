@@ -22,17 +22,19 @@ from ntpseg.generation import DecodingOptions, MaskGenerator
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
+GRIDS = {
+    ("cpu", "quick"): [Size("smallest", 4, 24, 64, batch=2, heads=2, dtype="float32")],
+    ("cpu", "full"): [
+        Size("tiny", 14, 256, batch=b, heads=2, dtype=d) for b in (1, 16) for d in ("float32", "bfloat16")
+    ],
+    ("cuda", "quick"): [Size("small", 8, 1024, batch=16, heads=2)],
+    ("cuda", "full"): [Size(p, 28, 4096, batch=b, heads=2) for p in ("small", "base") for b in (1, 16, 64)],
+}
+
+
 def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
-    """Models, grids and batch sizes."""
-    if device.type == "cuda" and grid == "quick":
-        sizes = [Size("small", 8, 1024, batch=16, heads=2)]
-    elif device.type == "cuda":
-        sizes = [Size(p, 28, 4096, batch=b, heads=2) for p in ("small", "base") for b in (1, 16, 64)]
-    elif grid == "quick":
-        sizes = [Size("smallest", 4, 24, 64, batch=2, heads=2, dtype="float32")]
-    else:
-        sizes = [Size("tiny", 14, 256, batch=b, heads=2, dtype=d) for b in (1, 16) for d in ("float32", "bfloat16")]
-    for size in sizes:
+    """Models, token grids and batch sizes."""
+    for size in GRIDS[device.type, grid]:
         yield Case("decode", size.parameters(), partial(_comparison, size))
 
 
@@ -52,14 +54,13 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
     def generate() -> Callable[[], Tensor]:
         peer = hugging_face(model).to(dtype).eval()
         peer.generation_config.eos_token_id = None
-        options: dict[str, Any] = {
-            "max_new_tokens": cells,
-            "min_new_tokens": cells,
-            "do_sample": False,
-            "use_cache": True,
-        }
-        options |= {"logits_processor": [_MaskCodesOnly(low, high)], "pad_token_id": sequence.vocabulary.pad}
+        options: dict[str, Any] = {"max_new_tokens": cells, "min_new_tokens": cells, "do_sample": False}
+        options |= {"logits_processor": [mask_codes_only], "pad_token_id": sequence.vocabulary.pad, "use_cache": True}
         return lambda: peer.generate(ids[:, :start], **options)[:, start:].cpu() - low
+
+    def mask_codes_only(input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, :low] = scores[:, high:] = -torch.inf
+        return scores
 
     def check(step: Callable[[], Tensor]) -> dict[str, float]:
         with torch.no_grad():
@@ -70,19 +71,14 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
         below = logits.amax(-1) - logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
         return check_errors({"choice": float((below / logits.abs().amax(-1)).max())}, {"choice": LIMITS[size.dtype]})
 
-    def provider(setup: Callable[[], Callable[[], Tensor]], computes: str = "greedy") -> Provider:
-        return Provider(setup, check, computes=computes)
-
+    plain = partial(products, model, size, start, cells, (low, high), dtype)
+    speculative = partial(ours, decoder="native", method="speculative")
     providers = {
-        "products": Provider(
-            lambda: products(model, size, start, cells, (low, high), dtype), computes="linear layers only"
-        ),
-        "ntpseg native": provider(partial(ours, decoder="native")),
-        "ntpseg speculative": provider(
-            partial(ours, decoder="native", method="speculative"), "greedy, untrained drafts"
-        ),
-        "ntpseg huggingface": provider(partial(ours, decoder="huggingface")),
-        "transformers generate": provider(generate),
+        "products": Provider(plain, computes="linear layers only"),
+        "ntpseg native": Provider(partial(ours, decoder="native"), check, computes="greedy"),
+        "ntpseg speculative": Provider(speculative, check, computes="greedy, untrained drafts"),
+        "ntpseg huggingface": Provider(partial(ours, decoder="huggingface"), check, computes="greedy"),
+        "transformers generate": Provider(generate, check, computes="greedy"),
     }
     parameters = sum(weight.numel() for weight in matrices(model))
     codes = (high - low) * model.config.hidden_size
@@ -122,15 +118,3 @@ def products(
         multiply(size.batch, [head])
 
     return step
-
-
-class _MaskCodesOnly:
-    """A logits processor that allows nothing but the mask codes."""
-
-    def __init__(self, low: int, high: int) -> None:
-        self.low, self.high = low, high
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, : self.low] = -torch.inf
-        scores[:, self.high :] = -torch.inf
-        return scores

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness.environment import ROOT, describe
-from benchmarks.harness.rows import RESULTS, write_text
+from benchmarks.harness.rows import RESULTS
+from ntpseg.utils.files import write_json
 
 BUDGET = 590.0  # seconds, all steps together
 REPORT = 30.0  # seconds of it that are kept for the report: what has been measured by then gets written
@@ -185,7 +186,7 @@ def _plain(name: str) -> str:
 def _write(results: list[dict[str, Any]], started: float) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     content = {"gpu_check": results, "seconds": round(time.monotonic() - started, 1), **describe(device)}
-    write_text(RESULTS / "gpu-check.json", json.dumps(content, indent=1) + "\n")
+    write_json(RESULTS / "gpu-check.json", content)
 
 
 if __name__ == "__main__":

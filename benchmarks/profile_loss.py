@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness.environment import clock_state, describe
-from benchmarks.harness.rows import RESULTS, rounded, write_text
+from benchmarks.harness.rows import RESULTS, rounded
 from benchmarks.loss import ours
 from benchmarks.operands import Operands, Shape
+from ntpseg.utils.files import write_json
 
 _STEPS = 5
 _METRICS = {
@@ -130,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{json.dumps(shape.parameters())}")
         for row in rows[:12]:
             print(f"  {row['share']:6.1%} {row['seconds'] * 1e6:10.1f} us  {row['calls']:6.1f} x  {row['kernel'][:90]}")
-        _write(path, profiles)  # before ncu: it may be what takes too long
+        write_json(path, rounded({"profiles": profiles}))  # before ncu: it may be what takes too long
         if device.type == "cuda":
             torch.cuda.empty_cache()
             entry["ncu"] = nsight([str(number), "--device", args.device], _NCU_SECONDS[args.quick])
-            _write(path, profiles)
+            write_json(path, rounded({"profiles": profiles}))
             print("  ncu:", entry["ncu"].get("unavailable") or f"{len(entry['ncu']['kernels'])} launches")
     print(f"written to {path}")
 
@@ -146,10 +147,6 @@ def _run_once(step: Callable[[], Any]) -> None:
     step()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-
-
-def _write(path: Path, profiles: list[dict[str, Any]]) -> None:
-    write_text(path, json.dumps({"profiles": rounded(profiles)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

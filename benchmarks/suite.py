@@ -16,10 +16,10 @@ from benchmarks.harness.ceilings import copy_bytes, matmul_flops
 from benchmarks.harness.environment import describe, slug
 from benchmarks.harness.rows import Row, read_file, write
 from benchmarks.harness.timing import Budget
-from benchmarks.report.tables import share_of_ceiling
+from benchmarks.registry import BENCHMARKS
+from benchmarks.report.tables import ceiling_fraction
 
-BENCHMARKS = ("loss", "topn", "attention", "decode", "train")
-GATED = ("loss", "topn")
+GATED = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.gated)
 _BUDGETS: dict[tuple[str, Grid], Budget] = {
     ("cpu", "quick"): Budget(seconds=0.2, min_rounds=3, max_rounds=5, warmup=1),
     ("cpu", "full"): Budget(seconds=10.0, min_rounds=5, max_rounds=200, warmup=1),
@@ -57,7 +57,7 @@ def benchmark_names(args: argparse.Namespace) -> tuple[str, ...]:
         raise ValueError(f"benchmark must be loss with --run, got {args.what}")
     if args.gate and args.what not in (*GATED, "all"):
         raise ValueError(f"benchmark must be one of {', '.join(GATED)} with --gate, got {args.what}")
-    return (args.what,) if args.what != "all" else GATED if args.gate else BENCHMARKS
+    return (args.what,) if args.what != "all" else GATED if args.gate else tuple(BENCHMARKS)
 
 
 def run_settings(args: argparse.Namespace, without: Sequence[str] = ()) -> Settings:
@@ -171,8 +171,8 @@ def line(row: Row) -> str:
         text += f"  + {row['memory']['delta'] / 2**20:8.1f} MiB of {row['memory']['absolute'] / 2**20:.0f}"
     if row["work"]["tokens"]:
         text += f"  {row['work']['tokens'] / seconds['median']:,.0f} tokens/s"
-    if share := share_of_ceiling(row):
-        text += f"  {share} of the FLOP ceiling"
+    if fraction := ceiling_fraction(row):
+        text += f"  {fraction} of the FLOP ceiling"
     if row.get("error"):
         text += f"  error {max(row['error'].values()):.1e}"
     for other, measured in row.get("limits", {}).items():

@@ -25,17 +25,17 @@ from ntpseg.models import NTPSegModel
 LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
 
 
+GRIDS = {
+    ("cpu", "quick"): [Size("smallest", 4, 24, 64, batch=2, dtype="float32")],
+    ("cpu", "full"): [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")],
+    ("cuda", "quick"): [Size("base", 28, 32768, 2048, batch=8)],
+    ("cuda", "full"): [Size(p, 28, 32768, 2048, batch=16, heads=k) for p in ("small", "base") for k in (1, 4)],
+}
+
+
 def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
     """Models and batches."""
-    if device.type == "cuda" and grid == "quick":
-        sizes = [Size("base", 28, 32768, 2048, batch=8)]
-    elif device.type == "cuda":
-        sizes = [Size(p, 28, 32768, 2048, batch=16, heads=k) for p in ("small", "base") for k in (1, 4)]
-    elif grid == "quick":
-        sizes = [Size("smallest", 4, 24, 64, batch=2, dtype="float32")]
-    else:
-        sizes = [Size("tiny", 14, 512, dtype=d) for d in ("float32", "bfloat16")]
-    for size in sizes:
+    for size in GRIDS[device.type, grid]:
         yield Case("train", size.parameters(), partial(_comparison, size))
 
 

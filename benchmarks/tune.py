@@ -1,20 +1,23 @@
 """Times the forward product's candidates on this machine's GPU against cuBLAS: ``python -m benchmarks.tune``.
 
-Prints one JSON line per shape and candidate: the median over interleaved repetitions of (candidate) / (cuBLAS product
-of the same operands, bf16 out), which carries the epilogue's cost too. The winner goes into
-`ntpseg.kernels.gemm_configs` by hand, with its line as evidence.
+Prints one JSON row of the harness per shape and candidate. Its ratio is that to the cuBLAS product of the same operands
+(bf16 out), so it carries the epilogue's cost too. The winner goes into `ntpseg.kernels.gemm_configs` by hand, with its
+row as evidence.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 
 import torch
 
+from benchmarks.harness import Case, Comparison, Provider, Settings, run_case
+from benchmarks.harness.rows import rounded
+from benchmarks.harness.timing import Budget
 from ntpseg.kernels.anchored_gemm import anchored_gemm
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig, architecture, persistent_grid
 from ntpseg.kernels.workspace import Anchors, BlockStats
@@ -47,71 +50,47 @@ CANDIDATES: dict[str, tuple[GemmConfig, ...]] = {
 }
 
 
-_HEAD_START_CYCLES = 1_000_000
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """One call, by events, behind enough work that its launch has reached the device before it starts."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_HEAD_START_CYCLES)
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
-
-
-def measure(config: GemmConfig, rows: int, classes: int, width: int, repetitions: int) -> dict[str, float]:
-    """Median ratio to cuBLAS and median milliseconds of both."""
-    device = torch.device("cuda")
+def comparison(rows: int, classes: int, width: int, settings: Settings) -> Comparison:
+    """The configuration in use and all candidates, on operands of their own."""
+    device = settings.device
     hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     weight = torch.randn(classes, width, device=device, dtype=torch.bfloat16) * width**-0.5
-    target_logit = torch.zeros(rows, device=device)
-    anchors = Anchors(target_logit, target_logit.clone(), target_logit + 48.0)
-    block_stats = BlockStats.empty(-(-classes // config.BLOCK_N), rows, device)
-    stride = -(-classes // 64) * 64
-    e, z = torch.empty(2, rows, stride, device=device, dtype=torch.bfloat16)
-    blocks = -(-rows // config.BLOCK_M)
-    every = torch.arange(blocks, dtype=torch.int32, device=device)
-    count = torch.full((), blocks, dtype=torch.int32, device=device)
-    grid = persistent_grid(config, blocks * block_stats.row_sum.shape[0], device)
+    z_y = torch.zeros(rows, device=device)
+    anchors = Anchors(z_y, z_y.clone(), z_y + 48.0)
+    e, z = torch.empty(2, rows, -(-classes // 64) * 64, device=device, dtype=torch.bfloat16)
 
-    def ours() -> None:
-        anchored_gemm(hidden, weight, e, anchors, block_stats, every, count, config, grid)
+    def fused(config: GemmConfig) -> Callable[[], None]:
+        block_stats = BlockStats.empty(-(-classes // config.BLOCK_N), rows, device)
+        blocks = -(-rows // config.BLOCK_M)
+        every = torch.arange(blocks, dtype=torch.int32, device=device)
+        count = torch.full((), blocks, dtype=torch.int32, device=device)
+        grid = persistent_grid(config, blocks * block_stats.row_sum.shape[0], device)
+        return partial(anchored_gemm, hidden, weight, e, anchors, block_stats, every, count, config, grid)
 
-    def library() -> None:
-        torch.mm(hidden, weight.t(), out=z[:, :classes])
-
-    for _ in range(5):
-        ours()
-        library()
-    pairs = [(milliseconds(ours), milliseconds(library)) for _ in range(repetitions)]
-    return {
-        "ratio": statistics.median(a / b for a, b in pairs),
-        "ours_ms": statistics.median(a for a, _ in pairs),
-        "cublas_ms": statistics.median(b for _, b in pairs),
-    }
+    name = architecture(device)
+    providers = {"cuBLAS": Provider(lambda: partial(torch.mm, hidden, weight.t(), out=z[:, :classes]))}
+    for config in (GEMM_CONFIGS[name].forward, *CANDIDATES[name]):
+        providers[repr(config)] = Provider(partial(fused, config))
+    flops = 2.0 * rows * classes * width
+    return Comparison(providers, "cuBLAS", flops=flops, graphs=False, dtype=torch.bfloat16)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[6272])
     parser.add_argument("--classes", type=int, nargs="+", default=[32768, 184622])
     parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--repetitions", type=int, default=30)
-    options = parser.parse_args()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("tuning needs a CUDA device")
-    name = architecture(torch.device("cuda"))
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for classes in options.classes:
-        for width in options.width:
-            for rows in options.rows:
-                for config in (GEMM_CONFIGS[name].forward, *CANDIDATES[name]):
-                    shape = {"rows": rows, "classes": classes, "width": width}
-                    found = measure(config, rows, classes, width, options.repetitions)
-                    print(json.dumps(machine | shape | found | {"config": asdict(config)}), flush=True)
+        raise SystemExit("device must be a CUDA device for tuning, got none")
+    budget = Budget(seconds=0.0, min_rounds=args.repetitions, max_rounds=args.repetitions, warmup=5)
+    settings = Settings(torch.device("cuda", torch.cuda.current_device()), budget)
+    for classes, width, rows in itertools.product(args.classes, args.width, args.rows):
+        case = Case("tune", {"R": rows, "D": width, "V": classes}, partial(comparison, rows, classes, width))
+        for row in run_case(case, settings):
+            print(json.dumps(rounded(row)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -33,6 +34,17 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, Sc
       static_cast<int>(tensor.scalar_type()));
 }
 
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+// `must` says what, such as "be [B, 3, m]" or "have the shape of deviation".
+inline void check_shape(bool condition, const Tensor& tensor, const char* name, const char* must) {
+  STD_TORCH_CHECK(condition, name, " must ", must, ", got ", shape_text(tensor));
+}
+
 inline void check_length(int64_t length) {
   STD_TORCH_CHECK(length <= INT32_MAX, "a row must have fewer than 2^31 columns, got ", length);
 }
@@ -41,9 +53,8 @@ inline void check_length(int64_t length) {
 inline std::pair<int64_t, int64_t> check_topn(const Tensor& deviation, const Tensor& is_error, int64_t n) {
   check_tensor(deviation, "deviation", 2, ScalarType::Float);
   check_tensor(is_error, "is_error", 2, ScalarType::Bool);
-  STD_TORCH_CHECK(
-      deviation.size(0) == is_error.size(0) && deviation.size(1) == is_error.size(1),
-      "is_error must have the shape of deviation");
+  const bool same = deviation.size(0) == is_error.size(0) && deviation.size(1) == is_error.size(1);
+  check_shape(same, is_error, "is_error", "have the shape of deviation");
   check_length(deviation.size(1));
   STD_TORCH_CHECK(n >= 0, "n must be >= 0, got ", n);
   return {deviation.size(0), deviation.size(1)};
@@ -61,9 +72,9 @@ inline void check_memory(const Tensor& rows, const Tensor& stamp, const Tensor& 
   check_tensor(stamp, "stamp", 2, ScalarType::Int);
   check_tensor(control, "control", 1, ScalarType::Int);
   check_tensor(epoch, "epoch", 0, ScalarType::Long);
-  STD_TORCH_CHECK(rows.size(0) == 2 && rows.size(2) == 3, "rows must be [2, N, 3, n]");
-  STD_TORCH_CHECK(stamp.size(0) == 2 && stamp.size(1) == rows.size(1), "stamp must be [2, N]");
-  STD_TORCH_CHECK(control.size(0) >= 2, "control must have a counter and at least one lock");
+  check_shape(rows.size(0) == 2 && rows.size(2) == 3, rows, "rows", "be [2, N, 3, n]");
+  check_shape(stamp.size(0) == 2 && stamp.size(1) == rows.size(1), stamp, "stamp", "be [2, N] with rows [2, N, 3, n]");
+  check_shape(control.size(0) >= 2, control, "control", "be [1 + L], a counter and L >= 1 locks");
 }
 
 // What record_errors reads, checked: sample_ids [batch]; prediction, labels, deviation [batch, length].
@@ -90,11 +101,10 @@ inline RecordInputs check_record(
   check_tensor(labels, "labels", 2, ScalarType::Long);
   check_tensor(deviation, "deviation", 2, ScalarType::Float);
   const int64_t batch = prediction.size(0), length = prediction.size(1);
-  STD_TORCH_CHECK(sample_ids.size(0) == batch, "sample_ids must be [B]");
-  for (const auto* other : {&labels, &deviation}) {
-    STD_TORCH_CHECK(
-        other->size(0) == batch && other->size(1) == length, "labels and deviation must have the shape of prediction");
-  }
+  check_shape(sample_ids.size(0) == batch, sample_ids, "sample_ids", "be [B] with prediction [B, T]");
+  check_shape(labels.size(0) == batch && labels.size(1) == length, labels, "labels", "have the shape of prediction");
+  const bool same = deviation.size(0) == batch && deviation.size(1) == length;
+  check_shape(same, deviation, "deviation", "have the shape of prediction");
   check_length(length);
   return {
       rows.size(1),

@@ -86,10 +86,10 @@ def contrastive_kernel(
     x = tl.where(valid, (z - target_logit[:, None]) * inverse_tau, float("-inf"))
     is_negative = (column < negatives)[None, :]
     x_negative = tl.where(is_negative, x, float("-inf"))
-    top = tl.maximum(tl.max(x_negative, 1), 0.0)
-    negative_sum = tl.sum(tl.exp2((x_negative - top[:, None]) * LOG2E), 1)
-    # log(1 + sum exp(x)) = top + log(exp(-top) + sum exp(x - top)); log1p keeps its small values where top is 0
-    tcl = tl.where(top > 0.0, top + tl.log(tl.exp2(-top * LOG2E) + negative_sum), log1p(negative_sum))
+    x_max = tl.maximum(tl.max(x_negative, 1), 0.0)
+    negative_sum = tl.sum(tl.exp2((x_negative - x_max[:, None]) * LOG2E), 1)
+    # log(1 + sum exp(x)) = x_max + log(exp(-x_max) + sum exp(x - x_max)); log1p keeps small values where x_max is 0
+    tcl = tl.where(x_max > 0.0, x_max + tl.log(tl.exp2(-x_max * LOG2E) + negative_sum), log1p(negative_sum))
     exp_neg_abs = tl.exp2(-tl.abs(x) * LOG2E)  # exp(-|x|), 0 where there is no token
     het = tl.where(valid & (column >= negatives)[None, :], tl.maximum(x, 0.0) + log1p(exp_neg_abs), 0.0)
     tl.store(tcl_ptr + row, tcl, mask=row_mask)

@@ -72,18 +72,18 @@ def anchored_exp(z, anchor, limit, column):
     """
     row_max = tl.max(z, 1)
     argmax = tl.min(tl.where(z == row_max[:, None], column[None, :], INT32_MAX), 1)
-    used = tl.where(row_max > limit, row_max * LOG2E, anchor)
+    tile_anchor = tl.where(row_max > limit, row_max * LOG2E, anchor)
     # fused on every device: the reduction takes single entries out of the sum again and must find the same numbers
-    e = tl.exp2(tl.fma(z, LOG2E, -used[:, None]))
+    e = tl.exp2(tl.fma(z, LOG2E, -tile_anchor[:, None]))
     return e, tl.sum(e, 1), row_max, argmax
 
 
 @triton.jit
 def rescale_factor(part_max, row_max, anchor, limit):
     """Factor that brings a sum taken at the anchor of a part of the row to that of the whole row, by their maxima."""
-    used = tl.where(part_max > limit, part_max * LOG2E, anchor)
-    wanted = tl.where(row_max > limit, row_max * LOG2E, anchor)
-    return tl.exp2(used - wanted)
+    part_anchor = tl.where(part_max > limit, part_max * LOG2E, anchor)
+    row_anchor = tl.where(row_max > limit, row_max * LOG2E, anchor)
+    return tl.exp2(part_anchor - row_anchor)
 
 
 @triton.jit

@@ -18,9 +18,9 @@ def rank_value(value: float) -> float:
 def topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Tensor]:
     values, indices = [], []
     for row, errors in zip(deviation.float().tolist(), is_error.tolist()):
-        found = sorted((-rank_value(v), i) for i, (v, e) in enumerate(zip(row, errors)) if e)[:n]
-        values.append([-v for v, _ in found] + [-math.inf] * (n - len(found)))
-        indices.append([i for _, i in found] + [-1] * (n - len(found)))
+        result = sorted((-rank_value(v), i) for i, (v, e) in enumerate(zip(row, errors)) if e)[:n]
+        values.append([-v for v, _ in result] + [-math.inf] * (n - len(result)))
+        indices.append([i for _, i in result] + [-1] * (n - len(result)))
     shape = (deviation.shape[0], n)
     return torch.tensor(values).reshape(shape), torch.tensor(indices, dtype=torch.int32).reshape(shape)
 

@@ -14,20 +14,20 @@ from ntpseg.cli import app
 
 def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-anywhere"))
-    found = environment.versions()
-    assert found["torch"] == torch.__version__
-    assert found["no-such-package-anywhere"] == "not installed"
+    result = environment.versions()
+    assert result["torch"] == torch.__version__
+    assert result["no-such-package-anywhere"] == "not installed"
 
 
 def test_reasons_are_given_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = environment.backends()
-    assert found["loss torch"] == "usable"
-    assert found["loss triton"].startswith("not usable: ")
+    result = environment.backends()
+    assert result["loss torch"] == "usable"
+    assert result["loss triton"].startswith("not usable: ")
     assert (
-        "flash_attn is not installed" in found["attention flash_attention_2"]
-        or "no CUDA" in found["attention flash_attention_2"]
+        "flash_attn is not installed" in result["attention flash_attention_2"]
+        or "no CUDA" in result["attention flash_attention_2"]
     )
 
 

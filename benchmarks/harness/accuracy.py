@@ -20,7 +20,7 @@ def check_errors(errors: dict[str, float], limits: Mapping[str, float]) -> dict[
     """
     for part, error in errors.items():
         if not error <= limits[part]:
-            raise Inaccurate(errors, f"{part} is off by {error:.2g}, the limit is {limits[part]:.2g}")
+            raise Inaccurate(errors, f"{part} must be within {limits[part]:.2g}, got an error of {error:.2g}")
     return errors
 
 

@@ -13,10 +13,9 @@ from benchmarks.harness.timing import Budget, Clock, interleaved
 
 
 @functools.cache
-def matmul_flops(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product on random data (zeros would run faster than real data does)."""
-    if side is None:
-        side = 8192 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -25,10 +24,9 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, side: int | None = No
 
 
 @functools.cache
-def copy_bytes(device: torch.device, size: int | None = None) -> float:
+def copy_bytes(device: torch.device) -> float:
     """Bytes per second of a large copy, read and written bytes both counted."""
-    if size is None:
-        size = (2 << 30) if device.type == "cuda" else (64 << 20)
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source), device)

@@ -7,7 +7,6 @@ first result files, kept so that old and new rows can be read together.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,11 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 Row = dict[str, Any]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name first, and makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write(path: Path, rows: Iterable[Row]) -> None:
     """One row a line between the brackets of a JSON list."""
+    # with --base, workers import this beside a revision of the package that may lack the module; they never write
+    from ntpseg.utils.files import write_text
+
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     write_text(path, f"[\n{lines}\n]\n")
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,39 +26,57 @@ from benchmarks.peers import import_error
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _takes_all(rows: Tensor, weight: Tensor) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Peer:
-    """One of them.
+    """One of them, and which operands it takes.
 
     Attributes:
         load: returns a function of rows ``[R, D]``, weight ``[V, D]`` and targets ``[R]``; may raise ImportError.
         cuda: it needs a CUDA device.
         computes: what sets it apart, for the tables.
         terms: whether it also competes with TCL and HET composed beside it.
-        refuses: why it cannot take rows and weight of these shapes and dtypes; None where it can.
+        dtypes: of the operands; empty: any.
+        multiples: what some of R, V and D must be multiples of.
+        capability: the one compute capability that it runs on; None: any.
+        fallback_of: name of the peer that is used instead wherever it can be; None: no such peer.
     """
 
     load: Callable[[], CrossEntropy]
     cuda: bool
     computes: str
     terms: bool = False
-    refuses: Callable[[Tensor, Tensor], str | None] = _takes_all
+    dtypes: tuple[torch.dtype, ...] = ()
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+    fallback_of: str | None = None
+
+    def refuses(self, rows: Tensor, weight: Tensor) -> str | None:
+        """Why it cannot take operands of these shapes and dtypes; None where it can."""
+        if self.capability and rows.is_cuda and torch.cuda.get_device_capability(rows.device) != self.capability:
+            return f"needs a GPU of compute capability {'.'.join(map(str, self.capability))}"
+        if self.dtypes and rows.dtype not in self.dtypes:
+            return f"takes {' and '.join(map(_name, self.dtypes))} only, not {_name(rows.dtype)}"
+        sizes = {"R": len(rows), "V": weight.shape[0], "D": weight.shape[1]}
+        for name, factor in self.multiples.items():
+            if sizes[name] % factor:
+                return f"takes {name} in multiples of {factor}, not {sizes[name]}"
+        if self.fallback_of and PEERS[self.fallback_of].refuses(rows, weight) is None:
+            return "only where its chunked path cannot be used"
+        return None
 
 
 def unavailable(peer: Peer, rows: Tensor, weight: Tensor) -> str | None:
     """Why it cannot run on these operands; None where it can be tried."""
     if peer.cuda and rows.device.type != "cuda":
         return "needs a CUDA device"
-    return _broken(peer) or peer.refuses(rows, weight)
+    return _import_error(peer.load) or peer.refuses(rows, weight)
 
 
-@functools.cache
-def _broken(peer: Peer) -> str | None:
-    return import_error(peer.load)
+_import_error = functools.cache(import_error)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _pytorch() -> CrossEntropy:
@@ -74,20 +92,14 @@ def _liger(accumulate: torch.dtype | None) -> CrossEntropy:
     return lambda rows, weight, target: loss(weight, rows, target)
 
 
-def _liger_hopper() -> CrossEntropy:
-    module = importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90")
-    call = module.liger_fused_linear_cross_entropy_sm90
-    return lambda rows, weight, target: call(rows, weight, target)
+def _function(module: str, name: str, **options: object) -> CrossEntropy:
+    """A function that takes rows, weight and target in this order."""
+    call = getattr(importlib.import_module(module), name)
+    return lambda rows, weight, target: call(rows, weight, target, **options)
 
 
 def _cut(filter_eps: str | None) -> CrossEntropy:
-    call = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda rows, weight, target: call(rows, weight, target, filter_eps=filter_eps, impl="cce")
-
-
-def _quack() -> CrossEntropy:
-    call = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda rows, weight, target: call(rows, weight, target)
+    return _function("cut_cross_entropy", "linear_cross_entropy", filter_eps=filter_eps, impl="cce")
 
 
 def _quack_unfused() -> CrossEntropy:
@@ -95,49 +107,30 @@ def _quack_unfused() -> CrossEntropy:
     return lambda rows, weight, target: call(rows, weight, None, target, inplace_backward=True)
 
 
-def _multiples(rows: Tensor, weight: Tensor, **factors: int) -> str | None:
-    sizes = {"R": len(rows), "V": weight.shape[0], "D": weight.shape[1]}
-    for name, factor in factors.items():
-        if sizes[name] % factor:
-            return f"takes {name} in multiples of {factor}; {sizes[name]} is none"
-    return None
-
-
-def _hopper_alone(rows: Tensor, weight: Tensor) -> str | None:
-    if rows.is_cuda and torch.cuda.get_device_capability(rows.device) != (9, 0):
-        return "needs a GPU of compute capability 9.0"
-    if rows.dtype != torch.bfloat16:
-        return f"takes bfloat16 only, not {str(rows.dtype).removeprefix('torch.')}"
-    return _multiples(rows, weight, R=128, V=256)
-
-
-def _half_only(rows: Tensor, weight: Tensor) -> str | None:
-    if rows.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes bfloat16 and float16 only, not {str(rows.dtype).removeprefix('torch.')}"
-    return None
-
-
-def _quack_aligned(rows: Tensor, weight: Tensor) -> str | None:
-    return _multiples(rows, weight, R=8, V=8, D=8)
-
-
-def _quack_takes(rows: Tensor, weight: Tensor) -> str | None:
-    return None if _quack_aligned(rows, weight) else "only where its chunked path cannot be used"
-
+_LIGER_SM90 = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", "liger_fused_linear_cross_entropy_sm90"
+_QUACK = "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
+_HALF = torch.bfloat16, torch.float16
 
 PEERS = {
     "torch linear_cross_entropy": Peer(_pytorch, False, "CE", terms=True),
     "liger": Peer(lambda: _liger(None), True, "CE, dW summed in its own dtype (its default)", terms=True),
     "liger fp32 sum": Peer(lambda: _liger(torch.float32), True, "CE"),
-    "liger sm90": Peer(_liger_hopper, True, "CE, CuTe kernels for Hopper, whole logits", refuses=_hopper_alone),
+    "liger sm90": Peer(
+        lambda: _function(*_LIGER_SM90),
+        cuda=True,
+        computes="CE, CuTe kernels for Hopper, whole logits",
+        dtypes=(torch.bfloat16,),
+        multiples={"R": 128, "V": 256},
+        capability=(9, 0),
+    ),
     "cut-cross-entropy": Peer(
         lambda: _cut("high"),
         cuda=True,
         computes="CE, sums in its own dtype, small gradients filtered (its default)",
         terms=True,
-        refuses=_half_only,
+        dtypes=_HALF,
     ),
-    "cut-cross-entropy exact": Peer(lambda: _cut(None), True, "CE, sums in its own dtype", refuses=_half_only),
-    "quack": Peer(_quack, True, "CE", True, _quack_aligned),
-    "quack unfused": Peer(_quack_unfused, True, "CE, whole logits", refuses=_quack_takes),
+    "cut-cross-entropy exact": Peer(lambda: _cut(None), True, "CE, sums in its own dtype", dtypes=_HALF),
+    "quack": Peer(lambda: _function(*_QUACK), True, "CE", terms=True, multiples={"R": 8, "V": 8, "D": 8}),
+    "quack unfused": Peer(_quack_unfused, True, "CE, whole logits", fallback_of="quack"),
 }

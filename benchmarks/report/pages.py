@@ -8,27 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.environment import ROOT, slug
-from benchmarks.harness.rows import Row, read, write_text
+from benchmarks.harness.rows import Row, read
+from benchmarks.registry import BENCHMARKS
 from benchmarks.report.plots import draw
 from benchmarks.report.tables import absent, details, group, limits, summary
+from ntpseg.utils.files import write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-TITLES = {
-    "loss": "Loss, forward and backward",
-    "topn": "Ranking the hardest errors",
-    "attention": "Causal attention, forward and backward",
-    "decode": "Decoding masks",
-    "train": "A whole training step",
-}
-_GOALS = {
-    "loss": "goals 1.06, 1.10 and 1.20 of three cuBLAS products at\n"
-    "  D = 4096, 2048 and 1024; workspace, errors, bitwise repeatability and graph capture on the device; Liger,\n"
-    "  cut-cross-entropy and QuACK beside it",
-    "topn": "goals 4, 6 and 50 us; compute-sanitizer runs",
-    "attention": "every backend but PyTorch's own",
-    "decode": "tokens per second",
-    "train": "tokens per second and model FLOPs utilisation",
-}
 _CAPTION = "Ratio to the reference in brackets; smaller is better."
 
 
@@ -72,7 +58,7 @@ def write_report(results: Path, docs: Path | None = None) -> Path:
 
 def _benchmarks(rows: Sequence[Row], figures: Path, machine: str) -> Iterator[str]:
     for (benchmark,), some in group(rows, "benchmark").items():
-        title = TITLES.get(benchmark, benchmark)
+        title = BENCHMARKS[benchmark].title
         yield from (f"## {title}", "", _CAPTION, "")
         cases = [row for row in some if row.get("grid") != "gate"]  # of hundreds of cases, limits say enough
         yield from summary(cases)
@@ -140,18 +126,18 @@ def _machine(rows: Sequence[Row]) -> Iterator[str]:
 def _outstanding(rows: Sequence[Row]) -> Iterator[str]:
     """What nobody has measured on a GPU yet."""
     done = {row["benchmark"] for row in rows if row["kind"] == "cuda" and "seconds" in row}
-    missing = [name for name in TITLES if name not in done]
+    missing = [name for name in BENCHMARKS if name not in done]
     yield from ("## Outstanding", "")
     if not missing:
-        yield "All five benchmarks have been measured on a GPU; who has no time there is named under each table."
-        yield ""
+        yield from ("All benchmarks have been measured on a GPU; who has no time is named under each table.", "")
         return
-    if len(missing) == len(TITLES):
+    if len(missing) == len(BENCHMARKS):
         yield "**No figure here was taken on a GPU**: none was there when this was written, so nothing is claimed about"
-        yield "speed on one, ours or anybody's. All GPU figures are outstanding:"
+        yield "speed on one, ours or anybody's, and `tests/gpu` has not run. All GPU figures are outstanding:"
     else:
         yield "Outstanding are the GPU figures of:"
     yield ""
     for name in missing:
-        yield f"- {TITLES[name].lower()} (`ntpseg bench {name}`): {_GOALS[name]}"
+        benchmark = BENCHMARKS[name]
+        yield f"- {benchmark.title.lower()} (`ntpseg bench {name}`): {benchmark.gpu_goal}"
     yield from ("", "`make gpu-check` takes them on any machine with a CUDA device and writes them here.", "")

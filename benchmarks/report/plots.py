@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import Row, write_text
+from benchmarks.harness.rows import Row
 from benchmarks.report.tables import case_name, group
+from ntpseg.utils.files import write_text
 
 _CASES = 6
 

@@ -63,7 +63,7 @@ def details(rows: Sequence[Row]) -> Iterator[str]:
             f"{memory['absolute'] / 2**20:.0f}" if memory else "",
             f"{max(error.values()):.1e}" if error else "",
             f"{row['work']['tokens'] / seconds['median']:,.0f}" if row["work"]["tokens"] else "",
-            share_of_ceiling(row),
+            ceiling_fraction(row),
             str(row["clock"].get("load", "")),
             row["timing"],
         ]
@@ -80,9 +80,9 @@ def limits(rows: Sequence[Row]) -> Iterator[str]:
     if checks:
         yield from ("| | against | cases | met | worst case | of its limit |", "|---|---|---:|---:|---|---:|")
     for (who, other), measured in checks.items():
-        share, row = max(measured, key=lambda item: item[0])
-        met = sum(share <= 1 for share, _ in measured)
-        yield f"| {who} | {other} | {len(measured)} | {met} | {case_name(row)} | {share:.0%} |"
+        used, row = max(measured, key=lambda item: item[0])
+        met = sum(used <= 1 for used, _ in measured)
+        yield f"| {who} | {other} | {len(measured)} | {met} | {case_name(row)} | {used:.0%} |"
 
 
 def absent(rows: Sequence[Row]) -> Iterator[str]:
@@ -96,7 +96,7 @@ def absent(rows: Sequence[Row]) -> Iterator[str]:
         yield f"- {name}: {reason}"
 
 
-def share_of_ceiling(row: Row) -> str:
+def ceiling_fraction(row: Row) -> str:
     """FLOP/s over those of a large square product on the same device; for a training step that is its MFU."""
     if not row["work"]["flops"] or "ceiling" not in row:
         return ""

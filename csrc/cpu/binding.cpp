@@ -17,7 +17,7 @@
 namespace ntpseg {
 namespace {
 
-// PyTorch's own grain: fewer columns than this per thread cost more to hand out than to do.
+// PyTorch's own grain: fewer columns than this per thread cost more to schedule than to do.
 constexpr int64_t kColumnsPerTask = 32768;
 
 int64_t rows_per_task(int64_t length) { return std::max<int64_t>(1, kColumnsPerTask / std::max<int64_t>(1, length)); }
@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor> topn_errors(const Tensor& deviation, const Tensor& is
     for (int64_t row = begin; row < end; ++row) {
       float* v = values + row * n;
       int32_t* i = indices + row * n;
-      const int64_t found = rank_row(deviations + row * length, errors + row * length, length, n, scratch, v, i);
-      std::fill(v + found, v + n, -std::numeric_limits<float>::infinity());
-      std::fill(i + found, i + n, -1);
+      const int64_t count = rank_row(deviations + row * length, errors + row * length, length, n, scratch, v, i);
+      std::fill(v + count, v + n, -std::numeric_limits<float>::infinity());
+      std::fill(i + count, i + n, -1);
     }
   });
   return {value, index};
@@ -69,8 +69,8 @@ void merge_entries(
   check_memory(rows, stamp, control, epoch);
   check_tensor(sample_ids, "sample_ids", 1, ScalarType::Long);
   check_tensor(entries, "entries", 3, ScalarType::Int);
-  STD_TORCH_CHECK(
-      entries.size(0) == sample_ids.size(0) && entries.size(1) == 3, "entries must be [B, 3, m] with sample_ids [B]");
+  const bool fits = entries.size(0) == sample_ids.size(0) && entries.size(1) == 3;
+  check_shape(fits, entries, "entries", "be [B, 3, m] with sample_ids [B]");
   const MemoryView memory = view_of(rows, stamp, control, epoch);
   const auto* ids = data<const int64_t>(sample_ids);
   const auto* source = data<const int32_t>(entries);

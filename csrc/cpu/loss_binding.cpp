@@ -24,8 +24,8 @@ void loss_exponentials(
     const Tensor& argmax,
     const Tensor& row_sum,
     int64_t first) {
-  STD_TORCH_CHECK(
-      tile.dim() == 2 && tile.scalar_type() == ScalarType::Float && tile.stride(1) == 1, "tile must be float [C, T]");
+  const bool fits = tile.dim() == 2 && tile.scalar_type() == ScalarType::Float && tile.stride(1) == 1;
+  check_shape(fits, tile, "tile", "be float [C, T] with contiguous rows");
   const int64_t rows = tile.size(0), length = tile.size(1), stride = tile.stride(0);
   for (const auto* vector : {&anchor, &row_max, &row_sum}) check_tensor(*vector, "a row vector", 1, ScalarType::Float);
   check_tensor(argmax, "argmax", 1, ScalarType::Long);
@@ -42,15 +42,14 @@ void loss_exponentials(
 
 BlockShape shape_of(const Tensor& hidden, const Tensor& weight, const Tensor& block) {
   for (const auto* tensor : {&hidden, &weight, &block}) {
-    STD_TORCH_CHECK(
-        tensor->dim() == 2 && tensor->scalar_type() == ScalarType::BFloat16 && tensor->stride(1) == 1,
-        "hidden, weight and block must be bfloat16 matrices with contiguous rows");
+    const bool fits = tensor->dim() == 2 && tensor->scalar_type() == ScalarType::BFloat16 && tensor->stride(1) == 1;
+    check_shape(fits, *tensor, "each of hidden, weight and block", "be a bfloat16 matrix with contiguous rows");
   }
-  STD_TORCH_CHECK(hidden.size(1) == weight.size(1) && hidden.size(1) % 32 == 0, "D must be a multiple of 32");
-  STD_TORCH_CHECK(
-      block.size(0) == 0 || (block.size(0) == hidden.size(0) && block.size(1) == weight.size(0)),
-      "block must be [R, V]");
-  STD_TORCH_CHECK(weight.size(0) < INT32_MAX, "V must be below 2^31");
+  check_shape(hidden.size(1) % 32 == 0, hidden, "hidden", "be [R, D] with D a multiple of 32");
+  check_shape(hidden.size(1) == weight.size(1), weight, "weight", "be [V, D] with hidden [R, D]");
+  const bool fits = block.size(0) == hidden.size(0) && block.size(1) == weight.size(0);
+  check_shape(block.size(0) == 0 || fits, block, "block", "be [R, V] with hidden [R, D] and weight [V, D], or empty");
+  check_shape(weight.size(0) < INT32_MAX, weight, "weight", "be [V, D] with V below 2^31");
   STD_TORCH_CHECK(loss_level() >= 2, "the processor must have AMX with bfloat16");
   return {hidden.size(0), weight.size(0), hidden.size(1), hidden.stride(0), weight.stride(0), block.stride(0)};
 }
@@ -125,7 +124,8 @@ void loss_weight_gradient(
     const Tensor& block, const Tensor& scaled, const Tensor& weight, const Tensor& d_weight, bool add) {
   const BlockShape shape = shape_of(scaled, weight, block);
   check_tensor(d_weight, "d_weight", 2, ScalarType::Float);
-  STD_TORCH_CHECK(d_weight.size(0) == shape.classes && d_weight.size(1) == shape.width, "d_weight must be [V, D]");
+  const bool fits = d_weight.size(0) == shape.classes && d_weight.size(1) == shape.width;
+  check_shape(fits, d_weight, "d_weight", "be [V, D] as weight is");
   Tensor packed = torch::stable::new_empty(scaled, {padded(shape.rows), shape.width});
   amx_pack_pairs(data<bfloat16>(scaled), shape, data<bfloat16>(packed));
   torch::stable::parallel_for(0, padded(shape.classes) / 32, 16, [&](int64_t begin, int64_t end) {

@@ -32,7 +32,7 @@ static inline __m256i load(const void* data) { return _mm256_loadu_si256(static_
 
 static inline int lanes(__m256i compared) { return _mm256_movemask_ps(_mm256_castsi256_ps(compared)); }
 
-static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t floor, int32_t* keys) {
+static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t threshold, int32_t* keys) {
   const __m256i flags = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(is_error)));
   const __m256i errors = _mm256_cmpgt_epi32(flags, _mm256_setzero_si256());
   if (_mm256_testz_si256(errors, errors)) return 0;
@@ -42,11 +42,11 @@ static inline int key_mask(const float* deviation, const uint8_t* is_error, int3
   const __m256i flip = _mm256_and_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(0x7fffffff));
   const __m256i key = _mm256_xor_si256(bits, flip);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys), key);
-  return lanes(_mm256_and_si256(errors, _mm256_cmpgt_epi32(key, _mm256_set1_epi32(floor))));
+  return lanes(_mm256_and_si256(errors, _mm256_cmpgt_epi32(key, _mm256_set1_epi32(threshold))));
 }
 
-static inline int above(const int32_t* key, int32_t floor) {
-  return lanes(_mm256_cmpgt_epi32(load(key), _mm256_set1_epi32(floor)));
+static inline int above(const int32_t* key, int32_t threshold) {
+  return lanes(_mm256_cmpgt_epi32(load(key), _mm256_set1_epi32(threshold)));
 }
 
 static inline int equal(const int32_t* key, int32_t value) {

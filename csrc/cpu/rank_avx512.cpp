@@ -15,7 +15,7 @@ namespace ntpseg::avx512 {
 
 constexpr int64_t kWidth = 16;
 
-static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t floor, int32_t* keys) {
+static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t threshold, int32_t* keys) {
   const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(is_error));
   const __mmask16 errors = _mm_test_epi8_mask(flags, flags);
   if (errors == 0) return 0;
@@ -25,11 +25,11 @@ static inline int key_mask(const float* deviation, const uint8_t* is_error, int3
   const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
   const __m512i key = _mm512_xor_si512(bits, flip);
   _mm512_storeu_si512(keys, key);
-  return _mm512_mask_cmpgt_epi32_mask(errors, key, _mm512_set1_epi32(floor));
+  return _mm512_mask_cmpgt_epi32_mask(errors, key, _mm512_set1_epi32(threshold));
 }
 
-static inline int above(const int32_t* key, int32_t floor) {
-  return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(key), _mm512_set1_epi32(floor));
+static inline int above(const int32_t* key, int32_t threshold) {
+  return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(key), _mm512_set1_epi32(threshold));
 }
 
 static inline int equal(const int32_t* key, int32_t value) {

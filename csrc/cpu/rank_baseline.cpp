@@ -14,21 +14,21 @@ namespace baseline {
 
 constexpr int64_t kWidth = 4;
 
-static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t floor, int32_t* keys) {
+static inline int key_mask(const float* deviation, const uint8_t* is_error, int32_t threshold, int32_t* keys) {
   int mask = 0;
   for (int i = 0; i < kWidth; ++i) {
     const float value = std::isnan(deviation[i]) ? std::numeric_limits<float>::infinity() : deviation[i] + 0.0f;
     int32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     keys[i] = bits ^ ((bits >> 31) & 0x7fffffff);
-    mask |= (is_error[i] != 0 && keys[i] > floor) << i;
+    mask |= (is_error[i] != 0 && keys[i] > threshold) << i;
   }
   return mask;
 }
 
-static inline int above(const int32_t* key, int32_t floor) {
+static inline int above(const int32_t* key, int32_t threshold) {
   int mask = 0;
-  for (int i = 0; i < kWidth; ++i) mask |= (key[i] > floor) << i;
+  for (int i = 0; i < kWidth; ++i) mask |= (key[i] > threshold) << i;
   return mask;
 }
 

@@ -1,18 +1,18 @@
 // The ranking of one row, written once over a few vector operations. Each rank_<isa>.cpp includes it inside a namespace
 // of its own, after defining there:
-//   kWidth                                        lanes of 32 bits
-//   Mask key_mask(deviation, is_error, floor, keys)   keys of kWidth columns; the lanes that are errors above floor
-//   Mask above(keys, floor), Mask equal(keys, value)
-//   compress(out, in, mask)                       packs the chosen lanes; may write kWidth lanes at out
-//   compress_columns(out, first, mask)            the same for the numbers first, first + 1, ...
+//   kWidth                                               lanes of 32 bits
+//   Mask key_mask(deviation, is_error, threshold, keys)  keys of kWidth columns; the lanes that are errors above it
+//   Mask above(keys, threshold), Mask equal(keys, value)
+//   compress(out, in, mask)                              packs the chosen lanes; may write kWidth lanes at out
+//   compress_columns(out, first, mask)                   the same for the numbers first, first + 1, ...
 //
 // How it works: a key is the float's bits, flipped so that signed integers compare as the floats do. Errors whose key
-// is above the floor are appended to a buffer in column order. A full buffer is cut back to its n best, which raises
-// the floor, so that in a long row only few columns ever reach the buffer. The cut finds the n-th largest key by
-// fixing its bits from the top, each by one vectorised count; no element moves. What is left is ordered by counting,
+// is above the threshold are appended to a buffer in column order. A full buffer is cut back to its n best, which
+// raises the threshold, so that in a long row only few columns ever reach the buffer. The cut finds the n-th largest key
+// by fixing its bits from the top, each by one vectorised count; no element moves. What is left is ordered by counting,
 // for each element, how many precede it.
 
-// Room beyond n before the buffer is cut: little for small n, where an early floor spares most columns the buffer.
+// Room beyond n before the buffer is cut: little for small n, where an early threshold spares most columns the buffer.
 constexpr int64_t kLeastRoom = 64, kMostRoom = 1024, kRoomPerSlot = 8;
 constexpr int64_t kCountingLimit = 512;  // above it, sorting beats counting
 constexpr int32_t kBottom = INT32_MIN;  // below the key of -inf
@@ -50,7 +50,7 @@ static inline int lowest_bits(int mask, int64_t keep) {
   return kept;
 }
 
-// Cuts the buffer down to its n best, in column order, and returns the floor that later columns must exceed.
+// Cuts the buffer down to its n best, in column order, and returns the threshold that later columns must exceed.
 static int32_t cut(int32_t* key, int32_t* column, int64_t& size, int64_t n) {
   std::fill(key + size, key + size + kWidth, kBottom);
   int32_t low = key[0], high = key[0];
@@ -149,7 +149,7 @@ int64_t rank_row(
   }
   int32_t *key = scratch.key.data(), *column = scratch.column.data(), *order = scratch.order.data();
   int64_t size = 0;
-  int32_t floor = kBottom;
+  int32_t threshold = kBottom;
   int32_t keys[kWidth];
   float last_deviation[kWidth] = {};
   uint8_t last_error[kWidth] = {};
@@ -162,12 +162,12 @@ int64_t rank_row(
       block = last_deviation;
       errors = last_error;
     }
-    const int mask = key_mask(block, errors, floor, keys);
+    const int mask = key_mask(block, errors, threshold, keys);
     if (mask == 0) continue;
     compress(key + size, keys, mask);
     compress_columns(column + size, static_cast<int32_t>(start), mask);
     size += __builtin_popcount(mask);
-    if (size > capacity) floor = cut(key, column, size, n);
+    if (size > capacity) threshold = cut(key, column, size, n);
   }
   if (size > n) cut(key, column, size, n);
   if (size <= kCountingLimit) {

@@ -20,7 +20,10 @@ void check_device(const Tensor& first, std::initializer_list<const Tensor*> othe
   for (const Tensor* other : others) {
     STD_TORCH_CHECK(
         other->is_cuda() && other->get_device_index() == first.get_device_index(),
-        "all tensors must be on one CUDA device");
+        "all tensors must be on one CUDA device, got devices ",
+        first.get_device_index(),
+        " and ",
+        other->get_device_index());
   }
 }
 

@@ -47,7 +47,7 @@ def evaluate(
     from ntpseg.generation import DecodingOptions, Segmenter
     from ntpseg.utils.progress import disable_loading_bars, stage_progress
 
-    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
+    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]  # checked there
     checks = EvaluationOptions(text_check=text_check)
     root = run_directory(model)
     if data is None:

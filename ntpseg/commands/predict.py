@@ -39,7 +39,7 @@ def predict(
     from ntpseg.utils.files import write_csv
     from ntpseg.utils.progress import counter, disable_loading_bars, stage_progress
 
-    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]
+    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]  # checked there
     console = Console()
     disable_loading_bars()
     if not image.exists():

@@ -39,6 +39,7 @@ def train(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ntpseg.training import load_config
     from ntpseg.training import train as run_training
+    from ntpseg.training.distributed import rank
     from ntpseg.utils.progress import disable_loading_bars
 
     disable_loading_bars()
@@ -49,5 +50,5 @@ def train(
     if settings.output is None:
         settings.output = str(Path("runs") / Path(config).stem)
     run = run_training(settings, resume=resume, overwrite=overwrite)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         typer.echo(f"trained model: {run / 'model'}")

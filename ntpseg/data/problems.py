@@ -75,10 +75,10 @@ def problem_table(problems: Sequence[Problem], title: str, limit: int | None = N
     return table
 
 
-def render(table: Table, width: int = 120) -> str:
-    """The table as plain text, for an error message or a log."""
+def render(table: Table) -> str:
+    """The table as plain text of 120 columns, for an error message."""
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, force_terminal=False).print(table)
+    Console(file=stream, width=120, color_system=None, force_terminal=False).print(table)
     return stream.getvalue().rstrip()

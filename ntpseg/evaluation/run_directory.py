@@ -7,6 +7,8 @@ from typing import Any
 
 from ntpseg.utils.files import read_jsonl
 
+TRAINING_LOG = "trainer_log.jsonl"
+
 
 def run_directory(model: Path) -> Path:
     """The run that `model` is or belongs to; `model` itself where there is no run around it."""
@@ -36,7 +38,7 @@ def data_of(run: Path) -> tuple[Path, str]:
 
 def training_log(run: Path) -> list[dict[str, Any]]:
     """The rows of ``trainer_log.jsonl``; a line that was cut off is left out."""
-    return [row for row in read_jsonl(run / "trainer_log.jsonl") if "step" in row]
+    return [row for row in read_jsonl(run / TRAINING_LOG) if "step" in row]
 
 
 def splits(run: Path) -> list[str]:

@@ -12,7 +12,7 @@ def other_texts(texts: Sequence[str], seed: int = 0) -> list[str] | None:
     """Give every case the text of another case whose wording differs.
 
     Cases are sorted into blocks of equal text (blocks in an order drawn from `seed`) and the list is rotated by the
-    size of the largest block, so every text is handed out exactly as often as it occurs. Where one text makes up more
+    size of the largest block, so every text is assigned exactly as often as it occurs. Where one text makes up more
     than half of the cases no such permutation exists; the cases that would meet their own text then take the next
     different one, in turn.
 

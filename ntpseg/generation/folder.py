@@ -38,8 +38,8 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
             image that is not there.
     """
     if (text is None) == (table is None):
-        given = "none" if text is None else "both"
-        raise ValueError(f"exactly one of text and texts must be given for a folder, got {given}")
+        number = "none" if text is None else "both"
+        raise ValueError(f"exactly one of text and texts must be given for a folder, got {number}")
     files = sorted(p for p in folder.iterdir() if p.is_file() and known_suffix(p.name) and not p.name.startswith("."))
     if not files:
         raise ValueError(f"image must be a folder with at least one image, got {folder}, a folder without images")

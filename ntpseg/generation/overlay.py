@@ -10,7 +10,7 @@ TRUTH = (90, 240, 90)
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The mask's pixels that touch its outside (or the image's border) along an axis: bool ``[H, W]``."""
+    """The mask's pixels next to its outside (or to the image's border) along an axis: bool ``[H, W]``."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside

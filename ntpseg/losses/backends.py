@@ -105,7 +105,7 @@ def load_backend(name: str) -> RowsLoss:
 
 
 @torch.compiler.assume_constant_result
-def _obstacle(name: str) -> str:
+def _load_error(name: str) -> str:
     """Why a backend cannot be loaded, "" if it can. A constant to torch.compile, which cannot trace an import."""
     try:
         load_backend(name)
@@ -121,9 +121,9 @@ def choose_backend(name: str, device: torch.device) -> str:
         ValueError: "triton" was asked for and cannot be imported.
     """
     if name == "triton":
-        obstacle = _obstacle(name)
-        if obstacle:
-            raise ValueError(obstacle)
+        error = _load_error(name)
+        if error:
+            raise ValueError(error)
     if name != "auto":
         return name
-    return "triton" if device.type == "cuda" and not _obstacle("triton") else "torch"
+    return "triton" if device.type == "cuda" and not _load_error("triton") else "torch"

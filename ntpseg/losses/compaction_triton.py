@@ -62,7 +62,7 @@ def compact_triton(
     else:
         num_rows = supervision.num_rows.to(torch.float32)
     slots = 0 if ranked is None else ranked[0].shape[1]
-    segments, most = _sizes(cells, labels, layout, options, per_head_weight, slots)
+    segments, width = _sizes(cells, labels, layout, options, per_head_weight, slots)
     total_rows = segments[-1][1]
     table = write_rows(
         labels,
@@ -79,7 +79,7 @@ def compact_triton(
     if ranked is None or token is None:
         hard_tokens = labels.new_empty(total_rows, 0)
     else:
-        hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, most)
+        hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, width)
     rows = Rows(
         hidden=gather_rows(hidden, table.gather_index),
         target=table.target,
@@ -106,10 +106,10 @@ def _sizes(
         torch._assert_async((counts <= size).all(), TOO_MANY_ROWS)
         torch._assert_async(cells.status[0] == 0, OUT_OF_RANGE)
         return tuple((j * size, (j + 1) * size) for j in range(groups)), slots
-    bad, most, _, *edges = torch.cat([cells.status, ends]).tolist()  # the one look at the device
+    bad, width, _, *edges = torch.cat([cells.status, ends]).tolist()  # the one look at the device
     if bad:
         cell = bad - 1
         position = cell % layout.time + layout.shift + cell // head_cells
         label = int(labels[cell // layout.time % layout.batch, position])
         raise_out_of_range(label, layout.class_start, layout.classes)
-    return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), most
+    return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), width

@@ -45,7 +45,8 @@ def fuse_causal_lm(model: nn.Module, options: LossOptions | None = None, **keywo
             the model scales or caps its logits.
     """
     loss = NTPLoss(options, **keywords)
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    wrapped: Any = model
+    inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     head: Any = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or not isinstance(getattr(inner, "model", None), nn.Module):
         raise ValueError(f"model must be a causal language model with .model and an output head, got {_name(inner)}")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ntpseg.utils.checks import check_choice, check_integer, check_number
+
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
@@ -60,11 +62,11 @@ class LossOptions:
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("negatives", self.negatives, 0)
+        check_integer("negatives", self.negatives, 0)
         for name in ("tcl_weight", "het_weight", "z_loss"):
-            _real(name, getattr(self, name), "a finite number >= 0")
-        _real("temperature", self.temperature, "a finite number > 0", zero=False)
-        _real("gradient_filter", self.gradient_filter, "a number in [0, 1)", below=1.0)
+            check_number(name, getattr(self, name), 0)
+        check_number("temperature", self.temperature, above=0)
+        check_number("gradient_filter", self.gradient_filter, 0, below=1)
         if self.head_weights is not None:
             weights = tuple(float(w) for w in self.head_weights)
             if not weights or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
@@ -76,9 +78,8 @@ class LossOptions:
             object.__setattr__(self, "vocab_range", (int(self.vocab_range[0]), int(self.vocab_range[1])))
         for name in ("max_rows", "chunk_bytes"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+                check_integer(name, getattr(self, name), 1)
+        check_choice("backend", self.backend, BACKENDS)
 
     def with_backend(self, name: str) -> LossOptions:
         """The same options with another backend."""
@@ -92,21 +93,10 @@ class LossOptions:
     @lru_cache(maxsize=64)
     def from_text(text: str) -> LossOptions:
         """The inverse of `to_text`."""
-        return LossOptions(*_unpack(text))  # type: ignore[arg-type]
+        return LossOptions(*_unpack(text))  # type: ignore[arg-type]  # in the order of the fields
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _real(name: str, value: float, what: str, *, zero: bool = True, below: float = math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < below or (value == 0 and not zero):
-        raise ValueError(f"{name} must be {what}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,11 @@ class NumItems:
 
 
 class LossParts(NamedTuple):
-    """The parts of the loss, detached 0-dim tensors; see `NTPOutput`."""
+    """The parts of the loss, detached 0-dim tensors.
+
+    Attributes:
+        ntp, nktp, tcl, het, z: see `NTPOutput`.
+    """
 
     ntp: Tensor
     nktp: Tensor
@@ -133,7 +127,11 @@ class LossParts(NamedTuple):
 
 
 class TokenResults(NamedTuple):
-    """Per-token results of every head, ``[B, T, k]`` by the position of the predicted token; see `NTPOutput`."""
+    """Per-token results of every head, ``[B, T, k]`` by the position of the predicted token.
+
+    Attributes:
+        prediction, nll, margin: see `NTPOutput`.
+    """
 
     prediction: Tensor
     nll: Tensor
@@ -227,6 +225,6 @@ def _unpack_one(item: str) -> _Value:
     if item.startswith("'"):
         return item[1:]
     if item.startswith("("):
-        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]
+        return tuple(_unpack_one(part) for part in item[1:].split(","))  # type: ignore[return-value]  # never nested
     number = float.fromhex(item[1:])
     return int(number) if item.startswith("i") else number

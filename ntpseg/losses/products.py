@@ -64,10 +64,10 @@ class Tiling:
         product = product_dtype(operand, device)
         # exp(z - z[y]) leaves the range of float16
         e_dtype = torch.float32 if product == torch.float16 else product
-        least = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
+        min_rows = 1 if budget else (_GPU_BLOCK_ROWS if gpu else _CPU_BLOCK_ROWS)
         usual = _WIDENED_BLOCK_BYTES if product != operand else _CPU_BLOCK_BYTES
         budget = budget or (_GPU_BLOCK_BYTES if gpu else usual)
-        size = max(budget // (max(classes, 1) * e_dtype.itemsize), least)
+        size = max(budget // (max(classes, 1) * e_dtype.itemsize), min_rows)
         size = -(-rows // -(-rows // size)) if rows else 1  # equal blocks rather than a short last one
         tile = (_GPU_TILE_BYTES if gpu else _CPU_TILE_BYTES) // (4 * size) // _TILE_STEP * _TILE_STEP
         return Tiling(size, max(tile, _TILE_STEP), product, e_dtype, device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, NumItems
+from ntpseg.utils.checks import check_integer
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -66,8 +67,7 @@ def count_items(
     Raises:
         ValueError: an argument is not as described; the message names it, what it was and what it must be.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+    check_integer("k", k, 1)
     if labels.dim() != 2:
         raise ValueError(f"labels must be an int64 [B, T] tensor, got {shown(labels)}")
     check_supervision(labels, het, token_weights, labels.shape[0], labels.shape[1])

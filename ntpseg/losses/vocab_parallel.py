@@ -19,9 +19,12 @@ _NO_CLASS = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Shard:
-    """The classes ``start <= v < start + count`` of one call's slice of the vocabulary, and how to reduce.
+    """One rank's part of the classes of a call, and how to reduce over the ranks.
 
-    `total` counts the classes of the slice over all ranks. Without a group every reduction is the identity.
+    Attributes:
+        start, count: the classes ``start <= v < start + count`` of the call's slice of the vocabulary are here.
+        total: classes of the slice over all ranks.
+        group: the ranks; None: this one alone, and every reduction is the identity.
     """
 
     start: int
@@ -32,7 +35,7 @@ class Shard:
     @staticmethod
     def from_group_name(name: str, start: int, count: int, total: int) -> Shard:
         """From the name of a group, "" for none; an operator's schema carries no group."""
-        group = dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+        group = dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]  # a GroupName is a str
         return Shard(start, count, total, group)
 
     @property

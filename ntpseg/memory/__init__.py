@@ -3,7 +3,7 @@
 from ntpseg.memory.deviation import Codebook as Codebook
 from ntpseg.memory.deviation import token_deviation as token_deviation
 from ntpseg.memory.memory import HardTokenMemory as HardTokenMemory
+from ntpseg.memory.memory import HardTokens as HardTokens
 from ntpseg.memory.storage import content_key as content_key
-from ntpseg.memory.tokens import HardTokens as HardTokens
 
 __all__ = ["Codebook", "HardTokenMemory", "HardTokens", "content_key", "token_deviation"]

@@ -52,19 +52,19 @@ class Background:
 
     def prefetch(self, sample_ids: Tensor) -> None:
         """Start fetching the rows that a later `read` of the same ids will want; the oldest is dropped beyond 8."""
-        wanted = sample_ids.cpu().clone()
-        self._reads.append((wanted, self._reader.submit(self._gather, wanted)))
+        ids = sample_ids.cpu().clone()
+        self._reads.append((ids, self._reader.submit(self._gather, ids)))
         if len(self._reads) > _READS_AHEAD:
             self._reads.popleft()[1].cancel()
 
     def read(self, sample_ids: Tensor) -> Tensor:
         """Return ``[B, 3, n]`` int32 of the epoch being served, on the device, -1 in position and token where empty."""
-        wanted = sample_ids.cpu()
-        for slot, (ids, future) in enumerate(self._reads):
-            if torch.equal(ids, wanted):
+        ids = sample_ids.cpu()
+        for slot, (fetched, future) in enumerate(self._reads):
+            if torch.equal(fetched, ids):
                 del self._reads[slot]
                 return future.result().to(self._device, non_blocking=True)
-        return self._gather(wanted).to(self._device, non_blocking=True)
+        return self._gather(ids).to(self._device, non_blocking=True)
 
     def drain(self) -> None:
         """Wait for all writes and forget all reads; the buffers may change roles then."""

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ntpseg.utils.checks import check_choice
+
 KINDS = ("margin", "nll", "codebook")
 
 
@@ -54,8 +56,7 @@ def token_deviation(kind: str, output: TokenOutput, labels: Tensor, codebook: Co
     Raises:
         ValueError: the kind is unknown, or ``codebook`` lacks the codebook.
     """
-    if kind not in KINDS:
-        raise ValueError(f"deviation must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("deviation", kind, KINDS)
     if kind != "codebook":
         return getattr(output, kind).detach()
     if codebook is None:

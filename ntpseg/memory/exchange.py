@@ -31,46 +31,45 @@ def exchange(rows: Tensor, stamp: Tensor, control: Tensor, epoch: int, group: An
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
-    wire = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
-    span = torch.tensor([epoch, -epoch], device=wire)
-    dist.all_reduce(span, dist.ReduceOp.MAX, group)
-    if int(span[0]) != -int(span[1]):
-        raise ValueError(
-            f"all ranks must be in the same epoch, got {-int(span[1])} .. {int(span[0])}: each must call advance alike"
-        )
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
+    extremes = torch.tensor([epoch, -epoch], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    last, first = int(extremes[0]), -int(extremes[1])
+    if first != last:
+        raise ValueError(f"all ranks must be in the same epoch, got {first} .. {last}: each must call advance alike")
     for current in (epoch - 1, epoch):
         if current > 0:
-            _exchange_epoch(rows, stamp, control, current, wire, group)
+            _exchange_epoch(rows, stamp, control, current, device, group)
 
 
-def _exchange_epoch(rows: Tensor, stamp: Tensor, control: Tensor, epoch: int, wire: Any, group: Any) -> None:
-    world, me, n = dist.get_world_size(group), dist.get_rank(group), rows.shape[3]
+def _exchange_epoch(rows: Tensor, stamp: Tensor, control: Tensor, epoch: int, device: Any, group: Any) -> None:
+    world_size, rank, n = dist.get_world_size(group), dist.get_rank(group), rows.shape[3]
     mine = (stamp[epoch % 2] == epoch).nonzero().squeeze(1)
-    counts = [torch.zeros(1, dtype=torch.int64, device=wire) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([mine.numel()], device=wire), group)
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+    dist.all_gather(counts, torch.tensor([mine.numel()], device=device), group)
     totals = [int(count) for count in counts]
-    clock = torch.tensor(epoch, device=rows.device)
-    chunk = max(1, _BYTES_PER_ROUND // (world * 3 * n * 4))
+    epoch_tensor = torch.tensor(epoch, device=rows.device)
+    chunk = max(1, _BYTES_PER_ROUND // (world_size * 3 * n * 4))
     for start in range(0, max(totals), chunk):
         size = min(chunk, max(totals) - start)
-        sample = torch.full((size,), -1, dtype=torch.int64, device=wire)
-        entry = torch.full((size, 3, n), -1, dtype=torch.int32, device=wire)
+        sample = torch.full((size,), -1, dtype=torch.int64, device=device)
+        entry = torch.full((size, 3, n), -1, dtype=torch.int32, device=device)
         sent = mine[start : start + size]
-        sample[: sent.numel()] = sent.to(wire)
+        sample[: sent.numel()] = sent.to(device)
         # Read from a copy taken before this round's merge: later rounds send other rows, so nothing is sent twice.
-        entry[: sent.numel()] = rows[epoch % 2][sent].to(wire)
-        samples = [torch.empty_like(sample) for _ in range(world)]
-        entries = [torch.empty_like(entry) for _ in range(world)]
+        entry[: sent.numel()] = rows[epoch % 2][sent].to(device)
+        samples = [torch.empty_like(sample) for _ in range(world_size)]
+        entries = [torch.empty_like(entry) for _ in range(world_size)]
         dist.all_gather(samples, sample, group)
         dist.all_gather(entries, entry, group)
-        for rank in range(world):
-            if rank != me:
-                held = samples[rank] >= 0
+        for other in range(world_size):
+            if other != rank:
+                held = samples[other] >= 0
                 merge_entries(
                     rows,
                     stamp,
                     control,
-                    clock,
-                    samples[rank][held].to(rows.device),
-                    entries[rank][held].to(rows.device),
+                    epoch_tensor,
+                    samples[other][held].to(rows.device),
+                    entries[other][held].to(rows.device),
                 )

@@ -1,7 +1,8 @@
-"""The hard-token memory itself."""
+"""The hard-token memory itself, and what it serves to the loss."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,24 @@ from ntpseg.memory import deviation as deviations
 from ntpseg.memory import state, storage
 from ntpseg.memory.background import Background, served_rows
 from ntpseg.memory.exchange import exchange
-from ntpseg.memory.tokens import HardTokens
 from ntpseg.ops import record_errors, topn_errors
 from ntpseg.ops.record import pack_entries
+from ntpseg.utils.checks import check_choice, check_integer
 
 _LOCKS = 4096
+
+
+@dataclass(frozen=True)
+class HardTokens:
+    """Hard error tokens of a batch.
+
+    Attributes:
+        position: ``[B, n]`` int64, the token position p in the sequence; -1 marks an empty slot.
+        token: ``[B, n]`` int64, the wrong token that was predicted there; -1 marks an empty slot.
+    """
+
+    position: Tensor
+    token: Tensor
 
 
 class HardTokenMemory:
@@ -265,11 +279,9 @@ class HardTokenMemory:
 
 
 def _check_options(num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str) -> None:
-    for name, value in (("num_samples", num_samples), ("n", n)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    for name, choice, kinds in (("storage", kind, storage.KINDS), ("deviation", deviation, deviations.KINDS)):
-        if choice not in kinds:
-            raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {choice!r}")
+    check_integer("num_samples", num_samples, 1)
+    check_integer("n", n, 1)
+    check_choice("storage", kind, storage.KINDS)
+    check_choice("deviation", deviation, deviations.KINDS)
     if (path is not None) != (kind == "mapped"):
         raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {path!r}")

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntpseg.utils.files import write_json
+
 KINDS = ("device", "pinned", "mapped")
 
 
@@ -87,9 +89,7 @@ def read_header(folder: Path) -> dict[str, Any] | None:
 
 def write_header(folder: Path, fields: dict[str, Any]) -> None:
     """Replace the header of a mapped memory as a whole."""
-    temporary = folder / "header.tmp"
-    temporary.write_text(json.dumps(fields, indent=1) + "\n")
-    temporary.replace(folder / "header.json")
+    write_json(folder / "header.json", fields)
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.memmap:

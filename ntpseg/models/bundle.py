@@ -91,7 +91,7 @@ class Bundle:
             model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
         vision = load_vision_tokenizer(path / "vision")
         if device is not None:
-            model.to(device)  # type: ignore[arg-type]
+            model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
             if isinstance(vision, torch.nn.Module):
                 vision.to(device)
         model.eval()

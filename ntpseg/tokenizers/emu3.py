@@ -73,7 +73,7 @@ class Emu3Vision:
 
     def to(self, device: torch.device | str) -> Emu3Vision:
         """Move the weights."""
-        self.model.to(device)  # type: ignore[arg-type]
+        self.model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
         return self
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

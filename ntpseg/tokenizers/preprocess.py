@@ -61,7 +61,7 @@ def preprocess(record: Record, size: int, channels: int) -> Pair:
     try:
         image, mask = prepare(read_image(record.image), read_mask(record.mask), size, channels)
     except ValueError as error:
-        raise ValueError(f"record {record.case!r}: {error}") from error
+        raise ValueError(f"record {record.case!r} must have readable files, got: {error}") from error
     assert mask is not None
     return Pair(image, mask, record.text)
 

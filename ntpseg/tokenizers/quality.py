@@ -29,6 +29,7 @@ class Reconstruction:
     """One record at the tokenizer's size, and what became of it.
 
     Attributes:
+        case, text: of the record.
         image, decoded_image: float32 [C, S, S] in [-1, 1].
         mask, decoded_mask: float32 [1, S, S]; the decoded one holds probabilities.
         image_codes, mask_codes: int64 [h, w].

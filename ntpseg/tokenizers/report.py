@@ -15,6 +15,7 @@ from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.utils.files import write_text
 
 _MIN_SIDE = 192
+_BINS = 20
 _MISSED, _ADDED = (64, 200, 120), (255, 96, 64)
 
 
@@ -89,10 +90,10 @@ def _data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _histogram(dice: np.ndarray, bins: int = 20) -> list[tuple[str, int, float]]:
+def _histogram(dice: np.ndarray) -> list[tuple[str, int, float]]:
     """Range, count and height in percent of each bar, from the lowest Dice to 1."""
     low = min(0.8, float(np.floor(dice.min() * 10) / 10))
-    counts, edges = np.histogram(dice, bins=bins, range=(low, 1.0))
+    counts, edges = np.histogram(dice, bins=_BINS, range=(low, 1.0))
     return [
         (f"{a:.2f} to {b:.2f}", int(n), 100 * n / max(1, counts.max()))
         for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)

@@ -63,7 +63,7 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     try:
         args = TrainingArguments(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from error
+        raise ValueError(f"training must be fields that TrainingArguments accepts, got: {error}") from error
     if args.n_gpu > 1:
         # One process with several GPUs would become DataParallel; use torchrun for more than one.
         args._n_gpu = 1

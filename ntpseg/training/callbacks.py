@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ntpseg.utils.files import read_jsonl, write_jsonl
+from ntpseg.evaluation.run_directory import TRAINING_LOG, training_log
+from ntpseg.utils.files import write_jsonl
 
 _SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
 
@@ -66,7 +67,7 @@ class JsonLog(TrainerCallback):
     """Appends each log to RUN/trainer_log.jsonl, one JSON object with ``step`` and ``epoch`` per line."""
 
     def __init__(self, run: Path) -> None:
-        self.path = run / "trainer_log.jsonl"
+        self.run, self.path = run, run / TRAINING_LOG
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,7 +75,7 @@ class JsonLog(TrainerCallback):
         """Drop the lines that a killed run wrote after the checkpoint from which training continues."""
         if not state.is_world_process_zero:
             return
-        write_jsonl(self.path, [line for line in read_log(self.path) if line["step"] <= state.global_step])
+        write_jsonl(self.path, [line for line in training_log(self.run) if line["step"] <= state.global_step])
 
     def on_log(
         self,
@@ -88,8 +89,3 @@ class JsonLog(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The logs of a trainer_log.jsonl."""
-    return [row for row in read_jsonl(path) if "step" in row]

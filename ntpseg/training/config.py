@@ -147,6 +147,7 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+        data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
         training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto".
         output: the run's directory; must be given.
@@ -200,7 +201,8 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"configuration {path} with {overrides or 'no overrides'}: {reason}") from error
+        described = f"{path} with {', '.join(overrides) or 'no overrides'}"
+        raise ValueError(f"configuration must have known keys and valid values, got {described}: {reason}") from error
     assert isinstance(config, RunConfig)
     _check(config)
     return config

@@ -33,7 +33,7 @@ def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed must be a file of valid JSON, got {path} ({error})") from error
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401  # only to see that it is there
     except ImportError as error:
         raise ValueError(
             f"the package deepspeed must be installed for deepspeed={choice!r}, got none; run: pip install deepspeed"

@@ -145,7 +145,7 @@ def augmentation_of(config: RunConfig) -> Augmentation | None:
     try:
         augmentation = Augmentation(**config.data.augment)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"data.augment: {error}") from error
+        raise ValueError(f"data.augment must be fields of Augmentation, got: {error}") from error
     augmented = config.data.variants if config.model.front_end == "codes" else config.data.augment
     return augmentation if augmented else None
 
@@ -173,7 +173,7 @@ def _vision(
     try:
         options = CompactVQOptions(**{"seed": config.seed, **fields})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"vision: {error}") from error
+        raise ValueError(f"vision must be fields of CompactVQOptions, or path, got: {error}") from error
     # A codebook that will encode augmented images has to have seen some.
     copies = 1 if augmentation is not None else 0
     images, masks = stack_pairs(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ntpseg.losses import LossOptions, NumItems, count_items
+from ntpseg.losses import NumItems, count_items
 from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import load_memory, save_memory
@@ -141,7 +141,6 @@ class NTPSegTrainer(Trainer):
                 heads,
                 het=het,
                 vocab_range=None if config.vocab_range is None else tuple(config.vocab_range),
-                ignore_index=getattr(config, "ignore_index", LossOptions.ignore_index),
             )
             counts[:heads] += cast(Tensor, items.rows)
             counts[heads] += cast(Tensor, items.het)
@@ -242,7 +241,7 @@ class NTPSegTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the data set its epoch and turns the hard-token memory over."""
+    """Tells the data set its epoch and advances the hard-token memory."""
 
     def __init__(self, trainer: NTPSegTrainer) -> None:
         self.trainer = trainer

@@ -37,7 +37,8 @@ def check_number(
         ("<=", maximum, operator.le),
         ("<", below, operator.lt),
     )
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # no math.isfinite: torch.compile cannot trace it, and options of the loss are checked in traced code too
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not number or any(limit is not None and not holds(value, limit) for _, limit, holds in limits):
         wanted = " and ".join(f"{sign} {limit:g}" for sign, limit, _ in limits if limit is not None)
         raise ValueError(f"{name} must be a number{wanted and ' '}{wanted}, got {value!r}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 
 from benchmarks import loss, profile_loss
 from benchmarks.command import main
+from benchmarks.harness import Case, Settings, run_case
 from benchmarks.harness.rows import read
+from benchmarks.harness.timing import Budget
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
 from benchmarks.suite import BENCHMARKS
@@ -32,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quick_form(results: Path, name: str) -> None:
     rows = [row for row in read(results) if row["benchmark"] == name]
     timed = {row["contestant"] for row in rows if "seconds" in row}
-    assert any(contestant.startswith("ntpseg") for contestant in timed)
+    assert any(provider.startswith("ntpseg") for provider in timed)
     assert rows[0]["reference"] in timed
     assert len(timed) >= 3
     assert {row["status"] for row in rows} <= {"ok", "unavailable"}
@@ -146,6 +150,20 @@ def test_ncu_is_stopped_with_what_it_profiles(tmp_path: Path, monkeypatch: pytes
 def test_ncu_says_why_it_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _ncu(tmp_path, monkeypatch, "echo '==ERROR== ERR_NVGPUCTRPERM'\nexit 1\n")
     assert "ERR_NVGPUCTRPERM" in profile_loss.nsight(["0"], 20.0)["unavailable"]
+
+
+def test_tuning_times_every_candidate_against_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    tune = pytest.importorskip("benchmarks.tune")
+    if not importlib.import_module("ntpseg.kernels.tl_utils").INTERPRETED:
+        pytest.skip("CPU tensors need Triton's interpreter")
+    other = tune.GemmConfig(32, 64, 32, num_warps=4, num_stages=1, TMA=False)
+    monkeypatch.setitem(tune.CANDIDATES, "interpreter", (other,))
+    settings = Settings(torch.device("cpu"), Budget(seconds=0.0, min_rounds=3, max_rounds=3, warmup=1))
+    case = Case("tune", {"R": 40}, partial(tune.comparison, 40, 100, 32))
+    rows = run_case(case, settings)
+    names = ["cuBLAS", repr(tune.GEMM_CONFIGS["interpreter"].forward), repr(other)]
+    assert [row["contestant"] for row in rows] == names
+    assert all(row["status"] == "ok" and row["ratio"]["median"] > 0 for row in rows)
 
 
 def test_quick_on_a_gpu_measures_what_matters_first() -> None:

@@ -144,8 +144,8 @@ def test_shift_keeps_its_limit() -> None:
     for _ in range(200):
         moved = Augmentation(0, 0, 0, 0.05, 0, 0, 0, 0).apply(image, mask, "", rng)[1][0]
         centres.append(np.argwhere(moved).mean(0) - np.argwhere(mask[0]).mean(0))
-    reach = np.abs(np.array(centres)).max(0)
-    assert ((reach > 2.0) & (reach <= 0.05 * 64 + 0.5)).all()
+    shift = np.abs(np.array(centres)).max(0)
+    assert ((shift > 2.0) & (shift <= 0.05 * 64 + 0.5)).all()
 
 
 def test_small_mask_at_the_edge_never_vanishes() -> None:

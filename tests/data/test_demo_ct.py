@@ -167,8 +167,8 @@ def test_real_ct_has_every_structure_to_train_on_and_to_test(real: Path) -> None
     assert check_records(real) == []
     records = load_records(real)
     for split in ("train", "test"):
-        found = {record.case.rsplit("_", 1)[1] for record in records if record.split == split}
-        assert found == {structure.name for structure in STRUCTURES}
+        result = {record.case.rsplit("_", 1)[1] for record in records if record.split == split}
+        assert result == {structure.name for structure in STRUCTURES}
 
 
 def test_the_box_holds_every_label_and_the_margin() -> None:

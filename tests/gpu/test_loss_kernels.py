@@ -76,7 +76,7 @@ def _truth(rows: Rows, weight: torch.Tensor, options: LossOptions | None = None,
         z = hidden @ leaf.t()
         target = rows.target[cut]
         z_y = z.gather(1, target.unsqueeze(1))
-        top, prediction[cut] = z.detach().max(1)
+        row_max, prediction[cut] = z.detach().max(1)
         earlier = (torch.arange(low, cut.stop, device="cuda").unsqueeze(1) - back).clamp_min(0)
         negative = prediction[earlier]
         exists = (back <= rows.num_negatives[cut].unsqueeze(1)) & (negative != target.unsqueeze(1))
@@ -91,7 +91,7 @@ def _truth(rows: Rows, weight: torch.Tensor, options: LossOptions | None = None,
         terms = row_weight * (nll + options.tcl_weight * tcl + options.z_loss * lse.square())
         (terms.sum() + options.het_weight * rows.entry_weight.double() * het.sum()).backward()
         d_weight += leaf.grad
-        result = (nll, top - z_y.squeeze(1), tcl, het, lse, hidden.grad)
+        result = (nll, row_max - z_y.squeeze(1), tcl, het, lse, hidden.grad)
         for name, value in zip(outputs, result, strict=True):
             outputs[name].append(value.detach())
     joined = {name: torch.cat(parts) for name, parts in outputs.items()}

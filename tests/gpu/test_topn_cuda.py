@@ -142,9 +142,9 @@ def test_host_storage_serves_the_device(storage: str, tmp_path) -> None:
     for each in (memory, expected):
         each.advance()
     memory.prefetch(ids)
-    result, wanted = memory.lookup(ids), expected.lookup(ids)
-    assert result.token.is_cuda and torch.equal(result.token, wanted.token)
-    assert torch.equal(result.position, wanted.position)
+    result, served = memory.lookup(ids), expected.lookup(ids)
+    assert result.token.is_cuda and torch.equal(result.token, served.token)
+    assert torch.equal(result.position, served.position)
 
 
 def microseconds_in_a_graph(call, repeats: int = 50) -> float:

@@ -76,7 +76,7 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     real = rows.target >= 0
     z_y = z.gather(1, rows.target.clamp_min(0).unsqueeze(1))
     lse = z.logsumexp(1)
-    top, prediction = z.detach().max(1)
+    row_max, prediction = z.detach().max(1)
 
     back = torch.arange(1, options.negatives + 1)
     earlier = (torch.arange(len(z)).unsqueeze(1) - back).clamp_min(0)
@@ -96,7 +96,7 @@ def truth(rows: Rows, weight: Tensor, options: LossOptions) -> RowsResult:
     return RowsResult(
         prediction=torch.where(real, prediction, -1),
         nll=nll.detach(),
-        margin=torch.where(real, top - z_y.detach().squeeze(1), 0.0),
+        margin=torch.where(real, row_max - z_y.detach().squeeze(1), 0.0),
         tcl=tcl.detach(),
         het=het.detach(),
         lse=torch.where(real, lse, 0.0).detach(),

@@ -149,9 +149,9 @@ def test_single_logits(dtype: torch.dtype) -> None:
 def test_contrastive_tokens() -> None:
     prediction = torch.tensor([4, 5, 6, -1, 8])
     target = torch.tensor([0, 4, 2, 3, -1])
-    reach = torch.tensor([0, 1, 2, 1, 3], dtype=torch.int32)
+    num_negatives = torch.tensor([0, 1, 2, 1, 3], dtype=torch.int32)
     hard = torch.tensor([[9], [-1], [7], [1], [2]])
-    result = contrastive_tokens(prediction, target, reach, hard, 1, 4, 2)
+    result = contrastive_tokens(prediction, target, num_negatives, hard, 1, 4, 2)
     # row 1: its negative equals its target; row 4 is padding
     assert result.tolist() == [[-1, -1, -1], [5, 4, 7], [6, -1, 1], [-1, -1, -1]]
 

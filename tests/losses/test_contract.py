@@ -58,12 +58,12 @@ def test_only_the_loss_carries_a_gradient(backend: str) -> None:
 
 def test_never_writes_a_callers_tensor(backend: str) -> None:
     case = draw(weighted=True, num_items=torch.tensor(9.0))
-    given = [case.hidden, case.weight, case.labels, case.tensors["het"].position, case.tensors["het"].token]
-    given += [case.tensors["token_weights"], case.tensors["num_items"]]
-    before = [tensor.clone() for tensor in given]
+    tensors = [case.hidden, case.weight, case.labels, case.tensors["het"].position, case.tensors["het"].token]
+    tensors += [case.tensors["token_weights"], case.tensors["num_items"]]
+    before = [tensor.clone() for tensor in tensors]
     case.hidden.requires_grad_()
     case.loss(case.hidden, case.weight, backend).loss.backward()
-    assert all(torch.equal(one, other) for one, other in zip(given, before))
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before))
 
 
 @pytest.mark.parametrize("shift", [True, False])

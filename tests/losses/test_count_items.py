@@ -136,7 +136,7 @@ def test_kernels_count_alike(keywords: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("k must be a whole number >= 1, got 0", {"k": 0}),
+        ("k must be an integer >= 1, got 0", {"k": 0}),
         ("labels must be an int64", {"labels": torch.zeros(3)}),
         ("labels must be an int64", {"labels": torch.zeros(2, 3)}),
         ("vocab_range must", {"vocab_range": (4, 2)}),

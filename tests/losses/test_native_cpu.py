@@ -37,23 +37,23 @@ def test_a_pass_over_a_tile(length: int, isa: str) -> None:
     tile = whole[:, 7 : 7 + length]
     anchor, gap = torch.randn(9), tile.clone()
     gap -= anchor.unsqueeze(1)
-    top, best, total = torch.full((9,), 2.0), torch.full((9,), 3), torch.ones(9)
+    row_max, argmax, row_sum = torch.full((9,), 2.0), torch.full((9,), 3), torch.ones(9)
     around = whole[:, :7].clone(), whole[:, 7 + length :].clone()
-    loss_cpu.exponentials_(tile, anchor, top, best, total, 100)
+    loss_cpu.exponentials_(tile, anchor, row_max, argmax, row_sum, 100)
     assert torch.equal(whole[:, :7], around[0]) and torch.equal(whole[:, 7 + length :], around[1])
     assert torch.allclose(tile.double(), gap.double().exp(), rtol=1e-6, atol=0)
     expected, where = gap.max(1)
-    assert torch.equal(top, expected.clamp_min(2.0))
-    assert torch.equal(best, torch.where(expected > 2.0, where + 100, 3))
-    assert torch.allclose(total.double(), 1 + gap.double().exp().sum(1), rtol=1e-5)
+    assert torch.equal(row_max, expected.clamp_min(2.0))
+    assert torch.equal(argmax, torch.where(expected > 2.0, where + 100, 3))
+    assert torch.allclose(row_sum.double(), 1 + gap.double().exp().sum(1), rtol=1e-5)
 
 
 def test_exponentials_are_within_two_units_in_the_last_place(isa: str) -> None:
     tile = torch.linspace(-87.3, 88.7, 16 * 5001).reshape(16, 5001)
     tile[0] = torch.logspace(-30, 1, 5001)
     exact = tile.double().exp()
-    anchor, top, total = torch.zeros(3, 16)
-    loss_cpu.exponentials_(tile, anchor, top, torch.zeros(16, dtype=torch.int64), total, 0)
+    anchor, row_max, row_sum = torch.zeros(3, 16)
+    loss_cpu.exponentials_(tile, anchor, row_max, torch.zeros(16, dtype=torch.int64), row_sum, 0)
     unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
     assert float(((tile.double() - exact).abs() / unit).max()) < 2
 
@@ -64,31 +64,31 @@ def test_extremes_in_whole_vectors_and_in_the_tail(at: int, isa: str) -> None:
     for value in extremes.tolist():
         tile = torch.zeros(1, 21)
         tile[0, at] = value
-        top, best, total = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-        loss_cpu.exponentials_(tile, torch.zeros(1), top, best, total, 3)
+        row_max, argmax, row_sum = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        loss_cpu.exponentials_(tile, torch.zeros(1), row_max, argmax, row_sum, 3)
         expected = torch.tensor(value).exp()
         assert torch.isclose(tile[0, at], expected, rtol=1e-6, atol=2e-45, equal_nan=True)
-        assert torch.isclose(total, 20 + expected, rtol=1e-6, equal_nan=True)
+        assert torch.isclose(row_sum, 20 + expected, rtol=1e-6, equal_nan=True)
         first_zero = 3 if at else 4  # the maximum passes over not-a-number
-        assert (float(top), int(best)) == ((value, at + 3) if value > 0 else (0.0, first_zero))
+        assert (float(row_max), int(argmax)) == ((value, at + 3) if value > 0 else (0.0, first_zero))
 
 
 @pytest.mark.parametrize("columns", [(2, 13), (13, 2, 34), (9, 25), (32, 34)])
 def test_the_first_of_equal_maxima_is_taken(columns: tuple[int, ...], isa: str) -> None:
     tile = torch.randn(1, 35).clamp_max(1)
     tile[0, list(columns)] = 2.0
-    top, best, total = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-    loss_cpu.exponentials_(tile, torch.zeros(1), top, best, total, 0)
-    assert (float(top), int(best)) == (2.0, min(columns))
+    row_max, argmax, row_sum = torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    loss_cpu.exponentials_(tile, torch.zeros(1), row_max, argmax, row_sum, 0)
+    assert (float(row_max), int(argmax)) == (2.0, min(columns))
 
 
 def test_extremes_and_ties(isa: str) -> None:
     tile = torch.tensor([[-torch.inf, -500.0, 80.0, 80.0], [torch.nan, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    top, best, total = torch.full((3,), -torch.inf), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
-    loss_cpu.exponentials_(tile, torch.zeros(3), top, best, total, 0)
+    row_max, argmax, row_sum = torch.full((3,), -torch.inf), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    loss_cpu.exponentials_(tile, torch.zeros(3), row_max, argmax, row_sum, 0)
     assert tile[0, 0] == 0 and tile[0, 1] == 0 and tile[0, 2] == pytest.approx(5.540622e34)
-    assert best.tolist() == [2, 2, 0]
-    assert total[1].isnan() and total[2] == 4
+    assert argmax.tolist() == [2, 2, 0]
+    assert row_sum[1].isnan() and row_sum[2] == 4
 
 
 @blocks
@@ -102,17 +102,17 @@ def test_exponentials_of_a_block(rows: int, width: int, classes: int, strided: b
     exact = torch.where(column < 0, 0.0, z.gather(1, column.clamp_min(0).unsqueeze(1)).squeeze(1)).float() + 0.5
     anchor = torch.randn(rows)
     block = torch.full((rows, classes + 3), 7.0, dtype=torch.bfloat16)
-    top, best, total = loss_cpu.block_exponentials(hidden, matrix, anchor, column, exact, block[:, :classes])
+    row_max, argmax, row_sum = loss_cpu.block_exponentials(hidden, matrix, anchor, column, exact, block[:, :classes])
     here = (column >= 0).nonzero().squeeze(1)
     z[here, column[here]] = exact[here].double()
     gap = z - anchor.double().unsqueeze(1)
     assert (block[:, classes:] == 7).all()
     assert torch.allclose(block[:, :classes].double(), gap.exp(), rtol=2**-8 + 1e-5, atol=1e-30)
-    assert torch.allclose(top.double(), gap.amax(1), atol=1e-5)
-    assert torch.allclose(gap.gather(1, best.unsqueeze(1)).squeeze(1), gap.amax(1), atol=1e-5)
-    assert torch.allclose(total.double(), gap.exp().sum(1), rtol=1e-5)
+    assert torch.allclose(row_max.double(), gap.amax(1), atol=1e-5)
+    assert torch.allclose(gap.gather(1, argmax.unsqueeze(1)).squeeze(1), gap.amax(1), atol=1e-5)
+    assert torch.allclose(row_sum.double(), gap.exp().sum(1), rtol=1e-5)
     reduced = loss_cpu.block_exponentials(hidden, matrix, anchor, column, exact, None)
-    assert all(torch.equal(one, other) for one, other in zip(reduced, (top, best, total)))
+    assert all(torch.equal(one, other) for one, other in zip(reduced, (row_max, argmax, row_sum)))
 
 
 @blocks

@@ -155,7 +155,7 @@ def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -
         HardTokenMemory(5, 3).record(*batch)
 
 
-@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n must be >= 1, got 0")])
+@pytest.mark.parametrize(("samples", "n", "name"), [(0, 3, "num_samples"), (3, 0, "n must be an integer >= 1, got 0")])
 def test_sizes_must_be_positive(samples: int, n: int, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         HardTokenMemory(samples, n)

@@ -44,9 +44,9 @@ def test_equals_the_memory_on_the_device(kind: str, tmp_path: Path) -> None:
         for each in (memory, expected):
             each.advance()
         assert same(memory, expected)
-    saved, wanted = memory.state_dict(), expected.state_dict()
+    saved, other = memory.state_dict(), expected.state_dict()
     for buffer in ("served", "recording"):
-        assert all(torch.equal(saved[buffer][name], wanted[buffer][name]) for name in wanted[buffer])
+        assert all(torch.equal(saved[buffer][name], other[buffer][name]) for name in other[buffer])
 
 
 def test_callers_may_reuse_their_tensors() -> None:

@@ -28,7 +28,7 @@ def test_equals_sdpa_with_gradients(length: int, dtype: torch.dtype) -> None:
 
 
 def decoders() -> list[Qwen3Model]:
-    found = []
+    models = []
     for name in ("sdpa", causal_blocks.NAME):
         causal_blocks.register()
         config = Qwen3Config(
@@ -42,8 +42,8 @@ def decoders() -> list[Qwen3Model]:
             attn_implementation=name,
         )
         torch.manual_seed(0)
-        found.append(Qwen3Model(config).eval())
-    return found
+        models.append(Qwen3Model(config).eval())
+    return models
 
 
 def test_decoder_agrees_plain_padded_and_cached() -> None:

@@ -49,10 +49,10 @@ def test_loss_is_ntp_loss_of_the_states(k: int, shared: bool) -> None:
     hidden, labels = torch.randn(2, 9, 8), torch.randint(4, 15, (2, 9))
     labels[:, 3] = 7
     het = HardTokens(torch.tensor([[3], [3]]), torch.tensor([[5], [6]]))
-    found = heads.loss(hidden, labels, negatives=2, het=het, vocab_range=(4, 15))
+    result = heads.loss(hidden, labels, negatives=2, het=het, vocab_range=(4, 15))
     plain = ntp_loss(heads(hidden), heads.weight, labels, negatives=2, het=het, vocab_range=(4, 15))
-    assert torch.equal(found.loss, plain.loss)
-    assert float(found.het) > 0
+    assert torch.equal(result.loss, plain.loss)
+    assert float(result.het) > 0
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -50,13 +50,13 @@ def test_padding_changes_nothing(make_model, batch) -> None:
 def test_num_items_gives_the_large_batch(make_model, batch) -> None:
     model = make_model(het_weight=0.0)
     model(**batch).loss.backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters()}
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     items = NumItems([(batch["labels"][:, 1 + j :] != -100).sum().item() for j in range(3)], 0)
     for part in (slice(0, 1), slice(1, 3)):
         model(**{k: v[part] for k, v in batch.items()}, num_items=items).loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_each_strategy_off(make_model, batch) -> None:
@@ -151,10 +151,10 @@ def test_visual_embeddings_follow_the_codebook(make_model) -> None:
 
 def test_gradient_checkpointing_changes_nothing(make_model, batch) -> None:
     model = make_model()
-    wanted = model(**batch).loss
+    expected = model(**batch).loss
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     out = model(**batch)
     out.loss.backward()
-    torch.testing.assert_close(out.loss, wanted)
+    torch.testing.assert_close(out.loss, expected)
     assert model.backbone.embed_tokens.weight.grad.any()

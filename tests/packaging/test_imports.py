@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Folder, and the package as which its modules are imported.
 PACKAGES = {"ntpseg": "ntpseg", "kernels": "ntpseg.kernels", "benchmarks": "benchmarks"}
-# The floors of ntpseg from the lowest to the highest; modules directly in ntpseg are on none.
-FLOORS = (
+# The layers of ntpseg from the lowest to the highest; modules directly in ntpseg are in none.
+LAYERS = (
     ("utils",),
     ("kernels",),
     ("ops",),
@@ -35,15 +35,15 @@ FLOORS = (
 
 def modules() -> dict[str, Path]:
     """Path of every module by its name."""
-    found = {}
+    paths = {}
     for folder, package in PACKAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "ntpseg" and parts[0] == "kernels":
                 continue
             name = ".".join((package, *parts))
-            found[name.removesuffix(".__init__")] = path
-    return found
+            paths[name.removesuffix(".__init__")] = path
+    return paths
 
 
 def statements(body: list[ast.stmt], functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -91,7 +91,7 @@ def circles(arrows: dict[str, set[str]]) -> set[frozenset[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found = set()
+    components = set()
 
     def visit(name: str) -> None:
         index[name] = low[name] = len(index)
@@ -105,12 +105,12 @@ def circles(arrows: dict[str, set[str]]) -> set[frozenset[str]]:
             component = set(stack[stack.index(name) :])
             del stack[stack.index(name) :]
             if len(component) > 1:
-                found.add(frozenset(component))
+                components.add(frozenset(component))
 
     for name in sorted(arrows):
         if name not in index:
             visit(name)
-    return found
+    return components
 
 
 def test_circles_are_found() -> None:
@@ -150,10 +150,10 @@ def test_no_import_circle_of_ntpseg_even_in_functions() -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    floor = {f"ntpseg.{folder}": level for level, folders in enumerate(FLOORS) for folder in folders}
+    levels = {f"ntpseg.{folder}": level for level, folders in enumerate(LAYERS) for folder in folders}
 
     def level(name: str) -> int | None:
-        return floor.get(".".join(name.split(".")[:2]))
+        return levels.get(".".join(name.split(".")[:2]))
 
     upward = []
     for name, targets in graph(functions=True).items():
@@ -165,6 +165,6 @@ def test_arrows_point_one_way() -> None:
     assert upward == []
 
 
-def test_every_folder_has_its_floor() -> None:
+def test_every_folder_has_its_layer() -> None:
     folders = {path.parent.name for path in (ROOT / "ntpseg").glob("*/__init__.py")} - {"configs"}
-    assert folders <= {folder for floor in FLOORS for folder in floor}
+    assert folders <= {folder for layer in LAYERS for folder in layer}

@@ -211,7 +211,7 @@ def test_the_loser_of_a_race_opens_the_winners_cache(tmp_path, records, compact,
 
 def test_an_error_while_building_leaves_no_folder(tmp_path, records, compact, text):
     records[5].image.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"'c5': .*i5.png"):
+    with pytest.raises(ValueError, match=r"'c5' must have readable files, got: .*i5.png"):
         TokenCache.build(tmp_path / "cache", records, compact, text, progress=False)
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -35,8 +35,8 @@ def single(tmp_path_factory):
         per_device_train_batch_size=8,
     )
     trainer.train()
-    found = [[line[n] for n in NAMES] for line in trainer.state.log_history if "loss" in line]
-    return np.array(found), trainer.model
+    result = [[line[n] for n in NAMES] for line in trainer.state.log_history if "loss" in line]
+    return np.array(result), trainer.model
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,16 @@ def ranks(tmp_path_factory):
     command += [str(HERE / "two_ranks.py"), str(output), "ddp", "zero2", "zero3"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((output / "found.json").read_text()), output
+    return json.loads((output / "result.json").read_text()), output
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
 def test_ranks_equal_one_process(single, ranks, mode) -> None:
     """Every part of the loss at every step; HET from the second epoch on shows that the ranks share their memories."""
-    wanted, _ = single
-    found = np.array(ranks[0][mode])
-    assert wanted.shape == (8, len(NAMES)) and (wanted[2:, NAMES.index("het")] > 0).all()
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    expected, _ = single
+    result = np.array(ranks[0][mode])
+    assert expected.shape == (8, len(NAMES)) and (expected[2:, NAMES.index("het")] > 0).all()
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_zero3_saves_the_whole_model(single, ranks) -> None:
@@ -69,5 +69,5 @@ def test_zero3_saves_the_whole_model(single, ranks) -> None:
 
 def test_zero3_resumes(ranks) -> None:
     """From the middle of an epoch, where each rank has recorded other hard tokens."""
-    found = ranks[0]
-    np.testing.assert_allclose(np.array(found["resumed"])[3:], np.array(found["zero3"])[3:], rtol=1e-4, atol=1e-6)
+    result = ranks[0]
+    np.testing.assert_allclose(np.array(result["resumed"])[3:], np.array(result["zero3"])[3:], rtol=1e-4, atol=1e-6)

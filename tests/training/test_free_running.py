@@ -32,9 +32,9 @@ class Cache:
 
 @pytest.fixture
 def masks() -> np.ndarray:
-    found = np.zeros((10, 4, 4), np.int64)
-    found[:, :2] = 1
-    return found
+    result = np.zeros((10, 4, 4), np.int64)
+    result[:, :2] = 1
+    return result
 
 
 def score(monkeypatch: pytest.MonkeyPatch, masks: np.ndarray, decoded: np.ndarray, cases: int = 64) -> float:

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.data import DataProblems
+from ntpseg.evaluation.run_directory import training_log
 from ntpseg.models import Bundle
 from ntpseg.training import load_config, train
-from ntpseg.training.callbacks import read_log
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.pipeline import make_model, make_trainer
 from ntpseg.training.preparation import prepare_run
@@ -78,7 +78,7 @@ def test_run_directory(run) -> None:
     assert not (run / "model" / "training_args.bin").exists()
     assert [p for p in (run / "logs").iterdir() if "tfevents" in p.name]
     assert last_checkpoint(run) == run / "checkpoint-4"
-    lines = read_log(run / "trainer_log.jsonl")
+    lines = training_log(run)
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
     assert {"ntp", "nktp", "tcl", "het", "token_accuracy", "learning_rate"} <= set(training[0])
@@ -145,9 +145,9 @@ def test_resume_of_a_finished_run_with_more_epochs(data, tmp_path) -> None:
     run = train(config, progress=False)
     config.training["num_train_epochs"] = 2
     train(config, resume=True, progress=False)
-    assert [line["step"] for line in read_log(run / "trainer_log.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in training_log(run) if "loss" in line] == [1, 2, 3, 4]
     train(config, overwrite=True, progress=False)
-    assert [line["step"] for line in read_log(run / "trainer_log.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in training_log(run) if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_vision_tokenizer_and_weights_from_a_path(run, data, tmp_path) -> None:
@@ -171,9 +171,9 @@ def test_bad_data_is_refused_with_a_table(tmp_path) -> None:
     (folder / "m1.png").unlink()
     (folder / "i2.png").write_bytes(b"no image")
     config = load_config("tiny", [f"data.path={folder}", f"output={tmp_path / 'r'}", *FAST, "training.max_steps=1"])
-    with pytest.raises(DataProblems) as found:
+    with pytest.raises(DataProblems) as refused:
         train(config, progress=False)
-    assert "missing mask" in str(found.value) and "unreadable file" in str(found.value)
+    assert "missing mask" in str(refused.value) and "unreadable file" in str(refused.value)
     config.data.skip_bad = True
     run = train(config, progress=False)
     left = [json.loads(line)["kind"] for line in (run / "left_out.jsonl").read_text().splitlines()]

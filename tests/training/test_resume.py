@@ -11,7 +11,8 @@ from pathlib import Path
 from killed_run import RUN
 from toy import make_toy, make_trainer
 
-from ntpseg.training.callbacks import JsonLog, read_log
+from ntpseg.evaluation.run_directory import training_log
+from ntpseg.training.callbacks import JsonLog
 from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def figures(run: Path) -> list[tuple]:
     names = ("step", "epoch", "loss", "ntp", "nktp", "tcl", "het", "grad_norm", "learning_rate", "token_accuracy")
-    return [tuple(line[n] for n in names) for line in read_log(run / "trainer_log.jsonl") if "loss" in line]
+    return [tuple(line[n] for n in names) for line in training_log(run) if "loss" in line]
 
 
 def test_kill_and_resume_give_the_unbroken_sequence(tmp_path) -> None:

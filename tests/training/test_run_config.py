@@ -53,8 +53,8 @@ def test_arguments(tmp_path) -> None:
     config = load_config("tiny", ["training.bf16=false", "training.learning_rate=5e-4", "seed=3"])
     args = training_arguments(config, tmp_path)
     assert (args.learning_rate, args.seed, args.bf16) == (5e-4, 3, False)
-    assert args.get_warmup_steps(200) == 10, "warmup is a share of all steps"
-    with pytest.raises(ValueError, match="training: "):
+    assert args.get_warmup_steps(200) == 10, "warmup is a fraction of all steps"
+    with pytest.raises(ValueError, match="training must be fields that TrainingArguments accepts, got: "):
         training_arguments(load_config("tiny", ["training.lr_scheduler_type=zigzag"]), tmp_path)
 
 

@@ -16,7 +16,7 @@ def test_accumulation_equals_a_large_batch(tmp_path) -> None:
     for row, texts in enumerate(toy.texts):
         toy.texts[row] = [text + "!" * row for text in texts]
     names = ("loss", "ntp", "nktp", "tcl", "het", "token_accuracy")
-    found = []
+    runs = []
     for batch, times in ((4, 1), (2, 2), (1, 4)):
         trainer = make_trainer(
             toy,
@@ -29,12 +29,12 @@ def test_accumulation_equals_a_large_batch(tmp_path) -> None:
         )
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-        found.append((losses(trainer, *names), weights))
-    assert len(found[0][0]) == 8
-    assert found[0][0][-1][names.index("het")] > 0
-    for other, weights in found[1:]:
-        np.testing.assert_allclose(np.array(other), np.array(found[0][0]), rtol=2e-4, atol=2e-5)
-        torch.testing.assert_close(weights, found[0][1], rtol=1e-3, atol=1e-5)
+        runs.append((losses(trainer, *names), weights))
+    assert len(runs[0][0]) == 8
+    assert runs[0][0][-1][names.index("het")] > 0
+    for other, weights in runs[1:]:
+        np.testing.assert_allclose(np.array(other), np.array(runs[0][0]), rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(weights, runs[0][1], rtol=1e-3, atol=1e-5)
 
 
 def test_counts_are_those_of_the_loss(tmp_path) -> None:

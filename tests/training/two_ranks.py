@@ -48,16 +48,16 @@ def forget() -> None:
 def main(output: Path, modes: list[str]) -> None:
     torch.set_num_threads(1)
     prepare_deepspeed()
-    found = {}
+    result = {}
     for mode in modes:
         fields = {"save_strategy": "steps", "save_steps": 3} if mode == "zero3" else {}
-        found[mode] = run(mode, output / mode, 2, gradient_accumulation_steps=2, **fields)
+        result[mode] = run(mode, output / mode, 2, gradient_accumulation_steps=2, **fields)
         forget()
     if "zero3" in modes:
         checkpoint = str(output / "zero3" / "checkpoint-3")
-        found["resumed"] = run("zero3", output / "again", 2, gradient_accumulation_steps=2, resume=checkpoint)
+        result["resumed"] = run("zero3", output / "again", 2, gradient_accumulation_steps=2, resume=checkpoint)
     if rank() == 0:
-        (output / "found.json").write_text(json.dumps(found))
+        (output / "result.json").write_text(json.dumps(result))
     end_processes()
 
 

@@ -37,14 +37,13 @@ class FolderIndex:
         self.folder = folder
         self._names: dict[str, Path] = {}
         self._cases: dict[str, list[Path]] = {}
-        names = sorted(os.listdir(folder)) if folder is not None and folder.is_dir() else []
-        for name in names:
-            if known_suffix(name) and not name.startswith("."):
-                path = folder / name  # type: ignore[operator]
-                self._names[normalise_name(name)] = path
-                self._cases.setdefault(case_of(normalise_name(name)), []).append(path)
-        for paths in self._cases.values():
-            paths.sort(key=lambda path: path.name.startswith(MASK_PREFIX) != masks)
+        paths = [folder / name for name in sorted(os.listdir(folder))] if folder is not None and folder.is_dir() else []
+        for path in paths:
+            if known_suffix(path.name) and not path.name.startswith("."):
+                self._names[normalise_name(path.name)] = path
+                self._cases.setdefault(case_of(normalise_name(path.name)), []).append(path)
+        for files in self._cases.values():
+            files.sort(key=lambda path: path.name.startswith(MASK_PREFIX) != masks)
 
     def find(self, name: str) -> Path | None:
         """The file called `name`; else the file of the same case (other prefix or extension); else None."""

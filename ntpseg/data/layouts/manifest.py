@@ -69,8 +69,9 @@ def read_manifest(path: Path) -> Listing:
         name = f"{table.name}:{number} {row['image'] or row['mask']}"
         image, mask = (_resolve(table.parent, row[kind], listed) for kind in ("image", "mask"))
         if not split:
-            wanted = ", ".join(SPLITS)
-            listing.report(problems.NO_SPLIT, "", name, f"its split is {row['split']!r}; it must be one of {wanted}")
+            listing.report(
+                problems.NO_SPLIT, "", name, f"split must be one of {', '.join(SPLITS)}, got {row['split']!r}"
+            )
         elif key in seen:
             listing.report(problems.DUPLICATE, split, name, f"the same as row {seen[key]}, which counts")
         elif image is None:
