@@ -43,26 +43,31 @@ def true_mask(record: Record) -> np.ndarray:
     return read_mask(record.mask)
 
 
-def score(records: Sequence[Record], predict: Callable[[int], np.ndarray]) -> dict[str, Any]:
+def score(records: Sequence[Record], predict: Callable[[int], np.ndarray], threshold: float = 0.5) -> dict[str, Any]:
     """Summary of the metrics; `predict(i)` gives record i's foreground probability float ``[S, S]``."""
     parts = []
     for i, record in enumerate(records):
         truth = true_mask(record)
-        parts.append(segmentation_metrics(resize_mask(predict(i), *truth.shape)[None], truth[None]))
+        parts.append(
+            segmentation_metrics(
+                resize_mask(predict(i), truth.shape[0], truth.shape[1], threshold=threshold)[None], truth[None]
+            )
+        )
     return summarise(concatenate(parts), [r.subject for r in records])
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Print the two Dices, and write the whole result with the machine it comes from."""
+    """Print the Dices, and write the whole result with the machine it comes from."""
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    dice, pooled = result["test"]["per_image"]["dice"], result["test"]["pooled"]["dice"]
-    print(f"per-image Dice {dice['value']:.4f} [{dice['low']:.4f}, {dice['high']:.4f}]")
-    print(f"pooled Dice    {pooled['value']:.4f} [{pooled['low']:.4f}, {pooled['high']:.4f}]")
+    for name in (name for name in ("val", "test") if name in result):
+        for family in ("per_image", "pooled"):
+            dice = result[name][family]["dice"]
+            print(f"{name} {family} Dice {dice['value']:.4f} [{dice['low']:.4f}, {dice['high']:.4f}]")
     if path is None:
         print(json.dumps(result, indent=2))
     else:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntpseg.commands.options import BatchSize, Device, Dtype, Layout, Method, SkipBad
+from ntpseg.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Layout,
+    Method,
+    Mirror,
+    Passes,
+    Samples,
+    SkipBad,
+    Threshold,
+)
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -31,7 +42,11 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
     text_check: Annotated[int, typer.Option(help="Cases decoded again with an empty and a wrong text.", min=0)] = 256,
     batch_size: BatchSize = 64,
-    method: Method = "greedy",
+    method: Method = None,
+    passes: Passes = None,
+    samples: Samples = None,
+    threshold: Threshold = None,
+    mirror: Mirror = False,
     dtype: Dtype = "auto",
     device: Device = None,
     skip_bad: SkipBad = False,
@@ -44,10 +59,18 @@ def evaluate(
     from ntpseg.evaluation import evaluate as run
     from ntpseg.evaluation.run_directory import data_of, run_directory
     from ntpseg.evaluation.tables import summary_table
-    from ntpseg.generation import DecodingOptions, Segmenter
+    from ntpseg.generation import Segmenter
     from ntpseg.utils.progress import disable_loading_bars, stage_progress
 
-    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]  # checked there
+    decoding: dict[str, Any] = {
+        "batch_size": batch_size,
+        "method": method,
+        "passes": passes,
+        "samples": samples,
+        "threshold": threshold,
+        "mirror": mirror or None,
+        "dtype": dtype,
+    }
     checks = EvaluationOptions(text_check=text_check)
     root = run_directory(model)
     if data is None:
@@ -60,7 +83,7 @@ def evaluate(
     if limit is not None and limit < len(records):
         records = [records[i * len(records) // limit] for i in range(limit)]
     disable_loading_bars()
-    segmenter = Segmenter.from_pretrained(model, options, device=device)
+    segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
     console = Console()
     with stage_progress(console) as progress:
         result = run(segmenter, records, checks, progress=progress)

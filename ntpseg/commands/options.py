@@ -19,5 +19,12 @@ Layout = Annotated[str, typer.Option(help=choices(LAYOUT_NAMES))]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad pairs out, and list them.")]
 BatchSize = Annotated[int, typer.Option(help="Images decoded together.")]
-Method = Annotated[str, typer.Option(help=choices(tuple(METHODS)))]
+# Without these the model decodes as validation chose when it was trained.
+Method = Annotated[str | None, typer.Option(help=f"{choices(tuple(METHODS))} By default the model's own.")]
+Passes = Annotated[int | None, typer.Option(help="refine: how often the draft of the mask is read.", min=0)]
+Samples = Annotated[int | None, typer.Option(help="sample: masks that are averaged.", min=1)]
+Threshold = Annotated[float | None, typer.Option(help="Probability from which a pixel is foreground.")]
+Mirror = Annotated[
+    bool, typer.Option("--mirror", help="Average with the mirrored image, left and right exchanged in the sentence.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntpseg.commands.options import BatchSize, Device, Dtype, Method
+from ntpseg.commands.options import BatchSize, Device, Dtype, Method, Mirror, Passes, Samples, Threshold
 
 if TYPE_CHECKING:
     from ntpseg.generation import Prediction
@@ -27,26 +27,38 @@ def predict(
     texts: Annotated[Path | None, typer.Option(help="For a folder: CSV with the columns image and text.")] = None,
     overlay: Annotated[Path | None, typer.Option(help="Also draw the mask over the image: file, or folder.")] = None,
     batch_size: BatchSize = 64,
-    method: Method = "greedy",
+    method: Method = None,
+    passes: Passes = None,
+    samples: Samples = None,
+    threshold: Threshold = None,
+    mirror: Mirror = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
     from rich.console import Console
 
-    from ntpseg.generation import DecodingOptions, Segmenter
+    from ntpseg.generation import Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
     from ntpseg.utils.files import write_csv
     from ntpseg.utils.progress import counter, disable_loading_bars, stage_progress
 
-    options = DecodingOptions(batch_size=batch_size, method=method, dtype=dtype)  # type: ignore[arg-type]  # checked there
+    decoding: dict[str, Any] = {
+        "batch_size": batch_size,
+        "method": method,
+        "passes": passes,
+        "samples": samples,
+        "threshold": threshold,
+        "mirror": mirror or None,
+        "dtype": dtype,
+    }
     console = Console()
     disable_loading_bars()
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     if image.is_dir():
         jobs = folder_jobs(image, text, texts)
-        segmenter = Segmenter.from_pretrained(model, options, device=device)
+        segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
         rows = []
         with stage_progress(console) as progress:
             advance = counter(progress, "decoding", len(jobs))
@@ -61,7 +73,7 @@ def predict(
         return
     if text is None:
         raise ValueError("text must be the sentence that says what to segment, got none")
-    segmenter = Segmenter.from_pretrained(model, options, device=device)
+    segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
     prediction = segmenter.segment(image, text)
     _write(Job(image, text, image.stem), prediction, out, overlay)
     height, width = prediction.mask.shape

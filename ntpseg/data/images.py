@@ -130,7 +130,7 @@ def prepare(
     return scaled, None if mask is None else resize_mask(mask, size, size)[None].astype(np.float32)
 
 
-def resize_mask(mask: np.ndarray, height: int, width: int, threshold: float = 0.5) -> np.ndarray:
+def resize_mask(mask: np.ndarray, height: int, width: int, *, threshold: float = 0.5) -> np.ndarray:
     """Resize a mask (bool or a probability, [H, W]) to bool [height, width].
 
     Foreground is where the mean reaches `threshold`.

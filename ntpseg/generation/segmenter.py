@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Segmenter:
 
     def __init__(self, bundle: Bundle, options: DecodingOptions | None = None) -> None:
         self.bundle = bundle
-        self.options = options or DecodingOptions(**(bundle.decoding or {}))
+        self.options = options or bundle.decoding_options()
         self.generator = MaskGenerator(bundle.model, bundle.sequence, self.options)
 
     @classmethod
@@ -86,13 +86,29 @@ class Segmenter:
         options: DecodingOptions | None = None,
         *,
         device: str | torch.device | None = None,
+        **changes: Any,
     ) -> Segmenter:
-        """Load a run or its ``model/`` directory; on the GPU if there is one, unless `device` is given."""
+        """Load a model.
+
+        Args:
+            directory: a run or its ``model/`` directory.
+            options: how masks are decoded; by default as was saved with the model.
+            device: the GPU if there is one, by default.
+            **changes: fields of `DecodingOptions` that replace the saved ones, see `Bundle.decoding_options`.
+
+        Raises:
+            ValueError: no model there, both `options` and `changes`, or options that the model does not allow.
+        """
         from ntpseg.models.bundle import Bundle
 
+        if options is not None and changes:
+            raise ValueError(f"options must be None with changes of the saved ones, got both: {sorted(changes)}")
+        # Unknown names and values out of range are told before a large model is loaded.
+        DecodingOptions(**{name: value for name, value in changes.items() if value is not None})
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(Bundle.from_pretrained(Path(directory), device=device), options)
+        bundle = Bundle.from_pretrained(Path(directory), device=device)
+        return cls(bundle, options or bundle.decoding_options(**changes))
 
     def segment(self, image: np.ndarray | str | PathLike[str], text: str) -> Prediction:
         """Segment what `text` refers to.
@@ -141,9 +157,9 @@ class Segmenter:
             if has_pixels:
                 pixels.append(stacked)
             if has_codes:
-                codes[False].append(self._image_codes(stacked))
+                codes[False].append(self.image_codes(stacked))
                 if self.options.mirror:
-                    codes[True].append(self._image_codes(stacked[..., ::-1]))
+                    codes[True].append(self.image_codes(stacked[..., ::-1]))
 
         with torch.inference_mode():
             for image in images:
@@ -159,7 +175,8 @@ class Segmenter:
             mirrored = EncodedImages(np.concatenate(codes[True]) if has_codes else None, turned)
         return EncodedImages(np.concatenate(codes[False]) if has_codes else None, own, mirrored)
 
-    def _image_codes(self, pixels: np.ndarray) -> np.ndarray:
+    def image_codes(self, pixels: np.ndarray) -> np.ndarray:
+        """The image tokens, int64 ``[N, h, w]``, of prepared images float32 ``[N, C, S, S]``."""
         vision, grid = self.bundle.vision, self.bundle.sequence.image_grid
         if self.bundle.model.config.front_end == "features":
             # Features that are not aligned stand on one code.

@@ -260,7 +260,9 @@ class NTPSegModel(PreTrainedModel):
         """
         stem = stem_output
         if self.front_end is not None and stem is None:
-            stem = self.encode_image(pixel_values, input_ids)
+            # A sequence with labels ends in a whole mask: reading the caption in front of it alone saves time.
+            until = None if labels is None else input_ids.shape[1] - self.mask_training.cells
+            stem = self.encode_image(pixel_values, input_ids[:, :until])
 
         def decode(ids: Tensor) -> Any:
             embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)

@@ -35,12 +35,16 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.weights, _trained(model), 1 - decay)
 
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give `model` the averaged weights."""
+        torch._foreach_copy_(_trained(model), self.weights)
+
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Inside the block `model` has the averaged weights, after it its own again."""
         own = [p.detach().clone() for p in _trained(model)]
-        with torch.no_grad():
-            torch._foreach_copy_(_trained(model), self.weights)
+        self.copy_to(model)
         try:
             yield
         finally:

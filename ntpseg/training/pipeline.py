@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ntpseg.generation.options import DecodingOptions
 from ntpseg.models.bundle import Bundle
+from ntpseg.tokenizers.pixel_cache import PixelCache
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.builders import default_decoding, make_datasets, make_model
 from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
 from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
+from ntpseg.training.decoding_choice import choose_decoding
 from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
-from ntpseg.utils.files import publish_folder, write_text
+from ntpseg.utils.files import publish_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -56,7 +59,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         trainer = make_trainer(config, prepared, args, run, progress=shown)
         checkpoint = last_checkpoint(run) if resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save(trainer, prepared, run)
+        _save(trainer, prepared, run, default_decoding(config), progress=shown)
     finally:
         end_processes()
     return run
@@ -132,15 +135,22 @@ def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite:
     write_text(saved, dump_config(config))
 
 
-def _save(trainer: NTPSegTrainer, prepared: Prepared, run: Path) -> None:
+def _save(
+    trainer: NTPSegTrainer, prepared: Prepared, run: Path, decoding: DecodingOptions, *, progress: bool = True
+) -> None:
     """Write the bundle under another name first, so that ``model/`` is always complete."""
     partial, final = run / "model.part", run / "model"
     model: Any = trainer.model
     bundle = Bundle(model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence)
-    # Every rank takes part: ZeRO-3 gathers the weights here.
-    trainer.save_model(str(partial))
-    if not trainer.is_world_process_zero():
-        return
+    with trainer.averaged_weights():
+        # Every rank takes part: ZeRO-3 gathers the weights here.
+        trainer.save_model(str(partial))
+        if not trainer.is_world_process_zero():
+            return
+        if isinstance(prepared.validation, PixelCache) and model.device.type != "meta":
+            choice = choose_decoding(bundle, prepared.validation, decoding, progress=progress)
+            bundle.decoding = choice.options
+            write_json(run / "decoding_choice.json", choice.to_dict())
     (partial / "training_args.bin").unlink(missing_ok=True)
     bundle.save_tokenizers(partial)
     publish_folder(partial, final)

@@ -241,7 +241,7 @@ class NTPSegTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the data set its epoch and advances the hard-token memory."""
+    """Tells the data set its epoch, advances the hard-token memory and averages the weights."""
 
     def __init__(self, trainer: NTPSegTrainer) -> None:
         self.trainer = trainer
@@ -259,6 +259,10 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.train_dataset.set_epoch(_epoch(state))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update(cast(Any, self.trainer.model))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,7 +14,7 @@ from ntpseg.generation.decoder import DecodedBatch
 from ntpseg.generation.methods import DecodingMethod
 
 
-def always_three(heads: Any, decoder: Any, target: Any, prompts: Any) -> DecodedBatch:
+def always_three(heads: Any, decoder: Any, target: Any, prompts: Any, options: Any) -> DecodedBatch:
     """A method that reads the prompts and answers code 3 everywhere."""
     decoder.start(prompts, prompts.max_length)
     shape = len(prompts), len(target.free)

@@ -38,8 +38,10 @@ def masks() -> np.ndarray:
 
 
 def score(monkeypatch: pytest.MonkeyPatch, masks: np.ndarray, decoded: np.ndarray, cases: int = 64) -> float:
-    monkeypatch.setattr(generation, "generate_masks", lambda model, prompts, sequence: SimpleNamespace(codes=decoded))
-    return FreeRunningDice(Cache(masks), SEQUENCE, OnePixelPerCode(), cases)(None)["token_dice"]  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        generation, "generate_masks", lambda *args, **kwargs: SimpleNamespace(codes=decoded, probability=None)
+    )
+    return FreeRunningDice.from_tokens(Cache(masks), SEQUENCE, OnePixelPerCode(), cases)(None)["token_dice"]  # type: ignore[arg-type]
 
 
 def test_right_empty_and_half(monkeypatch: pytest.MonkeyPatch, masks: np.ndarray) -> None:
@@ -51,5 +53,5 @@ def test_right_empty_and_half(monkeypatch: pytest.MonkeyPatch, masks: np.ndarray
 
 
 def test_cases_are_spread_over_the_split(masks: np.ndarray) -> None:
-    dice = FreeRunningDice(Cache(masks), SEQUENCE, OnePixelPerCode(), 5)  # type: ignore[arg-type]
+    dice = FreeRunningDice.from_tokens(Cache(masks), SEQUENCE, OnePixelPerCode(), 5)  # type: ignore[arg-type]
     assert [int(prompt[1]) for prompt in dice.prompts] == [0, 2, 4, 6, 8]

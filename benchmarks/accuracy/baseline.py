@@ -1,62 +1,37 @@
-"""A U-Net (MONAI's) trained on a CPU for some core-minutes: with the image alone, or with the sentence as well.
+"""A convolutional baseline trained on a CPU for some core-minutes, see `networks`.
 
-The sentence enters as extra input channels: its words, word pairs and word triples are a multi-hot vector, which a
-learned linear map turns into a few numbers, constant over the image; two more channels hold each pixel's place, without
-which a convolution could not tell left from right. Data, size, augmentation and metric code are the package's own.
-Training stops by its processor time, so that other work on the machine does not count; augmentation is included,
-validation for the learning curve is not.
+Data, size, augmentation and metric code are the package's own, as are the optimizer (``--optimizer muon``) and the
+average of the weights (``--ema``), so that a difference is one of models. Training stops by its processor time, so that
+other work on the machine does not count; augmentation is included, validation for the learning curve is not.
 
-    python -m benchmarks.accuracy.unet DATA --minutes 30 [--text] [--size 224] [--augment '{"flip": 0.5}'] [--out R]
+    python -m benchmarks.accuracy.baseline DATA --minutes 30 [--network text-unet] [--size 224] [--test] [--out R]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
-from monai.networks.nets import UNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.accuracy.common import arrays, score, split, write
+from benchmarks.accuracy.networks import ImageDynUNet, Sentences, TextUNet, WordAttentionUNet
 from ntpseg.data import Augmentation
 from ntpseg.evaluation.metrics import dice_scores
+from ntpseg.training.decoding_choice import THRESHOLDS
+from ntpseg.training.ema import WeightAverage
+from ntpseg.training.muon import Muon
 
-TEXT_CHANNELS = 16
-
-
-def words(text: str) -> list[str]:
-    """Words, pairs and triples of neighbouring words."""
-    tokens = re.findall(r"\w+", text.lower())
-    return [" ".join(tokens[i : i + n]) for n in (1, 2, 3) for i in range(len(tokens) - n + 1)]
-
-
-class Network(nn.Module):
-    """MONAI's residual U-Net; with `codes` > 0 the sentence's code and the pixel's place are further channels."""
-
-    def __init__(self, size: int, channels: int, codes: int, width: int) -> None:
-        super().__init__()
-        self.text: nn.Linear | None = nn.Linear(codes, TEXT_CHANNELS) if codes else None
-        extra = TEXT_CHANNELS + 2 if codes else 0
-        widths = [width * 2**i for i in range(5)]
-        self.unet = UNet(2, channels + extra, 1, widths, (2, 2, 2, 2), num_res_units=2, norm="batch")
-        line = torch.linspace(-1, 1, size)
-        self.place: Tensor
-        self.register_buffer("place", torch.stack(torch.meshgrid(line, line, indexing="ij"))[None])
-
-    def forward(self, image: Tensor, code: Tensor | None) -> Tensor:
-        if self.text is not None:
-            batch, _, height, width = image.shape
-            flat = self.text(code)[:, :, None, None].expand(-1, -1, height, width)
-            image = torch.cat([image, flat, self.place.expand(batch, -1, -1, -1)], 1)
-        return self.unet(image.contiguous(memory_format=torch.channels_last))
+NETWORKS = ("unet", "text-unet", "word-attention", "dynunet")
+MAX_GRAD_NORM = 1.0
 
 
 class Trainer:
@@ -67,25 +42,17 @@ class Trainer:
         self.args, self.rng = args, np.random.default_rng(args.seed)
         self.train = split(args.data, "train", args.limit)
         self.images, self.masks = arrays(self.train, args.size, args.channels)
-        self.names: dict[str, int] = {}
-        if args.text:
-            for record in self.train:
-                for word in words(record.text):
-                    self.names.setdefault(word, len(self.names))
+        self.sentences = Sentences([r.text for r in self.train], 1 if args.network == "word-attention" else 3)
         self.augmentation = Augmentation(**json.loads(args.augment))
-        self.network = Network(args.size, args.channels, len(self.names), args.width)
+        self.network = make_network(args, len(self.sentences))
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stub lacks it
         self.curve: list[dict[str, float]] = []
 
     def code(self, texts: list[str]) -> Tensor | None:
-        """Multi-hot codes ``[B, words]``."""
-        if not self.names:
-            return None
-        out = torch.zeros(len(texts), len(self.names))
-        for row, text in enumerate(texts):
-            known = [self.names[w] for w in words(text) if w in self.names]
-            out[row, known] = 1.0
-        return out
+        """What the network reads of the sentences."""
+        if self.args.network == "word-attention":
+            return self.sentences.ids(texts)
+        return self.sentences.multi_hot(texts) if self.args.network == "text-unet" else None
 
     def predict(self, images: np.ndarray, texts: list[str]) -> np.ndarray:
         """Foreground probabilities float32 ``[N, S, S]``."""
@@ -112,8 +79,9 @@ class Trainer:
         args = self.args
         val = split(args.data, "val", args.val_cases)
         val_images, val_masks = arrays(val, args.size, args.channels)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, weight_decay=0.01)
-        loss_of = DiceCELoss(sigmoid=True, batch=True)
+        optimizer = self._optimizer()
+        average = WeightAverage(self.network, args.ema) if args.ema else None
+        loss_of = DiceCELoss(sigmoid=True, batch=args.dice == "batch")
         budget, used, step, next_point = 60.0 * args.minutes, 0.0, 0, 0.1
         # One batch is augmented in a thread while the last one trains.
         with ThreadPoolExecutor(1) as pool:
@@ -130,31 +98,65 @@ class Trainer:
                 pending = pool.submit(self.batch, order[first : first + args.batch_size], step)
                 done = used / budget
                 for group in optimizer.param_groups:
-                    group["lr"] = args.lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
+                    group["lr"] = group["peak"] * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
                 self.network.train()
                 with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                     logits = self.network(images, self.code(texts))
                 loss = loss_of(logits.float(), masks)
                 optimizer.zero_grad()
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
+                if average is not None:
+                    average.update(self.network)
                 used += time.process_time() - started
                 if used / budget >= next_point or used >= budget:
                     next_point += 0.1
-                    dice = dice_scores(self.predict(val_images, [r.text for r in val]) >= 0.5, val_masks)
+                    with average.applied(self.network) if average is not None else nullcontext():
+                        dice = dice_scores(self.predict(val_images, [r.text for r in val]) >= 0.5, val_masks)
                     point = {"minutes": used / 60, "step": step, "loss": float(loss), "val_dice": float(dice.mean())}
                     self.curve.append(point)
                     print(" ".join(f"{k} {v:.4g}" for k, v in point.items()), flush=True)
 
+        if average is not None:
+            average.copy_to(self.network)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        args, parameters = self.args, list(self.network.parameters())
+        # The last layer's rows are pixels' classes, not directions; it has one row here.
+        matrices = [p for p in parameters if p.dim() == 4 and min(p.shape[0], p[0].numel()) >= 8]
+        chosen = {id(p) for p in matrices} if args.optimizer == "muon" else set()
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in chosen]}]
+        if chosen:
+            groups.append({"params": matrices, "muon": True, "weight_decay": 0.0})
+        optimizer = Muon(groups, lr=args.lr, muon_lr=args.muon_lr, weight_decay=0.01)
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+        return optimizer
+
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.args.seed, 1, epoch]).permutation(len(self.train))
+
+
+def make_network(args: argparse.Namespace, words: int) -> Any:
+    """The network that the arguments name."""
+    if args.network == "dynunet":
+        return ImageDynUNet(args.channels, args.width)
+    if args.network == "word-attention":
+        return WordAttentionUNet(args.size, args.channels, words, args.width)
+    return TextUNet(args.size, args.channels, words if args.network == "text-unet" else 0, args.width)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, required=True, help="processor time of training, over all threads")
-    parser.add_argument("--text", action="store_true", help="the sentence's code as extra channels")
+    parser.add_argument("--network", choices=NETWORKS, default="text-unet")
+    parser.add_argument("--dice", choices=("batch", "image"), default="image", help="what the loss's Dice is taken of")
+    parser.add_argument("--ema", type=float, default=0.99, help="decay of the average of the weights; 0: none")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--test", action="store_true", help="score the test split: once, for a final model")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side, a multiple of 16")
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--augment", default="{}", help="JSON of ntpseg.data.Augmentation's fields")
@@ -179,20 +181,25 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     trainer = Trainer(args)
     trainer.fit()
-    test = split(args.data, "test")
-    images, _ = arrays(test, args.size, args.channels)
-    started = time.perf_counter()
-    probability = trainer.predict(images, [r.text for r in test])
-    seconds = time.perf_counter() - started
     options: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("data", "out")}
     result = {
-        "baseline": "U-Net with the sentence's code" if args.text else "U-Net, image alone",
+        "baseline": args.network,
         "options": options,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "curve": trainer.curve,
-        "images_per_second": len(test) / seconds,
-        "test": score(test, lambda i: probability[i]),
+        "steps": int(trainer.curve[-1]["step"]),
     }
+    for name in ("val", "test") if args.test else ("val",):
+        records = split(args.data, name)
+        images, truth = arrays(records, args.size, args.channels)
+        started = time.perf_counter()
+        probability = trainer.predict(images, [r.text for r in records])
+        result["images_per_second"] = len(records) / (time.perf_counter() - started)
+        if name == "val":
+            # As for this package's model, so that both read out at their best.
+            by_threshold = {t: float(dice_scores(probability >= t, truth).mean()) for t in THRESHOLDS}
+            result["threshold"] = max(THRESHOLDS, key=lambda t: (by_threshold[t], -abs(t - 0.5)))
+        result[name] = score(records, probability.__getitem__, result["threshold"])
     write(args.out, result)
 
 

@@ -1,0 +1,174 @@
+"""The accuracy study by one command: train every cell of `cells`, score it, and write the tables.
+
+Every cell is a process of its own and one JSON file; what is there already is not trained again, so a study may be
+stopped at any time and gone on with. Choices are made on the validation split; the test split is scored once for each
+final model (the cells of the main table).
+
+    python -m benchmarks.accuracy.reproduce qata DATA --out study [--minutes 5 20] [--seeds 3] [--groups main ablation]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.cells import GROUPS, Cell, qata_cells
+from benchmarks.accuracy.study_tables import write_tables
+from ntpseg.data import load_records
+from ntpseg.utils.files import write_csv, write_json
+
+AUGMENT = {"flip": 0.5, "rotate_degrees": 7.0, "scale": 0.1, "translate": 0.05}
+AUGMENT |= {"brightness": 0.05, "contrast": 0.1, "gamma": 0.1}
+SIZE = "96"
+
+
+def run_cell(cell: Cell, data: Path, out: Path, threads: int, clock: str) -> dict[str, Any]:
+    """Train and score one cell; its result is written to ``out/cells``.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed; its output is in ``out/logs``.
+    """
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    log = out / "logs" / f"{cell.name}.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    data = subset(data, out, cell)
+
+    def call(*command: str) -> None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            subprocess.run([sys.executable, "-m", *command], check=True, env=environment, stdout=file, stderr=file)
+
+    started = time.monotonic()
+    if cell.model == "ntpseg":
+        measured = _ntpseg(cell, data, out, clock, call)
+    else:
+        measured = _baseline(cell, data, out, threads, call)
+    result = {**asdict(cell), "seconds": round(time.monotonic() - started, 1), **measured}
+    write_json(out / "cells" / f"{cell.name}.json", result)
+    return result
+
+
+def _ntpseg(cell: Cell, data: Path, out: Path, clock: str, call: Any) -> dict[str, Any]:
+    run = out / "runs" / cell.name
+    settings = [f"{key}={value}" for key, value in cell.settings.items()]
+    common = [f"data.path={data}", f"output={run}", f"data.cache={out / 'cache'}", f"seed={cell.seed}"]
+    call(
+        "ntpseg.cli",
+        "train",
+        "qata",
+        *common,
+        f"max_minutes={cell.minutes}",
+        f"clock={clock}",
+        *settings,
+        "--overwrite",
+    )
+    result: dict[str, Any] = {}
+    for split in ("val", "test") if cell.test else ("val",):
+        call("ntpseg.cli", "eval", "--model", str(run), "--split", split, "--text-check", "0")
+        summary = json.loads((run / "eval" / split / "summary.json").read_text(encoding="utf-8"))
+        result[split] = {key: summary[key] for key in ("per_image", "pooled", "cases", "ceiling")}
+        result["decoding"] = summary["decoding"]
+    lines = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    result["steps"] = lines[-1]["step"]
+    choice = run / "decoding_choice.json"
+    if choice.is_file():
+        result["choice"] = json.loads(choice.read_text(encoding="utf-8"))
+    from safetensors import safe_open
+
+    with safe_open(run / "model" / "model.safetensors", "pt") as file:
+        names = list(file.keys())  # not a dict
+        result["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return result
+
+
+def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dict[str, Any]:
+    path = out / "logs" / f"{cell.name}.json"
+    if cell.model == "text-prior":
+        call("benchmarks.accuracy.text_prior", str(data), "--size", SIZE, "--out", str(path))
+    else:
+        options = [word for key, value in cell.settings.items() for word in (f"--{key}", value)]
+        options += ["--network", cell.model, "--minutes", str(cell.minutes), "--seed", str(cell.seed), "--size", SIZE]
+        options += ["--threads", str(threads), "--no-bf16", "--augment", json.dumps(AUGMENT), "--out", str(path)]
+        call("benchmarks.accuracy.baseline", str(data), *options, *(["--test"] if cell.test else []))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kept = ("val", "test", "threshold", "steps", "parameters", "curve", "images_per_second")
+    return {key: result[key] for key in kept if key in result}
+
+
+def subset(data: Path, out: Path, cell: Cell) -> Path:
+    """`data`, or a manifest with a fraction of its training pairs, spread evenly, and all of the other splits."""
+    if cell.fraction == 1.0:
+        return data
+    path = out / f"data_{cell.fraction:g}.csv"
+    if not path.is_file():
+        records = [r for r in load_records(data) if r.mask is not None]
+        training = [r for r in records if r.split == "train"]
+        count = max(1, round(cell.fraction * len(training)))
+        kept = {id(training[i * len(training) // count]) for i in range(count)}
+        rows = [r for r in records if r.split != "train" or id(r) in kept]
+        lines = [
+            [str(Path(r.image).resolve()), str(Path(str(r.mask)).resolve()), r.text, r.split, r.subject] for r in rows
+        ]
+        write_csv(path, ["image", "mask", "text", "split", "subject"], lines)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the study; returns 1 if a cell failed."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("qata",))
+    parser.add_argument("data", type=Path, help="the raw folder")
+    parser.add_argument("--out", type=Path, default=Path("study"), help="cells, runs, logs and tables")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5.0, 20.0, 60.0], help="core-minutes of training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--only", help="cells whose name matches this pattern, such as 'main_ntpseg_*'")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads of a cell")
+    parser.add_argument("--jobs", type=int, default=1, help="cells trained at a time")
+    parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    args = parser.parse_args(argv)
+    cells = qata_cells(args.minutes, args.seeds, args.groups)
+    cells = [cell for cell in cells if args.only is None or fnmatch.fnmatch(cell.name, args.only)]
+    missing = [cell for cell in cells if not (args.out / "cells" / f"{cell.name}.json").is_file()]
+    if args.list:
+        for cell in cells:
+            print(f"{'to do' if cell in missing else 'done '}  {cell.name}")
+        print(f"{sum(cell.minutes for cell in missing):g} core-minutes of training to do")
+        return 0
+    # A GPU's work does not show in the processor's time.
+    clock = "wall" if torch.cuda.is_available() else "cpu"
+    failed = []
+
+    def one(cell: Cell) -> None:
+        try:
+            result = run_cell(cell, args.data, args.out, args.threads, clock)
+        except subprocess.CalledProcessError as error:
+            failed.append(cell.name)
+            print(f"{cell.name}: failed ({error.returncode}), see {args.out / 'logs' / cell.name}.txt", flush=True)
+            return
+        dice = result["val" if "val" in result else "test"]["per_image"]["dice"]["value"]
+        print(f"{cell.name}: Dice {dice:.4f} in {result['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, missing))
+    write_tables(args.out)
+    print(f"tables in {args.out / 'tables.md'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The tables of an accuracy study, from its cells' JSON files."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ntpseg.utils.files import write_text
+
+# Dice and IoU in percent as their papers print them; which family a paper means is what its code computes.
+PUBLISHED = (
+    ("U-Net", "per image", 79.02, 69.46),
+    ("LViT", "per image", 83.66, 75.11),
+    ("RecLMIS", "per image", 85.22, 77.00),
+    ("SwinTextUNet", "per image", 86.47, 78.2),
+    ("LanGuideMedSeg", "pooled", 89.78, 81.45),
+    ("BiCLIP", "pooled", 90.59, 82.81),
+)
+
+
+def load_cells(study: Path) -> list[dict[str, Any]]:
+    """The results of all cells, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "cells").glob("*.json"))]
+
+
+def write_tables(study: Path) -> Path:
+    """Write ``tables.md`` into the study's folder."""
+    cells = load_cells(study)
+    parts = ["# Accuracy study", ""]
+    looked = sum("test" in cell for cell in cells)
+    parts += [f"{len(cells)} models; the test split was scored {looked} times, once for each model of the main table."]
+    for group in ("main", "ablation", "sweep", "low-data"):
+        chosen = [cell for cell in cells if cell["group"] == group]
+        if chosen:
+            parts += ["", f"## {group.capitalize()}", "", *_table(chosen, group)]
+    parts += ["", "## Published", "", *_published()]
+    path = study / "tables.md"
+    write_text(path, "\n".join(parts) + "\n")
+    return path
+
+
+def _table(cells: Sequence[dict[str, Any]], group: str) -> list[str]:
+    split = "test" if group == "main" else "val"
+    rows = [
+        f"| model | core-minutes | seeds | steps | parameters | val Dice per image | {split} Dice per image | "
+        f"{split} pooled | {split} IoU per image | {split} pooled IoU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    labels = list(dict.fromkeys((cell["minutes"], cell["label"]) for cell in cells))
+    for minutes, label in sorted(labels, key=lambda key: key[0]):
+        seeds = [cell for cell in cells if (cell["minutes"], cell["label"]) == (minutes, label)]
+        parameters = seeds[0].get("parameters")
+        fields = [
+            label,
+            f"{minutes:g}",
+            str(len(seeds)),
+            f"{statistics.median(cell.get('steps', 0) for cell in seeds):,.0f}",
+            "" if parameters is None else f"{parameters / 1e6:.2f}M",
+            _over_seeds(seeds, "val", "per_image", "dice"),
+            _over_seeds(seeds, split, "per_image", "dice", interval=True),
+            _over_seeds(seeds, split, "pooled", "dice", interval=True),
+            _over_seeds(seeds, split, "per_image", "iou"),
+            _over_seeds(seeds, split, "pooled", "iou"),
+        ]
+        rows.append(f"| {' | '.join(fields)} |")
+    return rows
+
+
+def _over_seeds(cells: Sequence[dict[str, Any]], split: str, family: str, metric: str, interval: bool = False) -> str:
+    """Median over seeds with its range, and the median seed's interval over subjects."""
+    found = [cell[split][family][metric] for cell in cells if split in cell]
+    if not found:
+        return ""
+    found.sort(key=lambda estimate: estimate["value"])
+    middle = found[(len(found) - 1) // 2]
+    text = f"{statistics.median(estimate['value'] for estimate in found):.4f}"
+    if len(found) > 1:
+        text += f" ({found[0]['value']:.4f} to {found[-1]['value']:.4f})"
+    if interval and middle.get("low") is not None:
+        text += f" [{middle['low']:.3f}, {middle['high']:.3f}]"
+    return text
+
+
+def _published() -> list[str]:
+    rows = ["| model | family | Dice | IoU |", "|---|---|---|---|"]
+    return rows + [f"| {name} | {family} | {dice:.2f} | {iou:.2f} |" for name, family, dice, iou in PUBLISHED]
