@@ -32,7 +32,7 @@ ifeq ($(DATA),)
 endif
 	$(BIN)/ntpseg train demo data.path=$(or $(DATA),$(OUT)/ct) output=$(OUT)/run --overwrite
 	$(BIN)/ntpseg eval --model $(OUT)/run
-	$(BIN)/ntpseg report $(OUT)/run
+	$(BIN)/ntpseg report $(OUT)/run $(if $(DATA),,--grey)
 
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

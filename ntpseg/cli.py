@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 
 # Each module defines `register(app)`; heavy imports happen inside its command functions.
-COMMANDS = ("env", "data", "tokenizer", "train", "evaluate", "predict", "report", "bench")
+COMMANDS = ("env", "data", "tokenizer", "train", "evaluate", "predict", "report", "pack", "bench", "reproduce")
 
 for _name in COMMANDS:
     importlib.import_module(f"ntpseg.commands.{_name}").register(app)

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("ntpseg", deadline=None)
+settings.load_profile("ntpseg")
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before the first import of a kernel module.

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ntpseg.commands.checkout import run_in_checkout
+
 _HELP = "loss, topn, attention, decode, train, all; or report: tables and plots from the rows that are there."
 
 
@@ -25,21 +27,5 @@ def bench(
     options: Annotated[bool, typer.Option("--options", help="List the further options and stop.")] = False,
 ) -> None:
     """Measure this package beside its peers on this machine's GPU, or else its CPU; rows go to benchmarks/results/."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    import ntpseg
-
-    root = Path(ntpseg.__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "command.py").is_file():
-        raise ValueError(
-            f"benchmarks/ must be in {root}, got none: it is part of a checkout, not of the installed package; "
-            "clone the repository and run ntpseg bench there"
-        )
-    command = [sys.executable, "-m", "benchmarks", what, *(["--quick"] if quick else []), *context.args]
-    command += ["--base", base] if base else []
-    command += ["--help"] if options else []
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)
+    arguments = [what, *(["--quick"] if quick else []), *context.args, *(["--base", base] if base else [])]
+    raise typer.Exit(run_in_checkout("bench", ["benchmarks", *arguments, *(["--help"] if options else [])]))

@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option(help="A run of `ntpseg train`, or its model/.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(help="A run of `ntpseg train`, or a file of `ntpseg pack`.", show_default=False)
+    ],
     data: Annotated[Path | None, typer.Option(help="Data set; by default the run's own.")] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val or test; by default test, or val if there is none.")
@@ -73,6 +75,8 @@ def evaluate(
     }
     checks = EvaluationOptions(text_check=text_check)
     root = run_directory(model)
+    if root.is_file() and out is None:
+        raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
     if data is None:
         data, layout = data_of(root)
     labelled = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.mask is not None]

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def predict(
-    model: Annotated[Path, typer.Option(help="A run of `ntpseg train`, or its model/.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(help="A run of `ntpseg train`, or a file of `ntpseg pack`.", show_default=False)
+    ],
     image: Annotated[Path, typer.Option(help="An image, or a folder of images.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Mask file (PNG), or a folder for a folder.", show_default=False)],
     text: Annotated[str | None, typer.Option(help="The sentence; for a folder, the one for all.")] = None,

@@ -18,12 +18,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file; RUN/report.html by default.")] = None,
     split: Annotated[str | None, typer.Option(help="Evaluated split to show; test if there is one.")] = None,
     examples: Annotated[int, typer.Option(help="Best, median and worst cases shown, each.", min=1)] = 3,
+    grey: Annotated[bool, typer.Option("--grey", help="Show colour images in grey (CT windows as colours).")] = False,
 ) -> None:
-    """Write one HTML file with metrics, curves, overlays and confidence maps (run `ntpseg eval` first)."""
+    """Write one HTML file with metrics, curves, overlays and lines of equal probability (run `ntpseg eval` first)."""
     from rich.console import Console
 
     from ntpseg.evaluation.report import write_report
     from ntpseg.evaluation.run_directory import run_directory
 
-    target = write_report(run_directory(run), out, split=split, examples=examples)
+    target = write_report(run_directory(run), out, split=split, examples=examples, grey=grey)
     Console().print(f"report: {target}", highlight=False, soft_wrap=True)

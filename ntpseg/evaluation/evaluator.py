@@ -105,6 +105,9 @@ class _Evaluator:
         generator = self.segmenter.generator
         summary["decoding"] = {
             "method": generator.options.method,
+            "passes": generator.options.passes if generator.options.method == "refine" else None,
+            "threshold": generator.options.threshold,
+            "mirror": generator.options.mirror,
             "path": type(generator.decoder).__name__,
             "dtype": str(generator.decoder.dtype).removeprefix("torch."),
             "tokens_per_second": generated.tokens_per_second,
@@ -112,7 +115,8 @@ class _Evaluator:
             "seconds": generated.seconds,
             "steps": generated.steps,
         }
-        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence)
+        probability = np.stack([np.rint(p * 255).astype(np.uint8) for p in self.segmenter.probabilities(generated)])
+        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, probability)
         if self.options.text_check:
             self._text_check(encoded, result)
         summary["grouped_by"], groups = group_cases(self.cases)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ntpseg.generation.overlay import PREDICTION, draw
+
 SIDE = 208
+# Probabilities whose lines are drawn, and their colours: the surer, the lighter.
+LEVELS = ((0.25, (40, 90, 255)), (0.5, PREDICTION), (0.75, (255, 255, 255)))
+TOKEN_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,14 @@ class Case:
     Attributes:
         row: the row, all strings.
         folder: the evaluation's directory.
-        index: the row's number, which is also its place in ``confidence.npy``.
+        index: the row's number, which is also its place in ``probability.npy``.
+        grey: show it in grey.
     """
 
     row: dict[str, str]
     folder: Path
     index: int
+    grey: bool = False
 
     @property
     def dice(self) -> float:
@@ -35,7 +42,8 @@ class Case:
         """Pixels, uint8 ``[H, W]`` or ``[H, W, 3]``."""
         from ntpseg.data import read_image
 
-        return read_image(self.row["image"])
+        pixels = read_image(self.row["image"])
+        return greyscale(pixels) if self.grey else pixels
 
     def truth(self) -> np.ndarray:
         """The true mask, bool ``[H, W]``."""
@@ -77,20 +85,59 @@ def shrunk(image: np.ndarray, *masks: np.ndarray) -> tuple[np.ndarray, ...]:
     return (small, *(np.asarray(m) >= 0.5 for m in soft))
 
 
-def confidence_map(image: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Patch probabilities ``[h, w]`` in [0, 1] as colours over the image: uint8 ``[H, W, 3]``."""
-    from matplotlib import colormaps
+def greyscale(image: np.ndarray) -> np.ndarray:
+    """The luminance uint8 ``[H, W]`` of ``[H, W, 3]``; a grey image as it is."""
     from PIL import Image
 
-    grey = image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
-    colours = (colormaps["viridis"](confidence.astype(np.float32))[..., :3] * 255).astype(np.uint8)
-    large = np.asarray(Image.fromarray(colours).resize(grey.shape[::-1], Image.Resampling.NEAREST))
-    return (0.72 * large + 0.28 * grey[..., None]).astype(np.uint8)
+    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert("L"))
 
 
-def scale_bar() -> str:
-    """The colour scale of `confidence_map` as a picture, 0 on the left, 1 on the right."""
-    from matplotlib import colormaps
+def probability_contours(image: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Lines of equal foreground probability (`LEVELS`) over the image.
 
-    line = (colormaps["viridis"](np.linspace(0, 1, 160))[:, :3] * 255).astype(np.uint8)
-    return data_uri(np.repeat(line[None], 10, 0))
+    Args:
+        image: uint8 ``[H, W]`` or ``[H, W, 3]``, at the report's size.
+        probability: uint8 ``[S, S]``, times 255.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+    """
+    large = _enlarge(probability, image.shape)
+    picture = greyscale(image)
+    for level, color in LEVELS:
+        picture = draw(picture, large >= level * 255, color, opacity=0.0)
+    return picture
+
+
+def token_frames(image: np.ndarray, probability: np.ndarray, grid: tuple[int, int], threshold: float) -> list[str]:
+    """The mask as its tokens are read, row by row: pictures with a growing share of the cells, as data URIs.
+
+    Args:
+        image: uint8 ``[H, W]`` or ``[H, W, 3]``, at the report's size.
+        probability: uint8 ``[S, S]``, times 255.
+        grid: rows and columns of the mask tokens.
+        threshold: of the mask, in [0, 1].
+    """
+    rows, columns = grid
+    grey = greyscale(image)
+    height, width = grey.shape
+    mask = _enlarge(probability, image.shape) >= threshold * 255
+    cell = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width
+    lines = np.zeros((height, width), bool)
+    lines[[height * i // rows for i in range(1, rows)]] = True
+    lines[:, [width * i // columns for i in range(1, columns)]] = True
+    frames = []
+    for frame in range(1, TOKEN_FRAMES + 1):
+        written = cell < rows * columns * frame // TOKEN_FRAMES
+        dimmed = np.where(written, grey, grey * 0.45).astype(np.uint8)
+        picture = draw(dimmed, mask & written, PREDICTION)
+        picture[lines] = (picture[lines] * 0.7 + 76.5).astype(np.uint8)
+        frames.append(data_uri(picture))
+    return frames
+
+
+def _enlarge(probability: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    from PIL import Image
+
+    picture = Image.fromarray(probability.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(picture)

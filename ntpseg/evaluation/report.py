@@ -12,7 +12,7 @@ import numpy as np
 
 from ntpseg.evaluation.curves import curves
 from ntpseg.evaluation.metrics import METRICS
-from ntpseg.evaluation.pictures import Case, confidence_map, data_uri, scale_bar, shrunk
+from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
 from ntpseg.evaluation.run_directory import splits, training_log
 from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
@@ -23,7 +23,9 @@ MAX_PAIRED_IMAGES = 4
 MAX_PAIRED_SENTENCES = 12
 
 
-def write_report(run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3, grey: bool = False
+) -> Path:
     """Write the report of a run from its files; the model is not needed.
 
     Args:
@@ -31,6 +33,7 @@ def write_report(run: Path, out: Path | None = None, *, split: str | None = None
         out: the HTML file; ``RUN/report.html`` by default.
         split: which evaluation to show; test if there is one.
         examples: pictures of the best, the median and the worst cases, each this many.
+        grey: show colour images in grey, for CT windows that are stored as colours.
 
     Returns:
         The file.
@@ -55,7 +58,7 @@ def write_report(run: Path, out: Path | None = None, *, split: str | None = None
     }
     if evaluated:
         shown = split or evaluated[0]
-        context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples)
+        context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples, grey)
         context["others"] = [(name, metric_rows(_summary(run / "eval" / name))) for name in evaluated if name != shown]
     from jinja2 import Environment, StrictUndefined
 
@@ -70,11 +73,17 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def _evaluation(folder: Path, split: str, examples: int) -> dict[str, Any]:
+def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str, Any]:
     summary = _summary(folder)
     with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
-        cases = [Case(row, folder, i) for i, row in enumerate(csv.DictReader(file))]
-    confidence = np.load(folder / "confidence.npy")
+        cases = [Case(row, folder, i, grey) for i, row in enumerate(csv.DictReader(file))]
+    if not (folder / "probability.npy").is_file():
+        raise ValueError(
+            f"evaluation must hold probability.npy, got {folder} of an older version; run ntpseg eval again"
+        )
+    probability = np.load(folder / "probability.npy", mmap_mode="r")
+    grid = np.load(folder / "confidence.npy", mmap_mode="r").shape[1:]
+    threshold = summary["decoding"]["threshold"]
     missing = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
     if missing is not None:
         raise ValueError(f"files of {folder / 'cases.csv'} must exist, got {missing}, which is no longer there")
@@ -94,12 +103,14 @@ def _evaluation(folder: Path, split: str, examples: int) -> dict[str, Any]:
         "groups": groups[:MAX_GROUPS],
         "more_groups": max(0, len(groups) - MAX_GROUPS),
         "examples": [
-            (title, [_example(case, confidence[case.index]) for case in chosen])
+            (title, [_example(case, probability[case.index]) for case in chosen])
             for title, chosen in _extremes(cases, examples)
         ],
         "pairs": _pairs(cases),
         "swaps": _swaps(cases),
-        "scale": scale_bar(),
+        "levels": [(f"{100 * level:g} %", "#{:02x}{:02x}{:02x}".format(*color)) for level, color in LEVELS],
+        "tokens": _tokens(cases, probability, grid, threshold),
+        "grid": grid,
     }
 
 
@@ -125,16 +136,23 @@ def _panels(case: Case, *, other: bool = False) -> dict[str, str]:
     }
 
 
-def _example(case: Case, confidence: np.ndarray) -> dict[str, Any]:
+def _example(case: Case, probability: np.ndarray) -> dict[str, Any]:
     small = shrunk(case.image())[0]
     return {
         **_panels(case),
-        "confidence": data_uri(confidence_map(small, confidence)),
+        "probability": data_uri(probability_contours(small, probability)),
         "mean_confidence": f"{float(case.row['confidence']):.2f}",
         "text": case.row["text"],
         "case": case.row["case"],
         "scores": _caption(case.row),
     }
+
+
+def _tokens(cases: list[Case], probability: np.ndarray, grid: tuple[int, int], threshold: float) -> dict[str, Any]:
+    """The mask of a good case, token by token: the third quarter's, which is neither the best nor a failure."""
+    case = sorted(cases, key=lambda c: (c.dice, c.row["case"]))[len(cases) * 3 // 4]
+    small = shrunk(case.image())[0]
+    return {"frames": token_frames(small, probability[case.index], grid, threshold), "text": case.row["text"]}
 
 
 def _caption(row: dict[str, str]) -> str:

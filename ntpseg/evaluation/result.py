@@ -30,6 +30,7 @@ class Evaluation:
         summary: everything that goes into ``summary.json``.
         masks: predictions, bool ``[H, W]`` each.
         confidence: float32 ``[N, h, w]``.
+        probability: uint8 ``[N, S, S]``, the foreground probability of every pixel at the model's size times 255.
         checked: indices of the cases of the text check; `empty_dice`, `other_dice`, `other_text` and `other_masks`
             belong to them.
     """
@@ -39,6 +40,7 @@ class Evaluation:
     summary: dict[str, Any]
     masks: list[np.ndarray]
     confidence: np.ndarray
+    probability: np.ndarray
     checked: list[int] = field(default_factory=list)
     empty_dice: np.ndarray | None = None
     other_dice: np.ndarray | None = None
@@ -46,7 +48,9 @@ class Evaluation:
     other_masks: list[np.ndarray] = field(default_factory=list)
 
     def write(self, directory: Path) -> None:
-        """Write ``summary.json``, ``cases.csv``, ``confidence.npy`` and the masks, in place of an earlier result's.
+        """Write ``summary.json``, ``cases.csv``, two arrays and the masks, in place of an earlier result's.
+
+        The arrays are ``confidence.npy`` and ``probability.npy``.
 
         ``masks/FILE.png`` are the predictions, ``masks_other/FILE.png`` those for another image's text; the column
         ``file`` of the table says which case each one is.
@@ -60,6 +64,8 @@ class Evaluation:
             remove_folder(directory / "masks_other")
         with atomic_open(directory / "confidence.npy") as file:
             np.save(file, self.confidence.astype(np.float16))
+        with atomic_open(directory / "probability.npy") as file:
+            np.save(file, self.probability)
         columns, rows = self._table(names)
         write_csv(directory / "cases.csv", columns, rows)
         write_json(directory / "summary.json", self.summary)

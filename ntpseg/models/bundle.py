@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
 from ntpseg.utils.files import write_json
 
@@ -85,10 +86,10 @@ class Bundle:
         attention: str | None = None,
         device: torch.device | str | None = None,
     ) -> Bundle:
-        """Load a bundle from its directory, or from the run directory that holds it in ``model/``.
+        """Load a bundle from its directory, from the run directory that holds it in ``model/``, or from its archive.
 
         Args:
-            directory: what `save_pretrained` wrote, or a run of ``ntpseg train``.
+            directory: what `save_pretrained` wrote, a run of ``ntpseg train``, or a file of ``ntpseg pack``.
             dtype: of the weights; that in which they were saved by default.
             attention: attention implementation; PyTorch's by default.
             device: where the model and the vision tokenizer go; the CPU by default.
@@ -123,16 +124,18 @@ class Bundle:
 
 
 def bundle_directory(directory: str | Path) -> Path:
-    """The directory of the bundle that `directory` is or holds.
+    """The directory of the bundle that `directory` is or holds; an archive is unpacked.
 
     Raises:
         ValueError: neither it nor its ``model/`` is a complete bundle.
     """
     path = Path(directory)
+    if path.is_file():
+        path = unpack_bundle(path.resolve())
     for candidate in (path, path / "model"):
         if (candidate / "sequence.json").is_file() and (candidate / "config.json").is_file():
             return candidate
     raise ValueError(
-        "model directory must be a run of `ntpseg train` or its model/ (config.json, model.safetensors, sequence.json, "
-        f"text/, vision/), got {str(path)!r}, which holds no trained model"
+        "model directory must be a run of `ntpseg train`, its model/ (config.json, model.safetensors, sequence.json, "
+        f"text/, vision/) or a file of `ntpseg pack`, got {str(path)!r}, which holds no trained model"
     )
