@@ -12,7 +12,7 @@ SIZES: tuple[tuple[float, dict[str, str]], ...] = (
     (40, {"model.stem.widths": "[48,96,192,192]", "model.overrides.num_hidden_layers": "2"}),
     (1e9, {"model.stem.widths": "[64,128,256,256]", "model.overrides.num_hidden_layers": "3"}),
 )
-GROUPS = ("main", "ablation", "sweep", "low-data")
+GROUPS = ("main", "decoding", "ablation", "sweep", "low-data")
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Cell:
     Attributes:
         group: table that it belongs to, one of `GROUPS`.
         label: its row there.
-        model: "ntpseg", a network of `benchmarks.accuracy.baseline`, or "text-prior".
+        model: "ntpseg", "decode" (the main table's model of these minutes and this seed, decoded in another way), a
+            network of `benchmarks.accuracy.baseline`, or "text-prior".
         minutes: core-minutes of training.
         seed: of everything random.
-        settings: overrides of ``qata.yaml``, or options of the baseline.
+        settings: overrides of ``qata.yaml``, or options of ``ntpseg eval`` or of the baseline.
         test: score the test split, once.
         fraction: share of the training split that is used.
     """
@@ -82,6 +83,15 @@ ABLATION: dict[str, dict[str, str]] = {
     **{f"+ {name}": settings for name, settings in _STRATEGIES.items()},
     "+ NkTP + TCL + HET": {k: v for settings in _STRATEGIES.values() for k, v in settings.items()},
 }
+# Sampling is slow, so these are scored on some validation cases.
+DECODE_CASES = 400
+DECODING: dict[str, dict[str, str]] = {
+    **{f"one pass, then {r} refinements": {"method": "refine", "passes": str(r)} for r in (0, 1, 2, 4)},
+    "one pass and its mirror image": {"method": "refine", "passes": "0", "mirror": ""},
+    "token by token, nearest to the expected patch": {"method": "expected"},
+    "mean of 8 samples": {"method": "sample", "samples": "8"},
+    "token by token, likeliest (the paper's)": {"method": "greedy"},
+}
 BASELINES: dict[str, tuple[str, dict[str, str]]] = {
     "U-Net, image alone": ("unet", {}),
     "text U-Net": ("text-unet", {"dice": "batch", "ema": "0"}),
@@ -107,6 +117,8 @@ def qata_cells(minutes: Sequence[float], seeds: int, groups: Sequence[str] = GRO
         cells.append(Cell("main", "text prior", "text-prior", 0.0, test=True))
     short = min(minutes)
     for seed in range(seeds):
+        if "decoding" in groups:
+            cells += [Cell("decoding", label, "decode", short, seed, options) for label, options in DECODING.items()]
         if "ablation" in groups:
             for label, settings in ABLATION.items():
                 cells.append(ntpseg("ablation", label, short, seed, settings=settings))

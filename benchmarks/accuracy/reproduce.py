@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cells import GROUPS, Cell, qata_cells
+from benchmarks.accuracy.cells import DECODE_CASES, GROUPS, Cell, ntpseg, qata_cells
 from benchmarks.accuracy.study_tables import write_tables
 from ntpseg.data import load_records
 from ntpseg.utils.files import write_csv, write_json
@@ -51,7 +51,9 @@ def run_cell(cell: Cell, data: Path, out: Path, threads: int, clock: str) -> dic
             subprocess.run([sys.executable, "-m", *command], check=True, env=environment, stdout=file, stderr=file)
 
     started = time.monotonic()
-    if cell.model == "ntpseg":
+    if cell.model == "decode":
+        measured = _decode(cell, out, call)
+    elif cell.model == "ntpseg":
         measured = _ntpseg(cell, data, out, clock, call)
     else:
         measured = _baseline(cell, data, out, threads, call)
@@ -91,6 +93,17 @@ def _ntpseg(cell: Cell, data: Path, out: Path, clock: str, call: Any) -> dict[st
         names = list(file.keys())  # not a dict
         result["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     return result
+
+
+def _decode(cell: Cell, out: Path, call: Any) -> dict[str, Any]:
+    run = out / "runs" / ntpseg("main", "ntpseg", cell.minutes, cell.seed).name
+    options = [word for key, value in cell.settings.items() for word in (f"--{key}", value) if word]
+    target = out / "decoded" / cell.name
+    common = ["--split", "val", "--limit", str(DECODE_CASES), "--text-check", "0", "--out", str(target)]
+    call("ntpseg.cli", "eval", "--model", str(run), *common, *options)
+    summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
+    scores = {key: summary[key] for key in ("per_image", "pooled", "cases", "ceiling")}
+    return {"val": scores, "decoding": summary["decoding"]}
 
 
 def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.cells import GROUPS
 from ntpseg.utils.files import write_text
 
 # Dice and IoU in percent as their papers print them; which family a paper means is what its code computes.
@@ -32,10 +33,11 @@ def write_tables(study: Path) -> Path:
     parts = ["# Accuracy study", ""]
     looked = sum("test" in cell for cell in cells)
     parts += [f"{len(cells)} models; the test split was scored {looked} times, once for each model of the main table."]
-    for group in ("main", "ablation", "sweep", "low-data"):
+    for group in GROUPS:
         chosen = [cell for cell in cells if cell["group"] == group]
         if chosen:
-            parts += ["", f"## {group.capitalize()}", "", *_table(chosen, group)]
+            table = _decoding_table(chosen) if group == "decoding" else _table(chosen, group)
+            parts += ["", f"## {group.capitalize()}", "", *table]
     parts += ["", "## Published", "", *_published()]
     path = study / "tables.md"
     write_text(path, "\n".join(parts) + "\n")
@@ -65,6 +67,27 @@ def _table(cells: Sequence[dict[str, Any]], group: str) -> list[str]:
             _over_seeds(seeds, split, "per_image", "iou"),
             _over_seeds(seeds, split, "pooled", "iou"),
         ]
+        rows.append(f"| {' | '.join(fields)} |")
+    return rows
+
+
+def _decoding_table(cells: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| decoding | seeds | cases | val Dice per image | val pooled | tokens per second | times one pass |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    fastest = {
+        cell["seed"]: cell["decoding"]["seconds"]
+        for cell in cells
+        if cell["settings"] == {"method": "refine", "passes": "0"}
+    }
+    for label in dict.fromkeys(cell["label"] for cell in cells):
+        seeds = [cell for cell in cells if cell["label"] == label]
+        speed = statistics.median(cell["decoding"]["tokens_per_second"] for cell in seeds)
+        ratios = [c["decoding"]["seconds"] / fastest[c["seed"]] for c in seeds if c["seed"] in fastest]
+        fields = [label, str(len(seeds)), str(seeds[0]["val"]["cases"])]
+        fields += [_over_seeds(seeds, "val", "per_image", "dice"), _over_seeds(seeds, "val", "pooled", "dice")]
+        fields += [f"{speed:,.0f}", f"{statistics.median(ratios):.1f}" if ratios else ""]
         rows.append(f"| {' | '.join(fields)} |")
     return rows
 
