@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_segmenter import shared
 
 from ntpseg.evaluation import EvaluationOptions, evaluate
+from ntpseg.evaluation.pictures import LEVELS, TOKEN_FRAMES, greyscale, probability_contours, token_frames
 from ntpseg.evaluation.report import write_report
 from ntpseg.generation import Segmenter
 
@@ -75,6 +80,49 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
     assert "Parts of the loss" in page.text and "config.yaml" in page.text
     # Text of the data is escaped.
     assert 'Nothing, "really".' in page.text
+
+
+def test_the_mask_is_shown_token_by_token(run: Path) -> None:
+    _, bundle, _ = shared()
+    rows, columns = bundle.sequence.mask_grid
+    text = write_report(run).read_text(encoding="utf-8")
+    section = text.split("The mask, token by token")[1].split("<h2>")[0]
+    assert f"{rows} x {columns} tokens" in section and section.count("data:image/jpeg") == TOKEN_FRAMES
+
+
+def test_contours_lie_where_the_probability_crosses_a_level() -> None:
+    image = np.full((64, 64), 100, np.uint8)
+    probability = np.repeat(np.linspace(0, 255, 32).round().astype(np.uint8)[None], 32, 0)
+    picture = probability_contours(image, probability)
+    for level, color in LEVELS:
+        columns = np.flatnonzero((picture == color).all(-1)[20])
+        # The line is where the level is first reached; the right border closes every contour.
+        assert abs(columns[0] - level * 63) <= 2
+    assert (picture[30, :8] == 100).all()
+
+
+def test_tokens_appear_row_by_row() -> None:
+    image, probability = np.full((60, 60), 100, np.uint8), np.full((16, 16), 255, np.uint8)
+    blue = []
+    for frame in token_frames(image, probability, (4, 4), 0.5):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(frame.split(",")[1]))).convert("RGB")).astype(int)
+        blue.append((pixels[..., 2] - pixels[..., 0] > 60).mean())
+    np.testing.assert_allclose(blue, [0.25, 0.5, 0.75, 1.0], atol=0.08)
+
+
+def test_grey_report_has_no_colour_but_the_masks(run: Path) -> None:
+    colour = np.zeros((20, 20, 3), np.uint8)
+    colour[..., 0] = 200
+    assert greyscale(colour).shape == (20, 20) and (greyscale(colour) == 60).all()
+    assert parse(write_report(run, run / "grey.html", grey=True)).text
+
+
+def test_an_older_result_is_told_to_be_made_again(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "run"
+    shutil.copytree(run, old)
+    (old / "eval" / "test" / "probability.npy").unlink()
+    with pytest.raises(ValueError, match=r"must hold probability\.npy"):
+        write_report(old)
 
 
 def test_same_image_with_different_sentences_is_shown(run: Path) -> None:
