@@ -147,7 +147,9 @@ def _save(
         trainer.save_model(str(partial))
         if not trainer.is_world_process_zero():
             return
-        if isinstance(prepared.validation, PixelCache) and model.device.type != "meta":
+        bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
+        # Where ranks share the weights, this one cannot decode alone.
+        if isinstance(prepared.validation, PixelCache) and not trainer.shares_weights:
             choice = choose_decoding(bundle, prepared.validation, decoding, progress=progress)
             bundle.decoding = choice.options
             write_json(run / "decoding_choice.json", choice.to_dict())

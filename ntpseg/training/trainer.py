@@ -66,7 +66,7 @@ class NTPSegTrainer(Trainer):
         self._terms = LOSS_TERMS + tuple(name for name in DENSE_TERMS if dense.get(name))
         self.average = None
         if self.optimizer_options.ema:
-            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            if self.shares_weights:
                 raise ValueError("optimizer.ema must be 0 where ranks share the weights (ZeRO-3, FSDP)")
             self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
         self.memory, self.budget, self.generation_metrics = memory, budget, generation_metrics
@@ -77,6 +77,11 @@ class NTPSegTrainer(Trainer):
         self.add_callback(_Epochs(self))
         if budget is not None:
             self.add_callback(budget)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each rank holds only a part of the weights (ZeRO-3, FSDP)."""
+        return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included."""
@@ -193,7 +198,7 @@ class NTPSegTrainer(Trainer):
         """The Trainer's evaluation, with the scores of decoded masks."""
         pause = nullcontext() if self.budget is None else self.budget.evaluation()
         with pause, self.averaged_weights():
-            if self.generation_metrics is not None and not is_deepspeed_zero3_enabled():
+            if self.generation_metrics is not None and not self.shares_weights:
                 self._generation_scores = self.generation_metrics(self.model)
             return super().evaluate(*args, **kwargs)
 
