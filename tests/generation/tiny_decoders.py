@@ -145,7 +145,7 @@ def make_feature_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
-        model.readout.set_patches(torch.rand(vocabulary.mask_codes, 4, 4))
+        model.readout.set_patches(torch.rand(vocabulary.mask_codes, *[model.config.patch_size] * 2))
         if k > 1:
             model.heads.transform_weight.normal_(std=0.02)
     return model
