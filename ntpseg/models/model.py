@@ -23,6 +23,7 @@ from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
+from ntpseg.models.image_encoder import CaptionModulation, Convolution
 from ntpseg.models.mask_training import MaskTraining
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
@@ -111,13 +112,14 @@ class NTPSegModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        # Only modules that own parameters come here: transformers takes the others to be initialised.
         std = self.config.initializer_range
         if isinstance(module, GridEmbedding):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, NextKHeads):
             module.init_weights(std, init.normal_, init.zeros_)
-        elif isinstance(module, FrontEnd):
+        elif isinstance(module, (Convolution, CaptionModulation)):
             module.init_weights(init.uniform_, init.zeros_)
         elif isinstance(module, PatchReadout):
             init.zeros_(module.patches)
