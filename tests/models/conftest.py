@@ -88,7 +88,7 @@ def make_feature_model():
         if attention is not None:
             config._attn_implementation = attention
         model = NTPSegModel(config)
-        model.readout.set_patches(torch.rand(8, 4, 4))
+        model.readout.set_patches(torch.rand(8, *[fields["patch_size"]] * 2))
         return model, sequence
 
     return make
