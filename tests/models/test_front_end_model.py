@@ -105,7 +105,7 @@ def test_inputs_are_replaced_in_training_alone(make_feature_model, feature_batch
     seen.clear()
     model.eval()
     model(**batch)
-    assert torch.equal([x for x in seen if x.shape == ids.shape][0], ids)
+    assert torch.equal(next(x for x in seen if x.shape == ids.shape), ids)
 
 
 def test_drafts_are_the_stems_or_the_second_passs(make_feature_model, feature_batch) -> None:

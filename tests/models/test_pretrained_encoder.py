@@ -163,7 +163,7 @@ def test_wrong_input_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="encoder weights must be a Hugging Face model's directory, got"):
         huggingface_encoder_config(tmp_path)
     encoder = load_encoder("monai:resnet18", None)
-    with pytest.raises(ValueError, match="encoder weights must be a file of weights, got .* which is not there"):
+    with pytest.raises(ValueError, match=r"encoder weights must be a file of weights, got .* which is not there"):
         encoder.load_weights(tmp_path / "nothing.pt")
-    with pytest.raises(ValueError, match="encoder weights must be .* got"):
+    with pytest.raises(ValueError, match=r"encoder weights must be .* got"):
         load_encoder("huggingface", RESNET).load_weights(tmp_path / "nothing")
