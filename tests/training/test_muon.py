@@ -187,7 +187,7 @@ def test_wrong_input_is_named() -> None:
     bias = nn.Parameter(torch.zeros(5))
     with pytest.raises(ValueError, match=r"muon parameters must have 2 dimensions or more, got \[5\]"):
         Muon([{"params": [bias], "muon": True}], lr=0.1)
-    with pytest.raises(ValueError, match="momentum must be a number >= 0 and < 1, got 1.0"):
+    with pytest.raises(ValueError, match=r"momentum must be a number >= 0 and < 1, got 1.0"):
         Muon([{"params": [bias]}], lr=0.1, momentum=1.0)
     with pytest.raises(ValueError, match="muon_lr must be a number >= 0, got -1"):
         Muon([{"params": [bias]}], lr=0.1, muon_lr=-1)
