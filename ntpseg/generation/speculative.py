@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
 from ntpseg.generation.decoder import (
     DecodedBatch,
@@ -42,6 +43,15 @@ def speculative(
     grid_ids = torch.cat([target.grid_ids[: last + 1], target.grid_ids.new_zeros(k)])
     tokens = torch.zeros(batch, last + 1 + k, dtype=torch.int64, device=device)
     logprob = torch.zeros(batch, last + 1 + k, device=device)
+    readout = target.readout if options.expected_readout else None
+    patches = None if readout is None else torch.zeros(batch, last + 1 + k, readout.patches.shape[1], device=device)
+
+    def score(index: Tensor, logits: Tensor) -> None:
+        """Record what head 0's `logits` ``[B, n, V]`` say about the tokens at `index` ``[B, n]``."""
+        logprob.scatter_(1, index, greedy_choice(logits)[1])
+        if readout is not None and patches is not None:
+            patches.scatter_(1, index[:, :, None].expand(-1, -1, patches.shape[2]), readout.expected(logits))
+
     offset = torch.arange(k, device=device)
     # Target indices before a row's `done` are final, and `logits` (all k heads) are for index `done` and on.
     done = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -53,16 +63,15 @@ def speculative(
         forced_here = forced[index]
         drafted = torch.where(forced_here >= 0, forced_here, draft + low)
         tokens.scatter_(1, index, drafted)
-        logprob.scatter_(1, index[:, :1], greedy_choice(logits[:, :1])[1])
+        score(index[:, :1], logits[:, :1])
         if int(done.min()) == last:
             break
         hidden = rewindable.extend(drafted, grid_ids[index])
         steps += 1
         # verified[:, j] is head 0's choice for the index after draft j; what it rejects is scored again next time.
-        verified, verified_logprob = greedy_choice(
-            heads.logits(hidden.to(dtype), vocab_range=target.code_range)[:, :, 0].float()
-        )
-        logprob.scatter_(1, index[:, 1:], verified_logprob[:, :-1])
+        checked = heads.logits(hidden.to(dtype), vocab_range=target.code_range)[:, :, 0].float()
+        verified = checked.argmax(-1)
+        score(index[:, 1:], checked[:, :-1])
         agreed = (forced_here[:, 1:] >= 0) | (draft[:, 1:] == verified[:, :-1])
         accepted = torch.minimum(1 + agreed.long().cumprod(1).sum(1), last - done)
         rewindable.rewind(k - accepted)
@@ -72,4 +81,5 @@ def speculative(
         # A finished row stays where it is until the others are done.
         logits = torch.where((accepted == 0)[:, None, None], logits, next_logits)
     free = torch.tensor(target.free, device=device)
-    return DecodedBatch(tokens[:, free] - low, logprob[:, free], steps)
+    expected_patches = None if patches is None else patches[:, free]
+    return DecodedBatch(tokens[:, free] - low, logprob[:, free], steps, expected_patches)

@@ -135,6 +135,13 @@ class NTPSegConfig(PreTrainedConfig):
         # Normalised, so that a field that an options class gains later has its default in older models.
         if self.front_end != "codes":
             self.stem = asdict(StemOptions(**(self.stem or {})))
+            sides = [cells * self.patch_size for cells in self.mask_grid]
+            if sides != [self.image_size] * 2:
+                raise ValueError(f"image_size must be mask_grid times patch_size, {sides}, got {self.image_size}")
+            if not self.stem["aligned"] and self.image_grid != self.mask_grid:
+                raise ValueError(
+                    f"image_grid must be mask_grid, {self.mask_grid}, with stem.aligned False, got {self.image_grid}"
+                )
         if self.mask_inputs is not None:
             self.mask_inputs = asdict(MaskInputOptions(**self.mask_inputs))
         if self.dense_loss is not None:

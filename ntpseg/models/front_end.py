@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +39,6 @@ class FrontEnd(nn.Module):
         self.image_cells = 0 if config.image_grid is None else config.image_grid[0] * config.image_grid[1]
         self.caption = CaptionEncoder(dim, options.caption_hidden, options.caption_dim) if options.caption_dim else None
         self.stem = FeatureStem(options, config.channels, config.image_size, (rows, columns), dim)
-
-    def init_weights(self, uniform_: Callable[..., Any], zeros_: Callable[..., Any]) -> None:
-        """See `FeatureStem.init_weights`."""
-        self.stem.init_weights(uniform_, zeros_)
 
     def load_encoder_weights(self, path: str | Path) -> None:
         """Load a pretrained encoder's weights from this disk, see `PretrainedEncoder.load_weights`.

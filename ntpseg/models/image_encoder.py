@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that is drawn as PyTorch draws it, and not from the normal of the decoder around it."""
+
+    def init_weights(self, uniform_: Callable[..., Any], zeros_: Callable[..., Any]) -> None:
+        """Draw the weights.
+
+        Args:
+            uniform_, zeros_: ``transformers.initialization``'s, which leave alone what was loaded from a checkpoint.
+        """
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            uniform_(self.bias, -bound, bound)
+
+
+class CaptionModulation(nn.Linear):
+    """Scale and shift of every channel by the caption's vector (FiLM, arXiv 1709.07871); starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        self.init_weights(nn.init.uniform_, nn.init.zeros_)
+
+    def init_weights(self, uniform_: Callable[..., Any], zeros_: Callable[..., Any]) -> None:
+        """Zeros, see `Convolution.init_weights`."""
+        zeros_(self.weight)
+        zeros_(self.bias)
 
 
 class ResidualUnit(nn.Module):
@@ -12,8 +44,7 @@ class ResidualUnit(nn.Module):
 
     Group rather than batch normalisation: a sample's result depends neither on its batch nor on how the batch is
     divided over accumulation steps and ranks (accuracy was the same, ``docs/results.md``). The shortcut averages before
-    its 1x1 convolution where it has to shrink (ResNet-D, arXiv 1812.01187). Caption conditioning is FiLM
-    (arXiv 1709.07871); it starts as the identity.
+    its 1x1 convolution where it has to shrink (ResNet-D, arXiv 1812.01187).
 
     Args:
         channels_in, channels: C_in and C.
@@ -25,13 +56,13 @@ class ResidualUnit(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, caption_dim: int, group_size: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.conv1 = Convolution(channels_in, channels, 3, stride, 1, bias=False)
         self.norm1 = nn.GroupNorm(max(1, channels // group_size), channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = Convolution(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(max(1, channels // group_size), channels)
         plain = stride == 1 and channels_in == channels
-        self.shortcut = nn.Identity() if plain else nn.Conv2d(channels_in, channels, 1)
-        self.film = nn.Linear(caption_dim, 2 * channels) if caption_dim else None
+        self.shortcut = nn.Identity() if plain else Convolution(channels_in, channels, 1)
+        self.film = CaptionModulation(caption_dim, 2 * channels) if caption_dim else None
 
     def forward(self, x: Tensor, caption: Tensor | None) -> Tensor:
         """``[B, C_in, H, W]`` and ``[B, E]`` in, ``[B, C, ceil(H / stride), ceil(W / stride)]`` out."""

@@ -23,6 +23,7 @@ from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
+from ntpseg.models.image_encoder import CaptionModulation, Convolution
 from ntpseg.models.mask_training import MaskTraining
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
@@ -111,13 +112,14 @@ class NTPSegModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        # Only modules that own parameters come here: transformers takes the others to be initialised.
         std = self.config.initializer_range
         if isinstance(module, GridEmbedding):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, NextKHeads):
             module.init_weights(std, init.normal_, init.zeros_)
-        elif isinstance(module, FrontEnd):
+        elif isinstance(module, (Convolution, CaptionModulation)):
             module.init_weights(init.uniform_, init.zeros_)
         elif isinstance(module, PatchReadout):
             init.zeros_(module.patches)
@@ -242,7 +244,7 @@ class NTPSegModel(PreTrainedModel):
             input_ids: ``[B, T]`` int64. Pad on the right: causal attention then needs no mask.
             labels: ``[B, T]`` int64, unshifted, -100 where unsupervised.
             grid_ids: ``[B, T]`` int64, see `SequenceFormat.grid_ids`; needed when the configuration has grid positions,
-                a stem, mask inputs or losses on pixels.
+                a stem, mask inputs, losses on pixels or a prefix mask.
             attention_mask, position_ids, past_key_values, use_cache: as in Hugging Face.
             het_position, het_token: ``[B, n]`` int64, hard error tokens, see `ntpseg.HardTokens`.
             num_items: counts of the whole accumulated and global batch, see `ntpseg.NumItems`.
@@ -267,7 +269,12 @@ class NTPSegModel(PreTrainedModel):
         def decode(ids: Tensor) -> Any:
             embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
             mask: Any = attention_mask
-            if self.config.prefix_lm and past_key_values is None and grid_ids is not None:
+            if self.config.prefix_lm and past_key_values is None:
+                if grid_ids is None or grid_ids.shape != ids.shape:
+                    shape = None if grid_ids is None else list(grid_ids.shape)
+                    raise ValueError(
+                        f"grid_ids must be {list(ids.shape)}, as input_ids is, with prefix_lm, got {shape}"
+                    )
                 lengths = prompt_lengths(grid_ids, self.image_cells)
                 mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths)
             return self.backbone(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntpseg.models.image_encoder import ResidualPyramid, ResidualUnit
+from ntpseg.models.image_encoder import Convolution, ResidualPyramid, ResidualUnit
 from ntpseg.models.pretrained_encoder import load_encoder
 from ntpseg.utils.checks import check_choice, check_integer
 
@@ -112,7 +110,11 @@ class FeatureStem(nn.Module):
         if options.encoder != "residual":
             # A pretrained encoder's maps are wide; the neck need not be.
             narrow = [min(width, options.widths[-1]) for width in widths]
-            self.lateral = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, narrow))
+            # Maps finer than the mask's grid are not read: weights for them would never get a gradient.
+            self.lateral = nn.ModuleList(
+                nn.Identity() if level < self.top else Convolution(a, b, 1)
+                for level, (a, b) in enumerate(zip(widths, narrow))
+            )
             widths = narrow
         else:
             self.lateral = nn.ModuleList(nn.Identity() for _ in widths)
@@ -120,27 +122,8 @@ class FeatureStem(nn.Module):
             ResidualUnit(widths[level + 1] + widths[level], widths[level], 1, options.caption_dim, options.group_size)
             for level in range(len(widths) - 2, self.top - 1, -1)
         )
-        self.features = nn.Conv2d(widths[self.top], dim, 1)
-        self.draft = nn.Conv2d(widths[self.top], factor**2, 1)
-
-    def init_weights(self, uniform_: Callable[..., Any], zeros_: Callable[..., Any]) -> None:
-        """Draw the convolutions as PyTorch does and make the caption's conditioning the identity.
-
-        Args:
-            uniform_, zeros_: ``transformers.initialization``'s, which leave alone what was loaded from a checkpoint.
-        """
-        own = [self.lateral, self.neck, self.features, self.draft]
-        if isinstance(self.encoder, ResidualPyramid):
-            own.append(self.encoder)
-        for module in (m for part in own for m in part.modules()):
-            if isinstance(module, nn.Conv2d):
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                uniform_(module.weight, -bound, bound)
-                if module.bias is not None:
-                    uniform_(module.bias, -bound, bound)
-            elif isinstance(module, ResidualUnit) and module.film is not None:
-                zeros_(module.film.weight)
-                zeros_(module.film.bias)
+        self.features = Convolution(widths[self.top], dim, 1)
+        self.draft = Convolution(widths[self.top], factor**2, 1)
 
     def forward(self, image: Tensor, caption: Tensor | None) -> StemOutput:
         """Features and draft of images ``[B, C, S, S]`` in [-1, 1] and caption vectors ``[B, E]``."""

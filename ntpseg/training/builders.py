@@ -55,10 +55,13 @@ def make_datasets(config: RunConfig, prepared: Prepared) -> Datasets:
             PixelCollator(sequence, prepared.text, prepared.vision, image_tokens=prompt_has_codes(config)),
         )
     assert not isinstance(validation, PixelCache)
+    settings, loss = config.model, config.loss
+    dense = loss.dice or loss.pixel or loss.soft
+    cells = settings.grid_positions or settings.prefix_lm or settings.mask_inputs is not None or bool(dense)
     return Datasets(
         TokenDataset(training, sequence, seed=config.seed, mask_noise=config.data.mask_noise),
         None if validation is None else TokenDataset(validation, sequence, seed=config.seed, augmented=False),
-        Collator(sequence, grid_ids=config.model.grid_positions or config.model.mask_inputs is not None),
+        Collator(sequence, grid_ids=cells),
     )
 
 

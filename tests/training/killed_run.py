@@ -1,4 +1,7 @@
-"""Trains the toy and dies by SIGKILL in the middle of step `KILL_AT`: ``python killed_run.py OUTPUT KILL_AT``."""
+"""Trains the toy and dies by SIGKILL in the middle of step `KILL_AT`.
+
+``python killed_run.py OUTPUT KILL_AT [CACHE KEY]``; with the pixel cache KEY of the folder CACHE the toy has a stem.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,17 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(output: Path, kill_at: int) -> None:
+def main(output: Path, kill_at: int, *cache: str) -> None:
     torch.set_num_threads(1)
     callbacks = [JsonLog(output), Kill(kill_at)]
-    make_trainer(make_toy(16, variants=1), output, callbacks=callbacks, **RUN).train()
+    if cache:
+        import pixel_toy
+
+        pixels = pixel_toy.PixelCache.open(*cache)
+        pixel_toy.make_trainer(pixels, output, mask_inputs=pixel_toy.MASK_INPUTS, callbacks=callbacks, **RUN).train()
+    else:
+        make_trainer(make_toy(16, variants=1), output, callbacks=callbacks, **RUN).train()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
