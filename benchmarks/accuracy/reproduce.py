@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.accuracy.cells import DECODE_CASES, GROUPS, Cell, ntpseg, qata_cells
 from benchmarks.accuracy.study_tables import write_tables
 from ntpseg.data import load_records
+from ntpseg.training.hardware import resolve_bf16
 from ntpseg.utils.files import write_csv, write_json
 
 AUGMENT = {"flip": 0.5, "rotate_degrees": 7.0, "scale": 0.1, "translate": 0.05}
@@ -113,11 +114,16 @@ def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dic
     else:
         options = [word for key, value in cell.settings.items() for word in (f"--{key}", value)]
         options += ["--network", cell.model, "--minutes", str(cell.minutes), "--seed", str(cell.seed), "--size", SIZE]
-        options += ["--threads", str(threads), "--no-bf16", "--augment", json.dumps(AUGMENT), "--out", str(path)]
+        options += ["--threads", str(threads), _bf16(), "--augment", json.dumps(AUGMENT), "--out", str(path)]
         call("benchmarks.accuracy.baseline", str(data), *options, *(["--test"] if cell.test else []))
     result = json.loads(path.read_text(encoding="utf-8"))
     kept = ("val", "test", "threshold", "steps", "parameters", "curve", "images_per_second")
     return {key: result[key] for key in kept if key in result}
+
+
+def _bf16() -> str:
+    """Baselines multiply in bfloat16 where `ntpseg train` does."""
+    return "--bf16" if resolve_bf16("auto") else "--no-bf16"
 
 
 def subset(data: Path, out: Path, cell: Cell) -> Path:
