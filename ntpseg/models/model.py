@@ -104,6 +104,9 @@ class NTPSegModel(PreTrainedModel):
             image_grid = None if config.image_grid is None else tuple(config.image_grid)
             self.grid = GridEmbedding(image_grid, tuple(config.mask_grid), config.hidden_size)
         self.front_end = FrontEnd(config) if config.front_end != "codes" else None
+        if self.front_end is not None and not (config.dense_loss or {}).get("pixel"):
+            # Nothing trains the draft then, and weights without a gradient stop data-parallel training.
+            self.front_end.stem.draft.requires_grad_(False)
         self.readout = None
         if config.patch_size:
             self.readout = PatchReadout(config.mask_range[1] - config.mask_range[0], config.patch_size)

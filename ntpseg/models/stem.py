@@ -84,7 +84,7 @@ class FeatureStem(nn.Module):
         dim: width D of the model.
 
     Raises:
-        ValueError: no map of the encoder has the mask grid's stride.
+        ValueError: no map of the encoder has the mask grid's stride, or the caption would not be read.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class FeatureStem(nn.Module):
                 f"stem must have a level of the mask tokens' stride, {factor}, got strides {list(encoder.strides)}"
             )
         self.top = encoder.strides.index(factor)
+        if options.encoder != "residual" and options.caption_dim and self.top == len(encoder.strides) - 1:
+            raise ValueError(
+                f"stem.caption_dim must be 0 with {options.encoder!r} at its coarsest stride, {factor}, where no unit "
+                f"reads the caption, got {options.caption_dim}"
+            )
         widths = [*encoder.widths]
         if options.encoder != "residual":
             # A pretrained encoder's maps are wide; the neck need not be.

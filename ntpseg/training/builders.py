@@ -100,19 +100,23 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
             path = Path(settings.weights).expanduser()
             if not (path / "config.json").is_file():
                 raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
-            return NTPSegModel.from_pretrained(
+            model = NTPSegModel.from_pretrained(
                 path,
                 config=model_config,
                 attn_implementation=settings.attention or default_attention(),
                 local_files_only=True,
             )
-        model_config._attn_implementation = settings.attention or default_attention()
-        model = NTPSegModel(model_config)
-    if settings.codebook_embeddings:
-        has_codes = model.config.image_range is not None and vision.image_codes > 0
-        model.init_visual_embeddings(vision.image_codebook() if has_codes else None, vision.mask_codebook())
+        else:
+            model_config._attn_implementation = settings.attention or default_attention()
+            model = NTPSegModel(model_config)
+    # The tokenizer's at hand, which need not be the one that saved weights were trained with.
     assert model.readout is not None
     model.readout.set_patches(vision.mask_patches())
+    if settings.weights is not None:
+        return model
+    if settings.codebook_embeddings:
+        has_codes = prompt_has_codes(config) and vision.image_codes > 0
+        model.init_visual_embeddings(vision.image_codebook() if has_codes else None, vision.mask_codebook())
     if settings.encoder_weights is not None and model.front_end is not None:
         model.front_end.load_encoder_weights(settings.encoder_weights)
     return model

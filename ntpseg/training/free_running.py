@@ -57,8 +57,13 @@ class FreeRunningDice:
         return cls(prompts, np.stack([np.asarray(cache.mask_codes[i, 0]) for i in chosen]), sequence, vision)
 
     @classmethod
-    def from_prepared(cls, prepared: Prepared, options: DecodingOptions, cases: int = CASES) -> FreeRunningDice | None:
-        """For `cases` records of a prepared run's validation split; None where there is none."""
+    def from_prepared(
+        cls, prepared: Prepared, options: DecodingOptions, cases: int = CASES, *, image_tokens: bool = True
+    ) -> FreeRunningDice | None:
+        """For `cases` records of a prepared run's validation split; None where there is none.
+
+        `image_tokens` says what an image's places in the prompt hold, see `PixelCollator`.
+        """
         cache, sequence, vision = prepared.validation, prepared.sequence, prepared.vision
         if cache is None:
             return None
@@ -69,7 +74,7 @@ class FreeRunningDice:
         codes: Any = [None] * len(pairs)
         if sequence.image_grid is not None:
             codes = np.zeros((len(pairs), *sequence.image_grid), np.int64)
-            if vision.image_codes:
+            if image_tokens:
                 codes = vision.encode_image(torch.from_numpy(pixels)).cpu().numpy()
         prompts = [sequence.prompt(encode_text(prepared.text, pair.text), code) for pair, code in zip(pairs, codes)]
         truth = vision.encode_mask(torch.from_numpy(np.stack([pair.mask for pair in pairs]))).cpu().numpy()

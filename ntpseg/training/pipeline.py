@@ -19,7 +19,7 @@ from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
 from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
-from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
+from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
 from ntpseg.utils.files import publish_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def make_trainer(
         else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),
         generation_metrics=None
         if validation is None
-        else FreeRunningDice.from_prepared(prepared, default_decoding(config)),
+        else FreeRunningDice.from_prepared(prepared, default_decoding(config), image_tokens=prompt_has_codes(config)),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
     for plain in (PrinterCallback, ProgressCallback):

@@ -1,7 +1,8 @@
-"""The baselines run on a data set and write the same figures as an evaluation."""
+"""The baselines: networks, sentences, and runs that write the same figures as an evaluation."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,16 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_segmenter import shared
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _monai() -> None:
+    pytest.importorskip("monai")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ("text_prior", "--size", "32"),
-        ("unet", "--size", "32", "--minutes", "0.04", "--width", "4", "--text", "--threads", "1"),
+        ("baseline", "--size", "32", "--minutes", "0.02", "--width", "2", "--optimizer", "muon", "--test"),
     ],
 )
 def test_baseline_scores_a_data_set(arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -27,7 +34,8 @@ def test_baseline_scores_a_data_set(arguments: tuple[str, ...], tmp_path: Path) 
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", f"benchmarks.accuracy.{script}", str(run.parent / "data.csv"), *rest]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(out)], check=True, env=environment, timeout=200, capture_output=True)
+    done = subprocess.run([*command, "--out", str(out)], env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["test"]["cases"] == sum(r.split == "test" for r in records)
     assert 0 <= result["test"]["per_image"]["dice"]["value"] <= 1
@@ -36,4 +44,51 @@ def test_baseline_scores_a_data_set(arguments: tuple[str, ...], tmp_path: Path) 
         # Left and right squares are where they were in training: the caption alone finds most of them.
         assert result["test"]["per_image"]["dice"]["value"] > 0.5
     else:
-        assert result["curve"][-1]["minutes"] >= 0.04
+        assert result["curve"][-1]["minutes"] >= 0.02
+        assert result["baseline"] == "text-unet" and result["options"]["optimizer"] == "muon"
+        assert 0.3 <= result["threshold"] <= 0.7
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["unet", "text-unet", "word-attention", "dynunet"])
+def test_networks(name: str, channels: int) -> None:
+    """Logits of every pixel, every weight in use, and the sentence read where there is one."""
+    from benchmarks.accuracy.baseline import NETWORKS, make_network
+    from benchmarks.accuracy.networks import Sentences
+
+    assert name in NETWORKS
+    sentences = Sentences(["left lung", "right lung of the patient"], 1)
+    network = make_network(argparse.Namespace(network=name, size=32, channels=channels, width=2), len(sentences))
+    code = {"text-unet": sentences.multi_hot, "word-attention": sentences.ids}.get(name, lambda texts: None)
+    image = torch.randn(2, channels, 32, 32)
+    logits = network.train()(image, code(["left lung", "right"]))
+    assert logits.shape == (2, 1, 32, 32)
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    network.eval()
+    with torch.no_grad():
+        one, other = (network(image, code([text] * 2)) for text in ("left lung", "right lung"))
+    assert torch.equal(one, other) == (name in ("unet", "dynunet"))
+
+
+def test_a_sentence_does_not_depend_on_its_batch() -> None:
+    """Shorter sentences are padded; one without a known word attends to the padding alone."""
+    from benchmarks.accuracy.networks import Sentences, WordAttentionUNet
+
+    sentences = Sentences(["left lung", "right lung of the patient"], 1)
+    network = WordAttentionUNet(32, 1, len(sentences), 2).eval()
+    image, texts = torch.randn(3, 1, 32, 32), ["left lung", "right lung of the patient", "heart"]
+    with torch.no_grad():
+        together = network(image, sentences.ids(texts))
+        for row, text in enumerate(texts):
+            torch.testing.assert_close(network(image[row : row + 1], sentences.ids([text]))[0], together[row])
+
+
+def test_sentences() -> None:
+    from benchmarks.accuracy.networks import Sentences, words
+
+    assert words("The left, lung.", 2) == ["the", "left", "lung", "the left", "left lung"]
+    sentences = Sentences(["a b", "b c"], 2)
+    assert list(sentences.names) == ["a", "b", "a b", "c", "b c"] and len(sentences) == 5
+    assert sentences.multi_hot(["b, C!", "x"]).tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]]
+    assert sentences.ids(["a x c", ""]).tolist() == [[0, 5, 3], [5, 5, 5]]

@@ -36,6 +36,15 @@ def test_every_weight_learns(make_feature_model, feature_batch, front_end, align
         assert getattr(out, name) > 0 and not getattr(out, name).requires_grad
 
 
+@pytest.mark.parametrize("dense", [None, {"dice": 0.5, "pixel": 0.0}])
+def test_no_weight_waits_for_a_gradient_without_a_pixel_loss(make_feature_model, feature_batch, dense) -> None:
+    model, sequence = make_feature_model(dense_loss=dense, mask_inputs=INPUTS)
+    model.train()(**feature_batch(sequence)).loss.backward()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert all(name.startswith("front_end.stem.draft.") for name in frozen) and len(frozen) == 2
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_loss_is_the_weighted_sum_of_its_parts(make_feature_model, feature_batch) -> None:
     model, sequence = make_feature_model(dense_loss=DENSE)
     model.eval()

@@ -136,6 +136,14 @@ def test_every_weight_gets_a_gradient(make_feature_model, feature_batch) -> None
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_caption_that_nothing_reads_is_refused(make_feature_model) -> None:
+    small = {**RESNET, "hidden_sizes": [8], "depths": [1]}
+    stem = {"encoder": "huggingface", "encoder_config": small, "widths": [8]}
+    with pytest.raises(ValueError, match=r"stem\.caption_dim must be 0 with 'huggingface' .* stride, 4, .* got 6"):
+        make_feature_model(stem=stem)
+    make_feature_model(stem={**stem, "caption_dim": 0})
+
+
 def test_save_and_load(model_and_batch, resnet, tmp_path) -> None:
     model, batch = model_and_batch
     model.front_end.load_encoder_weights(resnet[0])

@@ -165,6 +165,7 @@ def test_which_weights_are_matrices() -> None:
         image_size=12,
         patch_size=4,
         stem={"widths": [16, 32], "caption_dim": 8},
+        dense_loss={"pixel": 1.0},
     )
     model = NTPSegModel(config)
     names = {id(p): name for name, p in model.named_parameters()}

@@ -1,0 +1,137 @@
+"""The choice of the decoding: the best of its own table, ties, what one more pass has to gain."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ntpseg.generation import segmenter as segmenter_module
+from ntpseg.generation.options import DecodingOptions
+from ntpseg.tokenizers.preprocess import Pair
+from ntpseg.training import decoding_choice
+from ntpseg.training.decoding_choice import THRESHOLDS, choose_decoding
+
+SIDE, COUNT = 8, 7
+REFINE = DecodingOptions(method="refine", mirror=True)
+
+
+class Cache:
+    """Masks of `index` + 4 pixels."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def pair(self, index: int) -> Pair:
+        mask = np.zeros(SIDE * SIDE, np.float32)
+        mask[: index + 4] = 1
+        image = np.full((1, SIDE, SIDE), index, np.float32)
+        return Pair(image, mask.reshape(1, SIDE, SIDE), f"text {index}")
+
+
+def bundle(**inputs: float) -> Any:
+    config = SimpleNamespace(mask_inputs={"replaced": 1.0, "draft": 0.7, "blank": 0.3, **inputs})
+    return SimpleNamespace(model=SimpleNamespace(config=config), sequence=SimpleNamespace(image_grid=None))
+
+
+@pytest.fixture
+def decode(monkeypatch):
+    """Sets what is decoded: function of passes and the true mask [S, S] to probabilities [S, S]."""
+
+    def install(function) -> list[DecodingOptions]:
+        seen: list[DecodingOptions] = []
+
+        class Fake:
+            def __init__(self, bundle: Any, options: DecodingOptions) -> None:
+                self.options = options
+                seen.append(options)
+
+            def decode(self, images: Any, texts: list[str], progress: Any) -> list[np.ndarray]:
+                progress(len(texts))
+                rows = [int(image[0, 0, 0]) for image in images.pixels]
+                assert texts == [f"text {row}" for row in rows]
+                return [function(self.options.passes, Cache().pair(row).mask[0]) for row in rows]
+
+            def probabilities(self, generated: list[np.ndarray]) -> list[np.ndarray]:
+                return generated
+
+        monkeypatch.setattr(segmenter_module, "Segmenter", Fake)
+        return seen
+
+    return install
+
+
+def choose(made: Any = None, **options: Any) -> Any:
+    return choose_decoding(made or bundle(), Cache(), REFINE, progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_it_is_the_best_of_the_table(decode) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.25, (3, SIDE, SIDE))
+
+    def noisy(passes: int, mask: np.ndarray) -> np.ndarray:
+        return np.clip(0.3 + 0.2 * mask + 0.1 * passes * mask + noise[passes], 0, 1)
+
+    seen = decode(noisy)
+    choice = choose()
+    assert [options.passes for options in seen] == [0, 1, 2] and all(options.mirror for options in seen)
+    assert set(choice.dice) == {(passes, t) for passes in (0, 1, 2) for t in THRESHOLDS}
+    for (passes, threshold), dice in choice.dice.items():
+        naive = []
+        for index in range(COUNT):
+            truth = Cache().pair(index).mask[0] > 0
+            mask = noisy(passes, truth * 1.0) >= threshold
+            naive.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+        assert dice == pytest.approx(np.mean(naive), abs=1e-9)
+    best = max(choice.dice, key=lambda key: choice.dice[key] - 0.001 * key[0])
+    assert (choice.options["passes"], choice.options["threshold"]) == best
+    assert choice.options["method"] == "refine" and choice.cases == COUNT
+    table = choice.to_dict()
+    assert table["options"] == choice.options and len(table["tried"]) == len(choice.dice)
+
+
+def test_ties_go_to_fewer_passes_and_the_middle_threshold(decode) -> None:
+    decode(lambda passes, mask: mask)
+    choice = choose()
+    assert set(choice.dice.values()) == {1.0}
+    assert choice.options == {"method": "refine", "passes": 0, "threshold": 0.5}
+
+
+@pytest.mark.parametrize(("better", "passes"), [(0, 0), (1, 1)])
+def test_a_pass_has_to_be_worth_its_time(decode, monkeypatch, better: int, passes: int) -> None:
+    """One more pass mends one pixel of the largest mask: about 0.007 of its Dice, 0.001 of the mean."""
+
+    def mended(used: int, mask: np.ndarray) -> np.ndarray:
+        probability = mask.copy()
+        if not used and mask.sum() == COUNT + 3:
+            probability.flat[0] = 0.0
+        return probability
+
+    decode(mended)
+    first = choose()
+    gain = first.dice[1, 0.5] - first.dice[0, 0.5]
+    assert 0 < gain < 0.02
+    monkeypatch.setattr(decoding_choice, "GAIN_PER_PASS", gain / 2 if better else gain * 2)
+    assert choose().options["passes"] == passes
+
+
+@pytest.mark.parametrize("inputs", [{"draft": 0.0}, {"replaced": 0.0}])
+def test_a_model_that_has_read_no_draft_is_not_given_one(decode, inputs) -> None:
+    seen = decode(lambda passes, mask: mask)
+    assert choose(bundle(**inputs)).options["passes"] == 0
+    assert [options.passes for options in seen] == [0]
+
+
+def test_cases_are_spread_over_the_split(decode) -> None:
+    rows = []
+    decode(lambda passes, mask: rows.append(int(mask.sum()) - 4) or mask)
+    assert choose(cases=3).cases == 3
+    assert rows[:3] == [0, 2, 4]
+
+
+def test_another_method_is_kept(decode) -> None:
+    seen = decode(lambda passes, mask: mask)
+    choice = choose_decoding(bundle(), Cache(), DecodingOptions(), progress=False)  # type: ignore[arg-type]
+    assert choice.options == {"method": "greedy"} and not choice.dice and not seen
