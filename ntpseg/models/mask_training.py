@@ -58,7 +58,9 @@ class MaskTraining:
         places = self.places(model, grid_ids, input_ids)
         codes = input_ids.gather(1, places) - low
         with torch.no_grad():
-            draft = None if stem is None else model.readout.nearest(stem.draft.sigmoid())
+            # Without its loss the stem's draft is not one: noise takes its share.
+            trained = self.dense is not None and self.dense.pixel > 0
+            draft = model.readout.nearest(stem.draft.sigmoid()) if stem is not None and trained else None
             if self.inputs.second_pass:
                 own = self._one_pass(model, input_ids, places, decode)
                 chosen = torch.rand(len(codes), 1, device=codes.device) < self.inputs.second_pass

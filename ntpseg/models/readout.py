@@ -42,7 +42,9 @@ class PatchReadout(nn.Module):
 
     def expected(self, logits: Tensor) -> Tensor:
         """``[..., P * P]`` expected patches, in [0, 1], of logits ``[..., V]``."""
-        return logits.softmax(-1) @ self.patches.to(logits.dtype)
+        # Autocast would round the probabilities of a whole mask to 8 bits.
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ self.patches.to(logits.dtype)
 
     def nearest(self, patches: Tensor) -> Tensor:
         """The codes, int64 ``[...]``, whose patches are nearest to ``[..., P * P]`` (Euclidean; ties to the lowest)."""

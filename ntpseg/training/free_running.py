@@ -49,12 +49,18 @@ class FreeRunningDice:
 
     @classmethod
     def from_tokens(
-        cls, cache: CodeSource, sequence: SequenceFormat, vision: VisionTokenizer, cases: int = CASES
+        cls,
+        cache: CodeSource,
+        sequence: SequenceFormat,
+        vision: VisionTokenizer,
+        cases: int = CASES,
+        options: DecodingOptions | None = None,
     ) -> FreeRunningDice:
         """For `cases` records of a token cache, spread evenly over it."""
         chosen = _spread(len(cache.image_codes), cases)
         prompts = [sequence.prompt(cache.text_ids(i), cache.image_codes[i, 0]) for i in chosen]
-        return cls(prompts, np.stack([np.asarray(cache.mask_codes[i, 0]) for i in chosen]), sequence, vision)
+        truth = np.stack([np.asarray(cache.mask_codes[i, 0]) for i in chosen])
+        return cls(prompts, truth, sequence, vision, options=options)
 
     @classmethod
     def from_prepared(
@@ -68,7 +74,7 @@ class FreeRunningDice:
         if cache is None:
             return None
         if not isinstance(cache, PixelCache):
-            return cls.from_tokens(cache, sequence, vision, cases)
+            return cls.from_tokens(cache, sequence, vision, cases, options)
         pairs = [cache.pair(i) for i in _spread(len(cache), cases)]
         pixels = np.stack([pair.image for pair in pairs])
         codes: Any = [None] * len(pairs)
