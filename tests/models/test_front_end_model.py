@@ -118,7 +118,8 @@ def test_inputs_are_replaced_in_training_alone(make_feature_model, feature_batch
 
 
 def test_drafts_are_the_stems_or_the_second_passs(make_feature_model, feature_batch) -> None:
-    model, sequence = make_feature_model(mask_inputs={"replaced": 1.0, "draft": 1.0, "blank": 0.0})
+    inputs = {"replaced": 1.0, "draft": 1.0, "blank": 0.0}
+    model, sequence = make_feature_model(mask_inputs=inputs, dense_loss={"dice": 0.0, "pixel": 1.0})
     model.train()
     batch = feature_batch(sequence)
     ids, grid = batch["input_ids"], batch["grid_ids"]
@@ -237,3 +238,16 @@ def test_a_given_stem_output_is_used(make_feature_model, feature_batch) -> None:
         )
         other = model(**inputs, stem_output=StemOutput(stem.features * 2, stem.draft)).last_hidden_state
     assert not torch.allclose(other, model(**inputs, stem_output=stem).last_hidden_state)
+
+
+def test_no_draft_is_read_of_a_stem_that_learns_none(make_feature_model, feature_batch, monkeypatch) -> None:
+    model, sequence = make_feature_model(mask_inputs={"draft": 1.0}, dense_loss={"dice": 1.0, "pixel": 0.0})
+    drafts = []
+
+    def noted(codes, draft, num_codes, options):
+        drafts.append(draft)
+        return codes
+
+    monkeypatch.setattr("ntpseg.models.mask_training.mask_inputs", noted)
+    model.train()(**feature_batch(sequence))
+    assert drafts == [None]
