@@ -27,7 +27,7 @@ class Cell:
         minutes: core-minutes of training.
         seed: of everything random.
         settings: overrides of ``qata.yaml``, or options of ``ntpseg eval`` or of the baseline.
-        test: score the test split, once.
+        final: the test split is scored, once.
         fraction: share of the training split that is used.
     """
 
@@ -37,7 +37,7 @@ class Cell:
     minutes: float
     seed: int = 0
     settings: dict[str, str] = field(default_factory=dict)
-    test: bool = False
+    final: bool = False
     fraction: float = 1.0
 
     @property
@@ -110,11 +110,11 @@ def qata_cells(minutes: Sequence[float], seeds: int, groups: Sequence[str] = GRO
     for seed in range(seeds):
         for budget in minutes:
             if "main" in groups:
-                cells.append(ntpseg("main", "ntpseg", budget, seed, test=True))
+                cells.append(ntpseg("main", "ntpseg", budget, seed, final=True))
                 for label, (network, settings) in BASELINES.items():
-                    cells.append(Cell("main", label, network, budget, seed, settings, test=True))
+                    cells.append(Cell("main", label, network, budget, seed, settings, final=True))
     if "main" in groups:
-        cells.append(Cell("main", "text prior", "text-prior", 0.0, test=True))
+        cells.append(Cell("main", "text prior", "text-prior", 0.0, final=True))
     short = min(minutes)
     for seed in range(seeds):
         if "decoding" in groups:

@@ -78,7 +78,7 @@ def _ntpseg(cell: Cell, data: Path, out: Path, clock: str, call: Any) -> dict[st
         "--overwrite",
     )
     result: dict[str, Any] = {}
-    for split in ("val", "test") if cell.test else ("val",):
+    for split in ("val", "test") if cell.final else ("val",):
         call("ntpseg.cli", "eval", "--model", str(run), "--split", split, "--text-check", "0")
         summary = json.loads((run / "eval" / split / "summary.json").read_text(encoding="utf-8"))
         result[split] = {key: summary[key] for key in ("per_image", "pooled", "cases", "ceiling")}
@@ -115,7 +115,7 @@ def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dic
         options = [word for key, value in cell.settings.items() for word in (f"--{key}", value)]
         options += ["--network", cell.model, "--minutes", str(cell.minutes), "--seed", str(cell.seed), "--size", SIZE]
         options += ["--threads", str(threads), _bf16(), "--augment", json.dumps(AUGMENT), "--out", str(path)]
-        call("benchmarks.accuracy.baseline", str(data), *options, *(["--test"] if cell.test else []))
+        call("benchmarks.accuracy.baseline", str(data), *options, *(["--test"] if cell.final else []))
     result = json.loads(path.read_text(encoding="utf-8"))
     kept = ("val", "test", "threshold", "steps", "parameters", "curve", "images_per_second")
     return {key: result[key] for key in kept if key in result}

@@ -37,7 +37,7 @@ def test_cells_have_names_of_their_own_and_lie_in_order() -> None:
     names = [cell.name for cell in ALL]
     assert len(set(names)) == len(names) and all(c.isalnum() or c in "-_." for name in names for c in name)
     assert {cell.group for cell in ALL} == set(GROUPS)
-    assert {cell.group for cell in ALL if cell.test} == {"main"}
+    assert {cell.group for cell in ALL if cell.final} == {"main"}
     main = [cell for cell in ALL if cell.group == "main" and cell.model != "text-prior"]
     assert [cell.seed for cell in main] == sorted(cell.seed for cell in main), "seed by seed"
 
@@ -69,7 +69,7 @@ def study(tmp_path, monkeypatch):
         if cell.name in broken:
             raise subprocess.CalledProcessError(3, "train")
         result = {"group": cell.group, "label": cell.label, "minutes": cell.minutes, "seconds": 1.0}
-        result |= {"val": estimates(0.7), **({"test": estimates(0.8)} if cell.test else {})}
+        result |= {"val": estimates(0.7), **({"test": estimates(0.8)} if cell.final else {})}
         (out / "cells").mkdir(parents=True, exist_ok=True)
         (out / "cells" / f"{cell.name}.json").write_text(json.dumps(result))
         return result
@@ -109,9 +109,10 @@ def test_tables(tmp_path) -> None:
         cell = {"group": "main", "label": "ours", "minutes": 20.0, "steps": 100 + seed, "parameters": 2_500_000}
         cell |= {"val": estimates(dice + 0.05), "test": estimates(dice, 0.9)}
         (tmp_path / "cells" / f"a{seed}.json").write_text(json.dumps(cell))
-    cell = {"group": "ablation", "label": "without", "minutes": 5.0, "val": estimates(0.7)}
+    cell = {"group": "ablation", "label": "without", "minutes": 5.0, "final": False, "val": estimates(0.7)}
     (tmp_path / "cells" / "b.json").write_text(json.dumps(cell))
     path = write_tables(tmp_path)
+    assert "4 models; the test split was scored 3 times" in path.read_text()
     rows = {
         line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]]
         for line in path.read_text().splitlines()
@@ -203,7 +204,7 @@ def test_a_cells_commands(tmp_path, monkeypatch, model) -> None:
 
     monkeypatch.setattr(reproduce.subprocess, "run", run)
     settings = {"ntpseg": {"model.k": "2"}, "text-unet": {"ema": "0"}}.get(model, {})
-    cell = Cell("main", "x", model, 5.0, 3, settings, test=True)
+    cell = Cell("main", "x", model, 5.0, 3, settings, final=True)
     result = reproduce.run_cell(cell, tmp_path / "data", tmp_path, 1, "cpu")
     assert result["test"]["per_image"]["dice"]["value"] == 0.8 and result["steps"] == 42
     assert json.loads((tmp_path / "cells" / f"{cell.name}.json").read_text()) == result
