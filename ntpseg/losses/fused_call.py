@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,7 @@ class Call:
         own: compute the model's own loss instead, from logits.
         detach: cut the graph before the head; `leaves` are then what its gradients are asked for.
         leaves: hidden states, weight and bias (or None) of the head.
+        inspect: called inside of the head with the deferred logits, weight, bias, labels and options of the loss.
         result: of the loss, once it is there.
     """
 
@@ -54,6 +56,7 @@ class Call:
     own: bool = False
     detach: bool = False
     leaves: list[Tensor | None] | None = None
+    inspect: Callable[..., None] | None = None
     result: NTPOutput | None = None
 
 

@@ -79,6 +79,8 @@ def _forward(
             if hidden.classes < weight.shape[0]:
                 low, high = options.vocab_range or (0, hidden.classes)
                 options = dataclasses.replace(options, vocab_range=(low, min(high, hidden.classes)))
+            if call is not None and call.inspect is not None:
+                call.inspect(hidden, weight, bias, labels, options)
             out = ntp_loss(states, weight, labels, bias=bias, options=options, **tensors)
             return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
         if log_sum_exp:

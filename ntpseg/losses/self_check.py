@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntpseg.losses.deferred_logits import CannotFuse
+from ntpseg.losses import lm_head
+from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.fused_call import Call, labelled_forward
 from ntpseg.losses.lm_head import linear_of
 from ntpseg.losses.options import LossOptions
@@ -49,9 +52,9 @@ def check_fusion(model: Any) -> None:
     name = type(model).__name__
     with undisturbed(model):
         batch = _random_batch(model)
+        run = _run if weights_are_here(model) else _run_sharded
         try:
-            found, grads, leaves = _run(model, batch, own=False)
-            own, own_grads, _ = _run(model, batch, own=True)
+            found, own = run(model, batch)
         except CannotFuse:
             raise
         except Exception as error:
@@ -59,26 +62,22 @@ def check_fusion(model: Any) -> None:
                 f"model must run on {_ROWS} rows of {_TOKENS} random tokens to compare its own loss with the fused "
                 f"one, got {type(error).__name__} from {name}: {error}. With check=False nothing is compared"
             ) from error
-        if not torch.isfinite(own):
+        if not math.isfinite(own.loss):
             raise CannotFuse(
-                f"model must have a finite loss on random tokens to be compared, got {float(own)} from {name}: are its "
+                f"model must have a finite loss on random tokens to be compared, got {own.loss} from {name}: are its "
                 "weights loaded? With check=False nothing is compared"
             )
-        loss_tolerance, tolerance = _tolerances(leaves[0])
-        loss_error = abs(float(found) - float(own)) / max(1.0, abs(float(own)))
-        errors = {
-            part: _error(one, other)
-            for part, one, other in zip(("hidden states", "weight", "bias"), grads, own_grads)
-            if one is not None and other is not None
-        }
-    worst = max(errors, key=lambda part: errors[part], default="weight")
-    if loss_error <= loss_tolerance and errors and errors[worst] <= tolerance:
+        loss_tolerance, tolerance = _tolerances(next(iter(own.gradients.values())))
+        loss_error = abs(found.loss - own.loss) / max(1.0, abs(own.loss))
+        errors = {part: _error(found.gradients[part], gradient) for part, gradient in own.gradients.items()}
+    worst = max(errors, key=lambda part: errors[part])
+    if loss_error <= loss_tolerance and errors[worst] <= tolerance:
         fusion.check_pending = False
         return
     if loss_error > loss_tolerance:
-        what = f"a loss of {float(found):.6g} where its own is {float(own):.6g}"
+        what = f"a loss of {found.loss:.6g} where its own is {own.loss:.6g}"
     else:
-        what = f"gradients of the head's {worst} that differ by {errors.get(worst, float('nan')):.2g} of their norm"
+        what = f"gradients of the head's {worst} that differ by {errors[worst]:.2g} of their norm"
     raise CannotFuse(
         f"the fused loss must be the model's own, got {what} from {name} with negatives=0. Likely cause: "
         f"{_likely_cause(loss_error > loss_tolerance, model)}. With check=False nothing is compared"
@@ -94,16 +93,66 @@ def _likely_cause(loss_differs: bool, model: Any) -> str:
     return "its forward changes the gradient between the output head and the loss"
 
 
-def _run(model: Any, batch: dict[str, Tensor], *, own: bool) -> tuple[Tensor, tuple[Tensor | None, ...], list[Any]]:
-    """Loss, gradients and the head's operands that they belong to."""
-    options = LossOptions(negatives=0, backend=model.ntp_fusion.options.backend)
-    call = Call(head=model.get_output_embeddings(), options=options, own=own, detach=True)
-    out = labelled_forward(model, call, dict(batch))
-    loss = out["loss"] if isinstance(out, dict) else out[0]
-    if call.leaves is None:
-        raise CannotFuse("model.get_output_embeddings() must be the module that computes the logits, got one not used")
-    leaves = [leaf for leaf in call.leaves if leaf is not None]
-    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True), leaves
+@dataclass(frozen=True)
+class _Result:
+    """A loss and the gradients at the head, by the names of its operands."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+_OPERANDS = ("hidden states", "weight", "bias")
+
+
+def _run(model: Any, batch: dict[str, Tensor]) -> tuple[_Result, _Result]:
+    """The fused loss and the model's own, each by its own backward pass from the loss to the head."""
+
+    def once(own: bool) -> _Result:
+        call = Call(head=model.get_output_embeddings(), options=_options(model), own=own, detach=True)
+        loss = _loss(labelled_forward(model, call, dict(batch)))
+        if call.leaves is None:
+            raise CannotFuse("model.get_output_embeddings() must be what computes the logits, got a module not used")
+        leaves = {part: leaf for part, leaf in zip(_OPERANDS, call.leaves) if leaf is not None}
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return _Result(float(loss.detach()), dict(zip(leaves, gradients)))
+
+    return once(own=False), once(own=True)
+
+
+@torch.no_grad()
+def _run_sharded(model: Any, batch: dict[str, Tensor]) -> tuple[_Result, _Result]:
+    """The same where weights come and go: a backward pass would set off what shards them in the middle of a forward.
+
+    The losses are those of two forward passes. The gradients are both made inside of the head, where its weight is: the
+    model's own by the cross-entropy of transformers on logits to which is done what the model did to the deferred ones.
+    """
+    gradients: list[dict[str, Tensor]] = []
+
+    @torch.enable_grad()
+    def inspect(logits: DeferredLogits, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Any) -> None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        operands = {"hidden states": logits.hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+        leaves = {part: operand.detach().requires_grad_() for part, operand in operands.items()}
+        hidden, matrix, offset = leaves["hidden states"], leaves["weight"], leaves.get("bias")
+        fused = lm_head.ntp_loss(hidden, matrix, labels, bias=offset, options=options).loss
+        z = logits.finish(nn.functional.linear(hidden, matrix, offset))
+        own = ForCausalLMLoss(z, labels, z.shape[-1])
+        for loss in (fused, own):
+            gradients.append(dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())))))
+
+    head = model.get_output_embeddings()
+    fused = _loss(labelled_forward(model, Call(head=head, options=_options(model), inspect=inspect), dict(batch)))
+    own = _loss(labelled_forward(model, Call(head=head, options=_options(model), own=True), dict(batch)))
+    return _Result(float(fused), gradients[0]), _Result(float(own), gradients[1])
+
+
+def _options(model: Any) -> LossOptions:
+    return LossOptions(negatives=0, backend=model.ntp_fusion.options.backend)
+
+
+def _loss(out: Any) -> Tensor:
+    return out["loss"] if isinstance(out, dict) else out[0]
 
 
 def _random_batch(model: Any) -> dict[str, Tensor]:
