@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
-from ntpseg.losses import NumItems
+from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
 from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
@@ -35,6 +35,7 @@ class NTPSegOutput(ModelOutput):
         prediction, nll, margin: ``[B, T]``, head 0, aligned with the target's position; -1 / 0 / 0 where unsupervised.
         last_hidden_state: ``[B, T, D]``.
         cache: the decoding cache, with ``use_cache=True``; also called past_key_values.
+        hidden_states, attentions: of every layer, with ``output_hidden_states=True`` and ``output_attentions=True``.
     """
 
     loss: Tensor | None = None
@@ -47,6 +48,8 @@ class NTPSegOutput(ModelOutput):
     margin: Tensor | None = None
     last_hidden_state: Tensor | None = None
     cache: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
 
     @property
     def past_key_values(self) -> Any:
@@ -66,6 +69,7 @@ class NTPSegModel(PreTrainedModel):
     config: NTPSegConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    _tied_weights_keys = {"heads.weight": "backbone.embed_tokens.weight"}  # noqa: RUF012  # declared as an instance variable in the base class
     supports_gradient_checkpointing = True
     # The Trainer passes the counts of the whole accumulated batch, and the loss is divided by them here.
     accepts_loss_kwargs = True
@@ -104,6 +108,24 @@ class NTPSegModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of all tokens."""
         self.backbone.embed_tokens = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in Hugging Face, the heads' output matrix and the sizes in the configuration included.
+
+        Raises:
+            ValueError: a range of ids in the configuration would end beyond the vocabulary, or ZeRO-3 has the weights.
+        """
+        config = self.config
+        if hasattr(self.heads.weight, "ds_id"):
+            raise ValueError("weights must be whole to resize them, got those that ZeRO-3 has partitioned")
+        ends = [span[1] for span in (config.vocab_range, config.image_range, config.mask_range) if span is not None]
+        if new_num_tokens is not None and ends and new_num_tokens < max(ends):
+            raise ValueError(f"new_num_tokens must be >= {max(ends)}, where a range of ids ends, got {new_num_tokens}")
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.heads.resize(embedding.num_embeddings)
+        config.vocab_size = config.text_config.vocab_size = embedding.num_embeddings
+        self.tie_weights()
+        return embedding
 
     @torch.no_grad()
     def init_visual_embeddings(
@@ -153,7 +175,7 @@ class NTPSegModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         grid_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -164,8 +186,10 @@ class NTPSegModel(PreTrainedModel):
         het_token: Tensor | None = None,
         num_items: NumItems | float | Tensor | None = None,
         loss_start: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> NTPSegOutput:
+    ) -> NTPSegOutput | tuple[Any, ...]:
         """Hidden states and, with labels, the loss.
 
         Args:
@@ -177,13 +201,20 @@ class NTPSegModel(PreTrainedModel):
             num_items: counts of the whole accumulated and global batch, see `ntpseg.NumItems`.
             loss_start: no label before this position is supervised; the heads skip the prompt. Read from `labels`
                 where it is not given, which on a GPU waits for the device.
-            **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences.
+            inputs_embeds: ``[B, T, D]`` in place of `input_ids`, as `embed` makes them (with the grid's part).
+            return_dict: False: a tuple of what is not None.
+            **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences or ``output_hidden_states``.
 
         Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
             ValueError: grid positions are configured and `grid_ids` is missing or not of the shape of `input_ids`.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
+        if input_ids is not None:
+            inputs_embeds = self.embed(input_ids, grid_ids)
         decoded = self.backbone(
-            inputs_embeds=self.embed(input_ids, grid_ids),
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -191,10 +222,17 @@ class NTPSegModel(PreTrainedModel):
             **kwargs,
         )
         hidden = decoded.last_hidden_state
-        if labels is None:
-            return NTPSegOutput(last_hidden_state=hidden, cache=getattr(decoded, CACHE))
-        losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
-        return NTPSegOutput(**losses, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
+        losses = {}
+        if labels is not None:
+            losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
+        out = NTPSegOutput(
+            **losses,
+            last_hidden_state=hidden,
+            cache=getattr(decoded, CACHE),
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _loss(
         self,
@@ -213,7 +251,7 @@ class NTPSegModel(PreTrainedModel):
         het = None
         if het_position is not None and het_token is not None and config.het_weight > 0:
             het = HardTokens(torch.where(het_position < start, -1, het_position - start), het_token)
-        out = self.heads.loss(
+        fields = self.heads(
             hidden[:, start:],
             labels[:, start:],
             negatives=config.negatives,
@@ -225,6 +263,7 @@ class NTPSegModel(PreTrainedModel):
             het=het,
             num_items=num_items,
         )
+        out = NTPOutput(*fields)
         pad = nn.functional.pad
         return {
             "loss": out.loss,
@@ -239,7 +278,7 @@ class NTPSegModel(PreTrainedModel):
 
     def next_token_logits(self, hidden: Tensor, vocab_range: tuple[int, int] | None = None) -> Tensor:
         """Head 0's logits ``[..., V]`` (or ``[..., hi - lo]``) of hidden states ``[..., D]``."""
-        return self.heads.logits(hidden, vocab_range=vocab_range).squeeze(-2)
+        return self.heads(hidden, logits_of=1, vocab_range=vocab_range).squeeze(-2)
 
 
 def first_supervised(labels: Tensor) -> int:
