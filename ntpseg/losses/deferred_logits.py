@@ -36,6 +36,8 @@ class DeferredLogits:
         dtype: of the logits.
         inner, squashed, outer: see above; `outer` is 1 unless `squashed`.
         ignore_masks: leave out what the model writes into its logits (``logits[..., ids] = -inf``).
+        cross_entropy: what ``F.cross_entropy`` of these logits is; None: refused, and so is flattening them for it.
+        flat: ``[B * T, V]`` to the outside.
     """
 
     hidden: Tensor
@@ -47,6 +49,8 @@ class DeferredLogits:
     squashed: bool = False
     outer: float = 1.0
     ignore_masks: bool = False
+    cross_entropy: Callable[..., Tensor] | None = None
+    flat: bool = False
 
     _TORCH_FUNCTIONS: ClassVar[dict[str, str]] = {
         "mul": "__mul__",
@@ -70,8 +74,9 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        """``[B, T, V]``."""
-        return torch.Size((*self.hidden.shape[:-1], self.classes))
+        """``[B, T, V]``, or ``[B * T, V]`` if `flat`."""
+        leading = self.hidden.shape[:-1]
+        return torch.Size((leading.numel(), self.classes) if self.flat else (*leading, self.classes))
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +122,19 @@ class DeferredLogits:
     def contiguous(self, *_: Any, **__: Any) -> DeferredLogits:
         return self
 
+    def reshape(self, *shape: Any) -> DeferredLogits:
+        sizes = tuple(shape[0]) if len(shape) == 1 else shape
+        if self.cross_entropy is None or sizes not in ((-1, self.classes), (self.shape[:-1].numel(), self.classes)):
+            raise self._refusal(f".view{sizes} of them")
+        return dataclasses.replace(self, flat=True)
+
+    view = reshape
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> DeferredLogits:
+        if (start_dim, end_dim) not in ((0, -2), (0, self.dim() - 2)):
+            raise self._refusal(f".flatten({start_dim}, {end_dim}) of them")
+        return self.reshape(-1, self.classes)
+
     def __mul__(self, factor: Any) -> DeferredLogits:
         if isinstance(factor, Tensor) and factor.numel() == 1 and not self.squashed and not self.biased:
             return dataclasses.replace(self, hidden=self.hidden * factor.reshape(()).to(self.hidden.dtype))
@@ -146,6 +164,8 @@ class DeferredLogits:
         return self.head(self, log_sum_exp=True)
 
     def __getitem__(self, index: Any) -> DeferredLogits:
+        if self.flat:
+            raise self._refusal("indices into the flattened ones")
         parts = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
             at = parts.index(Ellipsis)
@@ -176,6 +196,8 @@ class DeferredLogits:
         flat = [value for arg in args for value in (arg if isinstance(arg, list | tuple) else [arg])]
         found = [value for value in (*flat, *(kwargs or {}).values()) if isinstance(value, DeferredLogits)]
         first = found[0]
+        if name == "cross_entropy" and first.cross_entropy is not None and args[0] is first:
+            return first.cross_entropy(*args, **(kwargs or {}))
         method = cls._TORCH_FUNCTIONS.get(name)
         if method is not None and args and args[0] is first:
             return getattr(first, method)(*args[1:], **(kwargs or {}))

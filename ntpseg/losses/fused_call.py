@@ -45,6 +45,7 @@ class Call:
         detach: cut the graph before the head; `leaves` are then what its gradients are asked for.
         leaves: hidden states, weight and bias (or None) of the head.
         inspect: called inside of the head with the deferred logits, weight, bias, labels and options of the loss.
+        cross_entropy: see `DeferredLogits`.
         result: of the loss, once it is there.
     """
 
@@ -57,6 +58,7 @@ class Call:
     detach: bool = False
     leaves: list[Tensor | None] | None = None
     inspect: Callable[..., None] | None = None
+    cross_entropy: Callable[..., Tensor] | None = None
     result: NTPOutput | None = None
 
 

@@ -63,9 +63,10 @@ def _forward(
     labels: Tensor | None = None,
     options: LossOptions | None = None,
     log_sum_exp: bool = False,
+    per_token: bool = False,
     **tensors: Any,
 ) -> Any:
-    """Logits, deferred logits, or for deferred logits what they stand for: loss, log-partition function, logits.
+    """Logits, deferred logits, or for deferred logits what they stand for: loss, losses, their logsumexp, logits.
 
     The loss comes as the fields of `NTPOutput` in a tuple: ZeRO-3 looks for tensors in nothing else.
     """
@@ -81,6 +82,8 @@ def _forward(
                 options = dataclasses.replace(options, vocab_range=(low, min(high, hidden.classes)))
             if call is not None and call.inspect is not None:
                 call.inspect(hidden, weight, bias, labels, options)
+            if per_token:
+                return token_nll(states, weight, labels, bias=bias, options=options)
             out = ntp_loss(states, weight, labels, bias=bias, options=options, **tensors)
             return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
         if log_sum_exp:
@@ -101,6 +104,7 @@ def _forward(
         biased=bias is not None,
         dtype=states.dtype,
         ignore_masks=call.ignore_masks,
+        cross_entropy=call.cross_entropy,
     )
 
 
@@ -116,12 +120,12 @@ def _log_sum_exp(logits: DeferredLogits, weight: Tensor, bias: Tensor | None) ->
     return nll + dataclasses.replace(logits, dtype=nll.dtype).finish(first).squeeze(-1)
 
 
-def check_head(head: Any, model: Any) -> None:
+def check_head(head: Any, model: Any = None) -> None:
     """Refuses a head whose logits are not ``hidden @ weight.T + bias``, or whose weight is not to be had.
 
     Args:
         head: the output head, with what is wrapped around it.
-        model: whose head it is.
+        model: whose head it is; None: no language model of Hugging Face's.
 
     Raises:
         ValueError: the head is no linear layer, wrapped by an adapter, quantised or offloaded.
@@ -139,8 +143,8 @@ def check_head(head: Any, model: Any) -> None:
     if not head.weight.is_floating_point():
         raise CannotFuse(f"the output head must not be quantised, got a weight of {head.weight.dtype}")
     hook = getattr(head, "_hf_hook", None)
-    embedding = model.get_input_embeddings()
-    alone = head.weight.device.type == "meta" and any(p.device.type != "meta" for p in embedding.parameters())
+    embedded = [] if model is None else list(model.get_input_embeddings().parameters())
+    alone = head.weight.device.type == "meta" and any(p.device.type != "meta" for p in embedded)
     if alone or getattr(hook, "offload", False):
         raise CannotFuse(
             "the output head must stay on its device, got one that accelerate offloads between calls: keep it in "
