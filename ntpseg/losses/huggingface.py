@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ntpseg.losses.api import NTPLoss
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.fused_call import Call, Fusion, labelled_forward
-from ntpseg.losses.lm_head import check_head, fuse_head, is_fused_head, linear_of, unfuse_head
+from ntpseg.losses.lm_head import OUTPUT_FIELDS, check_head, fuse_head, is_fused_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.self_check import check_fusion, weights_are_here
 
@@ -142,6 +142,8 @@ def _forward(
     from ntpseg.memory import HardTokens
 
     fusion: Fusion = model.ntp_fusion
+    if args and args[0] is model:  # accelerate's unwrap_model binds what it finds on the instance once more
+        args = args[1:]
     kwargs = {**dict(zip(fusion.argument_names, args)), **kwargs}
     if kwargs.get("labels") is None:
         if num_items_in_batch is not None:
@@ -218,7 +220,7 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
     result = logits.head(
         logits, labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
     )
-    if not isinstance(result, tuple) or len(result) != len(dataclasses.fields(NTPOutput)):
+    if not isinstance(result, tuple) or len(result) != len(OUTPUT_FIELDS):
         raise CannotFuse(
             f"hooks of the output head must not change its output, got a {type(result).__name__} after them"
         )

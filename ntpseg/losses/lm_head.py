@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from ntpseg.losses.api import ntp_loss
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
-from ntpseg.losses.options import LossOptions
+from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.token_nll import token_nll
+
+OUTPUT_FIELDS = tuple(NTPOutput.__dataclass_fields__)  # made once: torch.compile cannot trace dataclasses.fields
 
 
 def linear_of(head: Any) -> Any:
@@ -85,7 +87,7 @@ def _forward(
             if per_token:
                 return token_nll(states, weight, labels, bias=bias, options=options)
             out = ntp_loss(states, weight, labels, bias=bias, options=options, **tensors)
-            return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
+            return tuple([getattr(out, name) for name in OUTPUT_FIELDS])
         if log_sum_exp:
             return _log_sum_exp(hidden, weight, bias)
         return hidden.finish(F.linear(states, weight, bias))

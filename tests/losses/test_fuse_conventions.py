@@ -12,6 +12,7 @@ import torch
 from tiny_llama import assert_same, batch, build, gradients
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ntpseg.losses.fused_output import FusedLMOutput
 from ntpseg.losses.huggingface import fuse_causal_lm, is_fused, unfuse_causal_lm
@@ -255,10 +256,19 @@ def test_trainer_trains_as_without(tmp_path: Path) -> None:
 
 
 def test_compiles() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     truth = gradients(model, batch())
     fuse_causal_lm(model, negatives=0)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = gradients(compiled, batch())
     assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, truth)
+
+
+def test_label_smoothing_is_trainers() -> None:
+    model, inputs = build(), batch()
+    smoother = LabelSmoother(epsilon=0.1)
+    labels = inputs["labels"]
+    truth = smoother(model(input_ids=inputs["input_ids"]), labels, shift_labels=True)
+    fuse_causal_lm(model, negatives=0, label_smoothing=0.1)
+    assert float(model(**inputs).loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -92,6 +94,92 @@ def test_the_loss_of_every_token_has_a_gradient(keywords: dict) -> None:
     incoming = torch.randn_like(nll)  # of either sign, as in a policy gradient
     expected = torch.autograd.grad(truth, leaves, incoming)
     assert all(error(one, other) < 1e-12 for one, other in zip(torch.autograd.grad(nll, leaves, incoming), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "keywords",
+    [{"softcap": 5.0}, {"logit_scale": 0.3}, {"label_smoothing": 0.1, "negatives": 0}, {"softcap": 5.0, "width": 64}],
+    ids=str,
+)
+def test_low_precision(keywords: dict, dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded operands; without negatives, whose arg-max rounding may decide otherwise."""
+    case = draw(**({"negatives": 0, "dtype": dtype, "classes": 300, "width": 32} | keywords))
+    bias = torch.randn(300, dtype=torch.float64).to(dtype)
+    truth, truth_grads = run(case, "reference", torch.float64, bias)
+    result, found = run(case, "torch", dtype, bias)
+    assert float(result.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=2e-2)
+    assert all(error(one, other) < 3e-2 for one, other in zip(found, truth_grads))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="CPU tensors need Triton's interpreter",
+)
+@pytest.mark.parametrize("keywords", [{"logit_scale": 0.3}, {"label_smoothing": 0.1, "negatives": 0}], ids=str)
+def test_kernels_have_them_too(keywords: dict) -> None:
+    case = draw(**({"dtype": torch.float32, "width": 16} | keywords))
+    bias = torch.randn(17, dtype=torch.float64)
+    truth, truth_grads = run(case, "reference", torch.float64, bias)
+    result, found = run(case, "triton", torch.float32, bias)
+    assert float(result.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-4)
+    assert all(error(one, other) < 1e-4 for one, other in zip(found, truth_grads))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_a_gradient_of_one_operand_alone(wanted: tuple[bool, bool, bool]) -> None:
+    case = draw(softcap=2.0)
+    bias = torch.randn(17, dtype=torch.float64)
+    grads = []
+    for backend in ("reference", "torch"):
+        leaves = [x.clone().requires_grad_(need) for x, need in zip((case.hidden, case.weight, bias), wanted)]
+        options = case.options.with_backend(backend)
+        out = ntp_loss(leaves[0], leaves[1], case.labels, bias=leaves[2], options=options, **case.tensors)
+        (2.5 * out.loss).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other, need in zip(*grads, wanted):
+        assert (one is not None) == (other is not None) == need
+        assert one is None or error(other, one) < 1e-11
+
+
+def test_operands_that_are_not_contiguous() -> None:
+    case = draw(softcap=2.0, logit_scale=0.5)
+    bias = torch.randn(17, dtype=torch.float64)
+    truth, truth_grads = run(case, "reference", torch.float64, bias)
+    hidden = case.hidden.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    weight = case.weight.t().contiguous().t().requires_grad_()
+    strided = torch.stack([bias, bias], 1)[:, 0].requires_grad_()
+    out = ntp_loss(hidden, weight, case.labels, bias=strided, options=case.options, **case.tensors)
+    assert float(out.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-12)
+    found = torch.autograd.grad(out.loss, [hidden, weight, strided])
+    assert all(error(one, other) < 1e-11 for one, other in zip(found, truth_grads))
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"softcap": 2.0}, {"logit_scale": 2.0}, {"label_smoothing": 0.2, "negatives": 0}], ids=str
+)
+def test_nothing_supervised_is_a_zero_with_zero_gradients(keywords: dict) -> None:
+    for more in ({"unsupervised": 1.0}, {"time": 1, "k": 1}):
+        out, grads = run(draw(**(keywords | more)), "torch", torch.float32, torch.randn(17))
+        assert float(out.loss.detach()) == 0
+        assert not any(grad.any() for grad in grads)
+
+
+def test_filtered_gradients_with_a_softcap() -> None:
+    case = draw(softcap=8.0, scale=4.0, classes=600, gradient_filter=1e-9)
+    _, truth = run(case, "reference", torch.float64, None)
+    _, found = run(case, "torch", torch.float64, None)
+    assert all(error(one, other) < 1e-5 for one, other in zip(found, truth))
+
+
+def test_autocast_reaches_the_bias() -> None:
+    case = draw(dtype=torch.float32, width=32, negatives=0)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, torch.randn(17))]
+    truth = ntp_loss(*leaves[:2], case.labels, bias=leaves[2], options=case.options, **case.tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ntp_loss(*leaves[:2], case.labels, bias=leaves[2], options=case.options, **case.tensors)
+    assert float(out.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=2e-2)
+    assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(out.loss, leaves))
 
 
 def test_refused() -> None:

@@ -31,11 +31,13 @@ CASES = {
     "one rank has no shard": {"slots": 2},
     "filtered": {"gradient_filter": 1e-300},
     "bfloat16": {"dtype": torch.bfloat16, "width": 32, "negatives": 0},
+    "scaled": {"logit_scale": 0.3},
+    "capped": {"softcap": 3.0, "logit_scale": 0.5, "chunk_bytes": 500},
 }
 
 
 # the same in fp32 for the kernels, which leave float64 to PyTorch
-FOR_KERNELS = {name: {"dtype": torch.float32, "width": 16} | case for name, case in CASES.items()}
+FOR_KERNELS = {name: {"dtype": torch.float32, "width": 16} | case for name, case in CASES.items() if name != "capped"}
 FOR_KERNELS |= {
     "one rank holds nothing": {"dtype": torch.float32, "vocab_range": (7, 15), "negatives": 3},
     "filtered tiles": {"dtype": torch.bfloat16, "width": 16, "negatives": 3, "gradient_filter": 1e-30},
