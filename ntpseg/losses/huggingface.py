@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,9 +147,9 @@ def _forward(
         args = args[1:]
     kwargs = {**dict(zip(fusion.argument_names, args)), **kwargs}
     if kwargs.get("labels") is None:
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None or _trainer_has_labels(model):
             raise ValueError(
-                "labels must reach the model, got num_items_in_batch without: under label_smoothing_factor and "
+                "labels must reach the model, got none from Trainer: under label_smoothing_factor and "
                 "compute_loss_func Trainer takes the labels out and computes the loss from logits. Leave these out; "
                 "fuse_causal_lm(model, negatives=0, label_smoothing=...) smooths the labels"
             )
@@ -171,6 +172,23 @@ def _forward(
     out = labelled_forward(model, call, kwargs)
     wanted = not model.training if skip_logits is None else not skip_logits
     return _finished(out, call, wanted, predictions=bool(skip_logits))
+
+
+def _trainer_has_labels(model: Any) -> bool:
+    """Whether this call comes from a Trainer that has taken the labels out of the batch.
+
+    It passes ``num_items_in_batch`` on all the same, but not to the models that say ``accepts_loss_kwargs = False``:
+    for these there is no sign of it but the caller.
+    """
+    if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compute_loss":
+        frame = frame.f_back  # type: ignore[assignment]  # None above the outermost
+    if frame is None or frame.f_locals.get("labels") is None:
+        return False
+    trainer = frame.f_locals.get("self")
+    return any(getattr(trainer, name, None) is not None for name in ("label_smoother", "compute_loss_func"))
 
 
 def _finished(out: Any, call: Call, logits: bool, *, predictions: bool) -> Any:

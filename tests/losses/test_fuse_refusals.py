@@ -192,8 +192,12 @@ def test_what_the_model_does_to_its_logits_is_no_option(keywords: dict) -> None:
         fuse_causal_lm(build(), **keywords)
 
 
-def test_trainers_label_smoothing_is_no_silent_bypass() -> None:
-    model = fuse_causal_lm(build(), negatives=0)
+@pytest.mark.parametrize("accepts", [True, False])
+def test_trainers_label_smoothing_is_no_silent_bypass(accepts: bool) -> None:
+    model = build()
+    model.accepts_loss_kwargs = accepts  # False: Trainer passes num_items_in_batch to no such model
+    fuse_causal_lm(model, negatives=0)
+    assert model(input_ids=batch()["input_ids"]).logits is not None
     rows = [{name: value[0] for name, value in batch().items()}] * 4
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
