@@ -1,15 +1,21 @@
-"""A LlamaGen-like loop: class-conditional image tokens, a vocabulary that is the codebook alone, weights per token.
+"""A LlamaGen-like loop, its forward and its loss untouched: image codes after a class or a caption.
 
-    python examples/llamagen_like.py [--steps 12]
+    python examples/llamagen_like.py [--condition class|caption] [--steps 12]
 
-LlamaGen (arXiv 2406.06525) feeds ``[class, code_1 .. code_{n-1}]`` and compares position i with code_i, so there is no
-shift, and masks its loss with a weight per token (``valid``): ``(loss * valid).sum() / valid.sum()``.
+LlamaGen (arXiv 2406.06525, github.com/FoundationVision/LlamaGen) feeds the condition's tokens and ``code_1 ..
+code_{n-1}``, compares the positions from the condition's last one on with ``code_1 .. code_n``, so there is no shift,
+and computes the loss inside of its forward. The vocabulary is the codebook, 16,384. With probability 0.1 the
+condition is dropped for classifier-free guidance. Rows of the caption model carry a flag ``valid`` that weighs their
+loss, which therefore is one number per token first: there the fused loss is computed once more in the backward pass,
+and has no TCL.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from compare import compare, fit
@@ -17,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
-from ntpseg import ntp_loss
+from ntpseg.losses.fused_cross_entropy import fused_cross_entropy
+
+CLASSES, CAPTION_WIDTH, CAPTION_TOKENS = 10, 48, 5
+DROP = 0.1
 
 
 class ImageGenerator(nn.Module):
-    """Class embedding, code embedding, Llama decoder, output head over the codebook."""
+    """Condition, code embedding, Llama decoder, output head over the codebook."""
 
-    def __init__(self, codes: int, classes: int, width: int, tokens: int) -> None:
+    def __init__(self, condition: str, codes: int, width: int, tokens: int) -> None:
         super().__init__()
         config = LlamaConfig(
             vocab_size=codes,
@@ -31,45 +40,58 @@ class ImageGenerator(nn.Module):
             intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=tokens,
+            max_position_embeddings=tokens + CAPTION_TOKENS,
         )
         self.decoder = LlamaModel(config)
-        self.classes = nn.Embedding(classes, width)
-        self.head = nn.Linear(width, codes, bias=False)
+        self.by_class = condition == "class"
+        self.condition_tokens = 1 if self.by_class else CAPTION_TOKENS
+        self.classes = nn.Embedding(CLASSES + 1, width)  # the last: none
+        self.caption = nn.Linear(CAPTION_WIDTH, width, bias=False)
+        self.no_caption = nn.Parameter(torch.randn(CAPTION_TOKENS, CAPTION_WIDTH))
+        self.output = nn.Linear(width, codes, bias=False)
 
-    def states(self, label: Tensor, codes: Tensor) -> Tensor:
-        """Hidden states ``[B, n, D]``; position i has seen the class and the codes before i."""
-        inputs = torch.cat([self.classes(label).unsqueeze(1), self.decoder.embed_tokens(codes[:, :-1])], 1)
-        return self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    def conditions(self, condition: Tensor) -> Tensor:
+        """``[B, c, D]`` of classes ``[B]`` or caption features ``[B, c, E]``, some of them dropped in training."""
+        dropped = torch.rand(len(condition), device=condition.device) < (DROP if self.training else 0.0)
+        if self.by_class:
+            return self.classes(torch.where(dropped, CLASSES, condition)).unsqueeze(1)
+        return self.caption(torch.where(dropped[:, None, None], self.no_caption, condition))
+
+    def forward(self, idx: Tensor, condition: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The loss; ``idx`` are the codes but for the last, ``targets`` all of them, ``valid`` ``[B]`` weights."""
+        inputs = torch.cat([self.conditions(condition), self.decoder.embed_tokens(idx)], 1)
+        logits = self.output(self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state).float()
+        logits = logits[:, self.condition_tokens - 1 :].contiguous()
+        if valid is None:
+            return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        each = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction="none")
+        weight = valid[:, None].expand_as(targets).reshape(-1)
+        return (each * weight).sum() / weight.sum().clamp_min(1)
 
 
-def own_loss(model: ImageGenerator, states: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
-    """What LlamaGen computes."""
-    loss = F.cross_entropy(model.head(states).flatten(0, 1), codes.flatten(), reduction="none")
-    return (loss * valid.flatten()).sum() / valid.sum()
-
-
-def fused_loss(model: ImageGenerator, states: Tensor, codes: Tensor, valid: Tensor) -> Tensor:
-    """The same without logits; leave out ``negatives=0`` for TCL on top."""
-    return ntp_loss(states, model.head.weight, codes, shift=False, token_weights=valid, negatives=0).loss
-
-
-def train(loss_function: Callable[..., Tensor], args: argparse.Namespace, device: torch.device) -> list[float]:
+def train(around: Callable[[nn.Module], Any], args: argparse.Namespace, device: torch.device) -> list[float]:
+    """The losses of a short training; `around` gives the context in which the model is called."""
     torch.manual_seed(0)
-    model = ImageGenerator(args.codes, 4, args.width, args.tokens).to(device)
+    model = ImageGenerator(args.condition, args.codes, args.width, args.tokens).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     pictures = torch.randint(0, args.codes, (4, args.tokens), device=device)
+    captions = torch.randn(4, CAPTION_TOKENS, CAPTION_WIDTH, device=device)
 
     def loss() -> Tensor:
         label = torch.randint(0, 4, (args.batch,), device=device)
-        valid = (torch.rand(args.batch, args.tokens, device=device) > 0.2).float()
-        return loss_function(model, model.states(label, pictures[label]), pictures[label], valid)
+        codes, valid = pictures[label], None
+        condition = label if model.by_class else captions[label]
+        if not model.by_class:
+            valid = (torch.rand(args.batch, device=device) > 0.2).float()
+        with around(model.output):
+            return model(codes[:, :-1], condition, codes, valid)
 
     return fit(optimizer, loss, args.steps)
 
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--condition", choices=("class", "caption"), default="class")
     parser.add_argument("--codes", type=int, default=16384)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
@@ -77,7 +99,11 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return compare(lambda: train(own_loss, args, device), lambda: train(fused_loss, args, device), device)
+    return compare(
+        lambda: train(lambda head: contextlib.nullcontext(), args, device),
+        lambda: train(lambda head: fused_cross_entropy(head, negatives=0), args, device),
+        device,
+    )
 
 
 if __name__ == "__main__":

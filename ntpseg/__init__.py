@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ntpseg.utils.after_import import after_import
 from ntpseg.utils.lazy import lazy_exports
 
 __version__ = "0.2.0"
@@ -37,6 +39,15 @@ __all__ = [
 
 
 __getattr__ = lazy_exports(__name__, _EXPORTS)
+
+
+def _register(configuration_auto: ModuleType) -> None:
+    from ntpseg.models.auto import register_on_demand
+
+    register_on_demand(configuration_auto)
+
+
+after_import("transformers.models.auto.configuration_auto", _register)
 
 
 def __dir__() -> list[str]:

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ntpseg.losses.arguments import checked_counts, checked_shapes, merged_options
+from ntpseg.losses.arguments import check_transforms, checked_counts, checked_shapes, merged_options
 from ntpseg.losses.backends import choose_backend
 from ntpseg.losses.fused import loss_op
+from ntpseg.losses.logit_changes import append_bias, smoothing_term
 from ntpseg.losses.options import LossOptions, LossParts, NTPOutput, NumItems, TokenResults
 from ntpseg.losses.reference import reference_loss
 from ntpseg.losses.supervision import Supervision
-from ntpseg.losses.vocab_parallel import shard_offset
+from ntpseg.losses.vocab_parallel import local_shards, shard_offset
 from ntpseg.ops.loss import LossInputs, LossOutputs
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def ntp_loss(
     num_items: NumItems | float | Tensor | None = None,
     backend: str = "auto",
     token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     options: LossOptions | None = None,
 ) -> NTPOutput:
@@ -67,11 +69,13 @@ def ntp_loss(
             stands for ``NumItems(rows=[N] * k, het=N)``.
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
         token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
-            in their denominators.
+            in their denominators. Class weights c are ``c[labels]`` here, with the denominator of PyTorch's.
+        bias: ``[V]`` or ``[k, V]``, added to the logits before scale and softcap. Costs a copy of the weight.
         group: ranks that share the vocabulary: `weight` is this rank's shard ``[V_rank, D]`` (or ``[k, V_rank, D]``),
             in the order of the ranks; every other argument is the same on all of them, ids count over the whole
             vocabulary, and each gets the whole gradient of `hidden`. All must want a gradient of `hidden` or none, and
-            run on devices of one kind. Every call gathers the sizes of the shards, which synchronises.
+            run on devices of one kind. Every call gathers the sizes of the shards, which synchronises. A weight that
+            is a DTensor in ``Shard(0)`` over one mesh dimension brings its group along.
         options: all of the above that is no tensor, and more (`LossOptions`), in one object. Keywords that are
             also in it must then be left at their defaults.
 
@@ -93,21 +97,27 @@ def ntp_loss(
         vocab_range=vocab_range,
         backend=backend,
     )
+    check_transforms(hidden, weight)
+    weight, bias, group = local_shards(weight, bias, group, hidden, labels)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     shard_start, vocabulary = 0, weight.shape[-2] if weight.dim() > 1 else 0
     if group is not None:
         shard_start, vocabulary = shard_offset(weight, group)
-    hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights, vocabulary)
+    hidden, weight, labels = checked_shapes(hidden, weight, labels, settings, het, token_weights, vocabulary, bias)
     num_rows, num_het = checked_counts(num_items, hidden)
     low, high = settings.vocab_range or (0, vocabulary)
     start, stop = max(low, shard_start), min(high, shard_start + weight.shape[-2])
     if (start, stop) != (shard_start, shard_start + weight.shape[-2]):
-        weight = weight.narrow(-2, min(start - shard_start, weight.shape[-2]), max(stop - start, 0))
+        first, count = min(start - shard_start, weight.shape[-2]), max(stop - start, 0)
+        weight = weight.narrow(-2, first, count)
+        bias = None if bias is None else bias.narrow(-1, first, count)
     weight = weight.to(hidden.dtype)
-    name = choose_backend(settings.backend, hidden.device)
+    name = choose_backend(settings.backend, hidden.device, settings.softcap)
     if group is not None and name == "reference":
         raise ValueError(f"backend must be torch, triton or auto where group is given, got {settings.backend!r}")
+    if group is not None and settings.label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 where group is given, got {settings.label_smoothing}")
     supervision = Supervision(
         labels=labels,
         het_position=None if het is None else het.position,
@@ -117,8 +127,12 @@ def ntp_loss(
         num_het=num_het,
     )
     if name == "reference":
-        loss, parts, tokens = reference_loss(hidden, weight, supervision, settings)
+        loss, parts, tokens = reference_loss(hidden, weight, supervision, settings, bias)
     else:
+        if bias is not None:
+            hidden, weight = append_bias(hidden, weight, bias)
+        if settings.logit_scale != 1:
+            hidden = hidden * settings.logit_scale
         inputs = LossInputs(
             hidden,
             weight,
@@ -132,6 +146,8 @@ def ntp_loss(
         )
         outputs = LossOutputs(*loss_op(*inputs))
         loss, parts = outputs.loss, LossParts(*outputs.parts.unbind())
+        if settings.label_smoothing:
+            loss = loss + smoothing_term(hidden, weight, supervision, settings)
         tokens = TokenResults(outputs.prediction, outputs.nll, outputs.margin)
     return NTPOutput.make(loss, parts, tokens, settings)
 
@@ -167,6 +183,7 @@ class NTPLoss(nn.Module):
         het: HardTokens | None = None,
         num_items: NumItems | float | Tensor | None = None,
         token_weights: Tensor | None = None,
+        bias: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> NTPOutput:
         """See `ntp_loss`."""
@@ -177,6 +194,7 @@ class NTPLoss(nn.Module):
             het=het,
             num_items=num_items,
             token_weights=token_weights,
+            bias=bias,
             group=group,
             options=self.options,
         )

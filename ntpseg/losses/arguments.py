@@ -37,6 +37,21 @@ def merged_options(options: LossOptions | None, **keywords: Any) -> LossOptions:
     return options
 
 
+def check_transforms(*tensors: Tensor) -> None:
+    """Refuses the tensors of ``torch.func``: the loss is an operator whose gradient is no differentiable function.
+
+    Raises:
+        ValueError: one is inside ``torch.func.grad``, ``vmap`` or their like.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise ValueError(
+            "hidden and weight must be plain tensors, got those of a torch.func transform (grad, vmap, jvp ...): use "
+            "loss.backward() or torch.autograd.grad, or backend='reference' outside of ntp_loss's operator"
+        )
+
+
 def checked_shapes(
     hidden: Tensor,
     weight: Tensor,
@@ -45,6 +60,7 @@ def checked_shapes(
     het: HardTokens | None,
     token_weights: Tensor | None,
     vocabulary: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns hidden as ``[B, T, k, D]``, the weight and int64 labels.
 
@@ -66,8 +82,10 @@ def checked_shapes(
         raise ValueError(f"head_weights must hold {heads} numbers, one per head, got {list(options.head_weights)}")
     if options.vocab_range is not None and options.vocab_range[1] > vocabulary:
         raise ValueError(f"vocab_range must end within the {vocabulary} classes, got {options.vocab_range}")
-    for name, tensor in {"weight": weight, "labels": labels}.items():
-        if tensor.device != hidden.device:
+    if bias is not None and (bias.shape != weight.shape[:-1] or bias.dtype not in _FLOATS):
+        raise ValueError(f"bias must be a float {list(weight.shape[:-1])} tensor, got {shown(bias)}")
+    for name, tensor in {"weight": weight, "labels": labels, "bias": bias}.items():
+        if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden ({hidden.device}), got {tensor.device}")
     check_supervision(labels, het, token_weights, batch, time)
     return hidden, weight, labels.to(torch.int64)

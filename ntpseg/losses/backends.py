@@ -9,13 +9,15 @@ What it is given
         num_negatives, hard_tokens, ...). R may be 0.
     `weight`: ``[V, D]`` (one segment) or ``[k, V, D]`` (k segments), already cut to ``options.vocab_range``, the same
         dtype as ``rows.hidden``. Its last dimension is contiguous; do not assume the rest. Never write to it.
-    `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, gradient_filter and chunk_bytes. The rest
-        (heads, shift, ignore_index, vocab_range, counts, token weights) is already worked into `rows`.
+    `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, softcap, gradient_filter and chunk_bytes.
+        The rest (heads, shift, ignore_index, vocab_range, logit_scale, counts, token weights) is already worked into
+        `rows`. Only the torch backend knows a softcap, and `choose_backend` gives it to no other.
     `hidden_grad`, `weight_grad`: which gradients are wanted. A frozen weight or a call without autograd pays nothing.
     `shard`: the classes that `weight` holds where ranks share the vocabulary (`ntpseg.losses.vocab_parallel`); then
         `d_hidden` is summed over them. None: all.
 
 What it computes, for row r with g = row_weight[r], y = target[r], z = weight @ hidden[r]
+    z becomes softcap * tanh(z / softcap) where that is on
     nll = lse - z[y];  margin = max z - z[y];  prediction = argmax z, lowest id on ties
     negatives: prediction[r - i] for 1 <= i <= num_negatives[r], where it differs from y
     tcl = log(1 + sum_negatives exp((z[neg] - z[y]) / tau))
@@ -114,12 +116,16 @@ def _load_error(name: str) -> str:
     return ""
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """Resolves "auto": triton on CUDA where it imports, else torch.
+def choose_backend(name: str, device: torch.device, softcap: float | None = None) -> str:
+    """Resolves "auto": triton on CUDA where it imports and can do what is asked for, else torch.
 
     Raises:
-        ValueError: "triton" was asked for and cannot be imported.
+        ValueError: "triton" was asked for and cannot be imported, or with a softcap.
     """
+    if softcap is not None:
+        if name == "triton":
+            raise ValueError(f"backend must be auto, torch or reference with softcap, got {name!r}")
+        return "torch" if name == "auto" else name
     if name == "triton":
         error = _load_error(name)
         if error:

@@ -34,6 +34,13 @@ class LossOptions:
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA where it is usable, else torch).
         z_loss: factor of the mean squared log-partition function, PaLM's z-loss (arXiv 2204.02311, section 5);
             0 switches it off. The mean is weighted like CE.
+        logit_scale: factor of all logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``). Multiplied
+            into the hidden states, which rounds them once in their dtype.
+        softcap: c > 0: logits become ``c * tanh(z / c)`` after the scale (Gemma 2, arXiv 2408.00118, section 2); None:
+            they do not. Runs on the torch backend; backend "auto" chooses that one, also on a GPU.
+        label_smoothing: epsilon in [0, 1): the cross-entropy is taken against ``1 - epsilon`` of the target and epsilon
+            spread evenly over all classes that take part, as in ``torch.nn.functional.cross_entropy``. Needs
+            ``negatives=0``; `NTPOutput.ntp`, ``nll`` and ``margin`` stay those of the target alone.
         gradient_filter: probabilities below this are left out of both gradients where a whole tile is below it
             (cut cross-entropy, arXiv 2411.09009, section 4.3). 0 (the default) keeps the exact gradient; 2**-12 is
             the usual choice, below the resolution of bf16 next to a probability of one. Error bound: each
@@ -60,6 +67,9 @@ class LossOptions:
     per_head: bool = False
     max_rows: int | None = None
     chunk_bytes: int | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         check_integer("negatives", self.negatives, 0)
@@ -67,6 +77,16 @@ class LossOptions:
             check_number(name, getattr(self, name), 0)
         check_number("temperature", self.temperature, above=0)
         check_number("gradient_filter", self.gradient_filter, 0, below=1)
+        check_number("label_smoothing", self.label_smoothing, 0, below=1)
+        check_number("logit_scale", self.logit_scale)
+        if self.logit_scale == 0:
+            raise ValueError(f"logit_scale must not be 0, got {self.logit_scale!r}")
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, above=0)
+        if self.label_smoothing and self.negatives:
+            raise ValueError(f"negatives must be 0 with label_smoothing, got {self.negatives}")
+        if self.label_smoothing and self.softcap is not None:
+            raise ValueError(f"softcap must be None with label_smoothing, got {self.softcap}")
         if self.head_weights is not None:
             weights = tuple(float(w) for w in self.head_weights)
             if not weights or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
@@ -146,7 +166,7 @@ class NTPOutput:
     the token that was to be predicted: prediction int64, nll and margin floating, -1 / 0 / 0 where unsupervised.
 
     Attributes:
-        loss: ``nktp + tcl_weight * tcl + het_weight * het + z_loss * z``.
+        loss: ``nktp + tcl_weight * tcl + het_weight * het + z_loss * z``, and what label smoothing adds.
         ntp: cross-entropy of head 0.
         nktp: weighted cross-entropy over all heads.
         tcl: token-level contrastive loss.

@@ -15,7 +15,7 @@ from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, 
 
 
 def reference_loss(
-    hidden: Tensor, weight: Tensor, supervision: Supervision, options: LossOptions
+    hidden: Tensor, weight: Tensor, supervision: Supervision, options: LossOptions, bias: Tensor | None = None
 ) -> tuple[Tensor, LossParts, TokenResults]:
     """The loss and its parts, one obvious step after another.
 
@@ -24,6 +24,7 @@ def reference_loss(
         weight: ``[V, D]`` or ``[k, V, D]``, the classes of ``options.vocab_range`` only.
         supervision: labels, hard tokens, token weights and counts.
         options: what is not a tensor.
+        bias: ``[V]`` or ``[k, V]``, of the same classes as `weight`.
 
     Returns:
         The differentiable scalar loss, and detached parts and per-token results.
@@ -38,6 +39,10 @@ def reference_loss(
         logits = torch.einsum("btkd,vd->btkv", hidden, weight).to(work)
     else:
         logits = torch.einsum("btkd,kvd->btkv", hidden, weight).to(work)
+
+    logits = (logits if bias is None else logits + bias.to(work)) * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
 
     target = shift_by_head(labels, heads, options.ignore_index, options).permute(1, 2, 0)
     supervised = target != options.ignore_index
@@ -85,7 +90,9 @@ def reference_loss(
     z = _ratio((row_weight * lse.square()).sum(), denominator)
     het = _ratio(het, entries if supervision.num_het is None else supervision.num_het.to(work))
 
-    loss = nktp + options.tcl_weight * tcl + options.het_weight * het
+    smooth = _ratio((row_weight * torch.where(supervised, lse - logits.mean(-1), 0.0)).sum(), denominator)
+    cross_entropy = (1 - options.label_smoothing) * nktp + options.label_smoothing * smooth
+    loss = cross_entropy + options.tcl_weight * tcl + options.het_weight * het
     if options.z_loss:
         loss = loss + options.z_loss * z
     parts = LossParts(ntp.detach(), nktp.detach(), tcl.detach(), het.detach(), z.detach())

@@ -57,7 +57,7 @@ def rows_loss(
         # in time order: the negatives of a block's first rows are what the block before has predicted
         for low in range(start, stop, tiling.block_rows):
             part = slice(low, min(low + tiling.block_rows, stop))
-            block = Block.make(rows, part, matrices[matrix], buffer, tiling, shard)
+            block = Block.make(rows, part, matrices[matrix], options.softcap, buffer, tiling, shard)
             _run_block(block, result, matrix, options, first=low == start)
 
     if d_hidden is not None:
@@ -81,6 +81,7 @@ class Block:
         target_logit: ``[C]`` work, taken as exact: the product may round it differently, and the margin of a right
             prediction must be exactly 0.
         row_weight, num_negatives, hard_tokens, entry_weight: see `ntpseg.losses.compaction.Rows`.
+        softcap: see `LossOptions`; `target_logit` and all logits below are those after it.
         e: ``[C, V]``, or None where only reductions are wanted.
         tiling: sizes and dtypes.
         shard: the classes that `weight` holds.
@@ -96,12 +97,21 @@ class Block:
     num_negatives: Tensor
     hard_tokens: Tensor
     entry_weight: Tensor
+    softcap: float | None
     e: Tensor | None
     tiling: Tiling
     shard: Shard
 
     @staticmethod
-    def make(rows: Rows, part: slice, weight: Tensor, buffer: Tensor | None, tiling: Tiling, shard: Shard) -> Block:
+    def make(
+        rows: Rows,
+        part: slice,
+        weight: Tensor,
+        softcap: float | None,
+        buffer: Tensor | None,
+        tiling: Tiling,
+        shard: Shard,
+    ) -> Block:
         """The rows `part`; `buffer` has room for their exponentials."""
         hidden, target = rows.hidden[part].to(tiling.product_dtype), rows.target[part].clamp_min(0)
         work = rows.row_weight.dtype
@@ -111,11 +121,12 @@ class Block:
             weight=weight,
             valid=rows.target[part] >= 0,
             target=target,
-            target_logit=token_logits(hidden, weight, target.unsqueeze(1), work, shard).squeeze(1),
+            target_logit=capped(token_logits(hidden, weight, target.unsqueeze(1), work, shard).squeeze(1), softcap),
             row_weight=rows.row_weight[part],
             num_negatives=rows.num_negatives[part],
             hard_tokens=rows.hard_tokens[part],
             entry_weight=rows.entry_weight,
+            softcap=softcap,
             e=None if buffer is None else buffer[: len(target)],
             tiling=tiling,
             shard=shard,
@@ -173,19 +184,23 @@ class RowStats:
 
 
 def exponentials(block: Block, anchor: Tensor) -> RowStats:
-    """Writes ``exp(z - anchor)`` to ``block.e`` (unless None) and reduces it on the way; `anchor` is ``[C]``."""
+    """Writes ``exp(z - anchor)`` to ``block.e`` (unless None) and reduces it on the way; `anchor` is ``[C]``.
+
+    With a softcap what is written is multiplied by the derivative of the capped logit already: the sums are taken
+    before, and the gradients are all that ``block.e`` is read for afterwards.
+    """
     hidden, weight, e, shard = block.hidden, block.weight, block.e, block.shard
     rows, classes, work = len(hidden), len(weight), anchor.dtype
     row_max = torch.full((rows,), -torch.inf, dtype=work, device=hidden.device)
     argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     row_sum = torch.zeros(rows, dtype=work, device=hidden.device)
     column, owned = shard.local_index(block.target)
-    if classes and loss_cpu.serves_blocks(hidden, weight):
+    if classes and block.softcap is None and loss_cpu.serves_blocks(hidden, weight):
         column = torch.where(owned, column, -1)
         row_max, argmax, row_sum = loss_cpu.block_exponentials(hidden, weight, anchor, column, block.target_logit, e)
         return RowStats(anchor, *shard.all_reduce_max(row_max, argmax), shard.all_reduce_sum(row_sum))
 
-    native = loss_cpu.serves_tiles(hidden)
+    native = block.softcap is None and loss_cpu.serves_tiles(hidden)
     in_place = e if native else None
     # the native pass reads memory as fast as it comes: one product over all classes suits it better than many
     step = block.tiling.tile_classes if in_place is None else max(classes, 1)
@@ -194,12 +209,13 @@ def exponentials(block: Block, anchor: Tensor) -> RowStats:
     for tile, low in enumerate(range(0, classes, step)):
         high = min(low + step, classes)
         out = scratch[: rows * (high - low)].view(rows, high - low) if in_place is None else in_place[:, low:high]
-        z = products.logits(hidden, weight[low:high], out=out)
+        z = capped(products.logits(hidden, weight[low:high], out=out), block.softcap)
         here = (target_tile == tile).nonzero().squeeze(1)
         z[here, column[here] - low] = block.target_logit[here]
         if native:
             loss_cpu.exponentials_(z, anchor, row_max, argmax, row_sum, low)
             continue
+        damping = cap_slope(z, block.softcap)
         gap = z.sub_(anchor.unsqueeze(1))
         tile_max = gap.amax(1)
         higher = (tile_max > row_max).nonzero().squeeze(1)  # strictly: ties stay with the lower class
@@ -207,7 +223,7 @@ def exponentials(block: Block, anchor: Tensor) -> RowStats:
         row_max = torch.maximum(row_max, tile_max)
         row_sum += gap.exp_().sum(1)
         if e is not None:
-            e[:, low:high].copy_(gap)
+            e[:, low:high].copy_(gap if damping is None else gap.mul_(damping))
     return RowStats(anchor, *shard.all_reduce_max(row_max, argmax), shard.all_reduce_sum(row_sum))
 
 
@@ -219,18 +235,30 @@ def token_logits(hidden: Tensor, weight: Tensor, token: Tensor, work: torch.dtyp
     return shard.all_reduce_sum(products.indexed_dot(hidden, weight, column, work).masked_fill(~owned, 0.0))
 
 
+def capped(z: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(z / softcap)``, in place; `z` itself without a softcap."""
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def cap_slope(z: Tensor, softcap: float | None) -> Tensor | None:
+    """The derivative ``1 - (z / softcap)^2`` of `capped` at capped logits `z`; None without a softcap."""
+    return None if softcap is None else 1 - (z / softcap).square_()
+
+
 @dataclass(frozen=True)
 class ContrastiveTerms:
     """TCL and HET of each row, and their gradients at the few classes that they read.
 
     Attributes:
         token: ``[C, m + h]`` int64, 0 where there is none.
+        slope: ``[C, m + h]``, `cap_slope` of their logits; None without a softcap.
         tcl_grad: ``[C, m]``, d tcl / d z[negative].
         het_grad: ``[C, h]``, d het / d z[hard token].
         tcl, het: ``[C]``.
     """
 
     token: Tensor
+    slope: Tensor | None
     tcl_grad: Tensor
     het_grad: Tensor
     tcl: Tensor
@@ -252,7 +280,7 @@ def contrastive_terms(block: Block, prediction: Tensor, options: LossOptions) ->
     exists = (back <= block.num_negatives.unsqueeze(1)) & (negative != target.unsqueeze(1)) & (negative >= 0)
     hard = block.hard_tokens
     token = torch.cat([torch.where(exists, negative, 0), hard.clamp_min(0)], 1)
-    z = token_logits(block.hidden, block.weight, token, z_y.dtype, block.shard)
+    z = capped(token_logits(block.hidden, block.weight, token, z_y.dtype, block.shard), block.softcap)
     gap = (z - z_y.unsqueeze(1)) / options.temperature
     gap = gap.masked_fill(~torch.cat([exists, hard >= 0], 1), -torch.inf)
     negative_gap, hard_gap = gap.split([options.negatives, hard.shape[1]], 1)
@@ -260,6 +288,7 @@ def contrastive_terms(block: Block, prediction: Tensor, options: LossOptions) ->
     tcl = torch.cat([negative_gap, one], 1).logsumexp(1)
     return ContrastiveTerms(
         token=token,
+        slope=cap_slope(z, block.softcap),
         tcl_grad=torch.exp(negative_gap - tcl.unsqueeze(1)) / options.temperature,
         het_grad=torch.sigmoid(hard_gap) / options.temperature,
         tcl=tcl,
@@ -287,10 +316,14 @@ def logit_gradient(block: Block, stats: RowStats, terms: ContrastiveTerms, lse: 
     target_e = torch.exp(block.target_logit - stats.anchor)
     target_e[het_only] = 0
     divisor = row_scale.masked_fill(row_scale == 0, 1.0)
+    if terms.slope is not None:
+        token_grad = token_grad * terms.slope
     column, owned = block.shard.local_index(terms.token)
     products.scatter_add_(e, column, (token_grad / divisor.unsqueeze(1)).masked_fill(~owned, 0.0))
     # the target's entry is formed whole before it is rounded: 1 - S cancels where the model is sure and right
     column, owned = block.shard.local_index(block.target)
     row = owned.nonzero().squeeze(1)
-    e[row, column[row]] = (target_e + target_grad / divisor)[row].to(e.dtype)
+    whole = target_e + target_grad / divisor
+    slope = cap_slope(block.target_logit, block.softcap)
+    e[row, column[row]] = (whole if slope is None else whole * slope)[row].to(e.dtype)
     return row_scale

@@ -68,6 +68,52 @@ class Shard:
         return global_max, torch.where(argmax == _NO_CLASS, 0, argmax)  # an all-NaN row
 
 
+def local_shards(
+    weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, hidden: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor | None, dist.ProcessGroup | None]:
+    """A weight that is a DTensor as this rank's shard and the group that it is sharded over; others as they are.
+
+    Raises:
+        ValueError: the DTensor is neither replicated nor sharded along the vocabulary over one mesh dimension, `group`
+            is given as well, the bias is not placed as the weight is, or the ranks have different hidden states or
+            labels (a weight that FSDP shards, used outside of its module's forward).
+    """
+    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized():
+        return weight, bias, group
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(weight, DTensor):
+        return weight, bias, group
+    if group is not None:
+        raise ValueError("group must be None with a DTensor weight, which brings its own, got both")
+    if bias is not None and (not isinstance(bias, DTensor) or bias.placements != weight.placements):
+        raise ValueError("bias must be a DTensor placed as the weight is, got another placement")
+    if any(isinstance(tensor, DTensor) for tensor in (hidden, labels)):
+        raise ValueError("hidden and labels must be plain tensors with a DTensor weight, got DTensors: full_tensor()")
+    local_bias = None if bias is None else bias.to_local()
+    sharded = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
+    if not sharded:
+        return weight.to_local(), local_bias, None
+    if len(sharded) > 1 or sharded[0][1] != Shard(weight.dim() - 2):
+        raise ValueError(
+            "weight must be replicated or sharded along the vocabulary over one mesh dimension, got "
+            f"{weight.placements}: use weight.full_tensor()"
+        )
+    group = weight.device_mesh.get_group(sharded[0][0])
+    own = torch.stack([hidden.detach().double().sum(), labels.double().sum()])
+    other = own.clone()
+    dist.broadcast(other, dist.get_global_rank(group, 0), group=group)
+    same = torch.equal(own, other)
+    everywhere = torch.tensor([int(same)], device=own.device)
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
+    if not int(everywhere):
+        raise ValueError(
+            "hidden and labels must be the same on all ranks that share the vocabulary, got different ones: is this "
+            "weight sharded by FSDP? Then compute the loss inside its module's forward, or use weight.full_tensor()"
+        )
+    return weight.to_local(), local_bias, group
+
+
 def shard_offset(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
     """First class of this rank's shard and the number of all classes; shards lie in the order of the ranks.
 

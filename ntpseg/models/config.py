@@ -28,6 +28,7 @@ class NTPSegConfig(PreTrainedConfig):
         temperature: tau of TCL and HET.
         vocab_range: ``[lo, hi)`` to which softmax and arg-max are restricted, normally the supervised tokens; None:
             the whole vocabulary.
+        tie_word_embeddings: the heads' output matrix is the embedding of the tokens.
         head_weights: weight of each of the k heads in the loss, None = all 1.
         grid_positions: number of grid cells that have learned two-dimensional position embeddings, 0 = none. When on it
             equals the cells of `image_grid` plus those of `mask_grid`.
@@ -156,6 +157,16 @@ class NTPSegConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width D of the decoder."""
         return self.text_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.text_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Attention heads of the decoder."""
+        return self.text_config.num_attention_heads
 
     @property
     def initializer_range(self) -> float:

@@ -121,6 +121,16 @@ class NextKHeads(nn.Module):
         """Logits of the first `heads` heads: ``[..., heads, V']``; class v of the result is ``v + lo``."""
         return self(hidden, logits_of=heads, vocab_range=vocab_range)
 
+    @torch.no_grad()
+    def resize(self, vocab_size: int) -> None:
+        """Cuts the output matrix to `vocab_size` rows, or adds rows that are the mean of those that are there."""
+        weight = self.weight
+        more = max(vocab_size - self.vocab_size, 0)
+        mean = weight.mean(-2, keepdim=True).expand(*weight.shape[:-2], more, -1)
+        kept = torch.cat([weight[..., :vocab_size, :], mean], -2)
+        self.weight = nn.Parameter(kept, requires_grad=weight.requires_grad)
+        self.vocab_size = vocab_size
+
     def extra_repr(self) -> str:
         """The sizes."""
         return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, k={self.k}, shared={self.shared}"

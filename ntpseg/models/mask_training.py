@@ -96,6 +96,9 @@ class MaskTraining:
             stem: its draft; None without a stem.
             mask_pixels: ``[B, S, S]`` in {0, 1}; None takes the patches of the labels' codes.
             num_images: what to divide by, B by default.
+
+        Raises:
+            ValueError: no stem's draft for the loss on it, or `grid_ids` missing.
         """
         assert self.dense is not None and model.readout is not None
         places = self.places(model, grid_ids, labels)
@@ -112,7 +115,9 @@ class MaskTraining:
             if self.dense.soft:
                 similarity = model.readout.similarity(self.dense.soft_temperature)
                 parts["soft"] = self.dense.soft, soft_target_loss(logits, codes, similarity)
-        if self.dense.pixel and stem is not None:
+        if self.dense.pixel:
+            if stem is None:
+                raise ValueError("stem_output must be given for the loss on the stem's draft, got None")
             parts["pixel"] = self.dense.pixel, pixel_loss(stem.draft.float(), target)
         count = len(target) if num_images is None else num_images
         sums = {name: value.sum() / count for name, (_, value) in parts.items()}

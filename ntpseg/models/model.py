@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
-from ntpseg.losses import NumItems
+from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
 from ntpseg.models import causal_blocks
 from ntpseg.models.config import NTPSegConfig
@@ -45,6 +45,7 @@ class NTPSegOutput(ModelOutput):
         prediction, nll, margin: ``[B, T]``, head 0, aligned with the target's position; -1 / 0 / 0 where unsupervised.
         last_hidden_state: ``[B, T, D]``.
         cache: the decoding cache, with ``use_cache=True``; also called past_key_values.
+        hidden_states, attentions: of every layer, with ``output_hidden_states=True`` and ``output_attentions=True``.
     """
 
     loss: Tensor | None = None
@@ -60,6 +61,8 @@ class NTPSegOutput(ModelOutput):
     margin: Tensor | None = None
     last_hidden_state: Tensor | None = None
     cache: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
 
     @property
     def past_key_values(self) -> Any:
@@ -80,6 +83,7 @@ class NTPSegModel(PreTrainedModel):
     config: NTPSegConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    _tied_weights_keys = {"heads.weight": "backbone.embed_tokens.weight"}  # noqa: RUF012  # declared as an instance variable in the base class
     supports_gradient_checkpointing = True
     # The Trainer passes the counts of the whole accumulated batch, and the loss is divided by them here.
     accepts_loss_kwargs = True
@@ -136,6 +140,24 @@ class NTPSegModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding of all tokens."""
         self.backbone.embed_tokens = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in Hugging Face, the heads' output matrix and the sizes in the configuration included.
+
+        Raises:
+            ValueError: a range of ids in the configuration would end beyond the vocabulary, or ZeRO-3 has the weights.
+        """
+        config = self.config
+        if hasattr(self.heads.weight, "ds_id"):
+            raise ValueError("weights must be whole to resize them, got those that ZeRO-3 has partitioned")
+        ends = [span[1] for span in (config.vocab_range, config.image_range, config.mask_range) if span is not None]
+        if new_num_tokens is not None and ends and new_num_tokens < max(ends):
+            raise ValueError(f"new_num_tokens must be >= {max(ends)}, where a range of ids ends, got {new_num_tokens}")
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.heads.resize(embedding.num_embeddings)
+        config.vocab_size = config.text_config.vocab_size = embedding.num_embeddings
+        self.tie_weights()
+        return embedding
 
     @torch.no_grad()
     def init_visual_embeddings(
@@ -224,7 +246,7 @@ class NTPSegModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         grid_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -239,8 +261,10 @@ class NTPSegModel(PreTrainedModel):
         mask_pixels: Tensor | None = None,
         num_images: float | Tensor | None = None,
         stem_output: StemOutput | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> NTPSegOutput:
+    ) -> NTPSegOutput | tuple[Any, ...]:
         """Hidden states and, with labels, the loss.
 
         Args:
@@ -258,25 +282,34 @@ class NTPSegModel(PreTrainedModel):
             num_images: images of the whole accumulated and global batch, by which the losses on pixels are divided; B
                 by default.
             stem_output: what `encode_image` returned, instead of `pixel_values`.
-            **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences.
+            inputs_embeds: ``[B, T, D]`` in place of `input_ids`, as `embed` makes them (with the grid's and the stem's
+                part).
+            return_dict: False: a tuple of what is not None.
+            **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences or ``output_hidden_states``.
 
         Raises:
-            ValueError: what the configuration needs is missing or not of the right shape.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, or what the configuration needs is
+                missing or not of the right shape.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
         stem = stem_output
-        if self.front_end is not None and stem is None:
+        if self.front_end is not None and stem is None and input_ids is not None:
             # A sequence with labels ends in a whole mask: reading the caption in front of it alone saves time.
             until = None if labels is None else input_ids.shape[1] - self.mask_training.cells
             stem = self.encode_image(pixel_values, input_ids[:, :until])
 
-        def decode(ids: Tensor) -> Any:
-            embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
+        def decode(ids: Tensor | None) -> Any:
+            embeds = inputs_embeds
+            if ids is not None:
+                embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
+            assert embeds is not None
             mask: Any = attention_mask
             if self.config.prefix_lm and past_key_values is None:
-                if grid_ids is None or grid_ids.shape != ids.shape:
+                if grid_ids is None or grid_ids.shape != embeds.shape[:2]:
                     shape = None if grid_ids is None else list(grid_ids.shape)
                     raise ValueError(
-                        f"grid_ids must be {list(ids.shape)}, as input_ids is, with prefix_lm, got {shape}"
+                        f"grid_ids must be {list(embeds.shape[:2])}, as input_ids is, with prefix_lm, got {shape}"
                     )
                 lengths = prompt_lengths(grid_ids, self.image_cells)
                 mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths)
@@ -291,16 +324,25 @@ class NTPSegModel(PreTrainedModel):
 
         extra = self.mask_training
         if labels is not None and self.training and extra.inputs is not None:
+            if input_ids is None:
+                raise ValueError("input_ids must be given to replace mask tokens in training, got inputs_embeds")
             input_ids = extra.replace_inputs(self, input_ids, grid_ids, stem, decode)
         decoded = decode(input_ids)
         hidden = decoded.last_hidden_state
-        if labels is None:
-            return NTPSegOutput(last_hidden_state=hidden, cache=getattr(decoded, CACHE))
-        losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
-        if extra.dense is not None:
-            total, parts = extra.dense_losses(self, hidden, labels, grid_ids, stem, mask_pixels, num_images)
-            losses |= {"loss": losses["loss"] + total, **parts}
-        return NTPSegOutput(**losses, last_hidden_state=hidden, cache=getattr(decoded, CACHE))
+        losses: dict[str, Any] = {}
+        if labels is not None:
+            losses = self._loss(hidden, labels, het_position, het_token, num_items, loss_start)
+            if extra.dense is not None:
+                total, parts = extra.dense_losses(self, hidden, labels, grid_ids, stem, mask_pixels, num_images)
+                losses |= {"loss": losses["loss"] + total, **parts}
+        out = NTPSegOutput(
+            **losses,
+            last_hidden_state=hidden,
+            cache=getattr(decoded, CACHE),
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+        )
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _loss(
         self,
@@ -319,7 +361,7 @@ class NTPSegModel(PreTrainedModel):
         het = None
         if het_position is not None and het_token is not None and config.het_weight > 0:
             het = HardTokens(torch.where(het_position < start, -1, het_position - start), het_token)
-        out = self.heads.loss(
+        fields = self.heads(
             hidden[:, start:],
             labels[:, start:],
             negatives=config.negatives,
@@ -331,6 +373,7 @@ class NTPSegModel(PreTrainedModel):
             het=het,
             num_items=num_items,
         )
+        out = NTPOutput(*fields)
         pad = nn.functional.pad
         return {
             "loss": out.loss,
@@ -345,7 +388,7 @@ class NTPSegModel(PreTrainedModel):
 
     def next_token_logits(self, hidden: Tensor, vocab_range: tuple[int, int] | None = None) -> Tensor:
         """Head 0's logits ``[..., V]`` (or ``[..., hi - lo]``) of hidden states ``[..., D]``."""
-        return self.heads.logits(hidden, vocab_range=vocab_range).squeeze(-2)
+        return self.heads(hidden, logits_of=1, vocab_range=vocab_range).squeeze(-2)
 
 
 def first_supervised(labels: Tensor) -> int:

@@ -24,6 +24,8 @@ sys.path.insert(0, str(EXAMPLES))
         ("causal_lm", ["--steps", "3", "--vocabulary", "512", "--length", "24"]),
         ("causal_lm", ["--steps", "3", "--vocabulary", "512", "--length", "24", "--model", "emu3"]),
         ("llamagen_like", ["--steps", "3", "--codes", "512", "--tokens", "32"]),
+        ("llamagen_like", ["--steps", "3", "--codes", "512", "--tokens", "32", "--condition", "caption"]),
+        ("janus_like", ["--steps", "3", "--codes", "512", "--vocabulary", "512", "--tokens", "24"]),
         ("showo_like", ["--steps", "2", "--tokens", "24", "--width", "16", "--images", "2"]),
     ],
 )

@@ -91,4 +91,7 @@ def test_too_many_rows_for_the_promised_bound() -> None:
 def test_options_survive_their_text_form() -> None:
     options = LossOptions(3, 0.5, 1e-9, 2.0, (1.0, 0.25), 0, False, (3, 9), "torch", 1e-4, 2.0**-12, True, 7, 1 << 20)
     assert LossOptions.from_text(options.to_text()) == options
+    others = LossOptions(negatives=0, logit_scale=-0.3, label_smoothing=0.1)
+    assert LossOptions.from_text(others.to_text()) == others
+    assert LossOptions.from_text(LossOptions(softcap=30.0).to_text()) == LossOptions(softcap=30.0)
     assert LossOptions.from_text(LossOptions().to_text()) == LossOptions()

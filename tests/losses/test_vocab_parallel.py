@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loss_cases import PARTS, draw, error
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ntpseg import ntp_loss
 
@@ -29,11 +31,13 @@ CASES = {
     "one rank has no shard": {"slots": 2},
     "filtered": {"gradient_filter": 1e-300},
     "bfloat16": {"dtype": torch.bfloat16, "width": 32, "negatives": 0},
+    "scaled": {"logit_scale": 0.3},
+    "capped": {"softcap": 3.0, "logit_scale": 0.5, "chunk_bytes": 500},
 }
 
 
 # the same in fp32 for the kernels, which leave float64 to PyTorch
-FOR_KERNELS = {name: {"dtype": torch.float32, "width": 16} | case for name, case in CASES.items()}
+FOR_KERNELS = {name: {"dtype": torch.float32, "width": 16} | case for name, case in CASES.items() if name != "capped"}
 FOR_KERNELS |= {
     "one rank holds nothing": {"dtype": torch.float32, "vocab_range": (7, 15), "negatives": 3},
     "filtered tiles": {"dtype": torch.bfloat16, "width": 16, "negatives": 3, "gradient_filter": 1e-30},
@@ -82,3 +86,32 @@ def test_two_ranks_equal_one(backend: str, tmp_path: Path) -> None:
             assert error(d_rank, d_hidden) < tolerance, name
         assert torch.equal(ranks[0][1], ranks[1][1]), name
         assert error(torch.cat([ranks[0][2], ranks[1][2]], -2), d_weight) < tolerance, name
+
+
+def _sharded_rank(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("vocabulary",))
+    case = draw(k=1, logit_scale=0.5)
+    weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
+    hidden = case.hidden.clone().requires_grad_()
+    ntp_loss(hidden, weight, case.labels, options=case.options, **case.tensors).loss.backward()
+    assert weight.grad.placements == (Shard(0),)
+    torch.save((hidden.grad, weight.grad.full_tensor()), Path(folder) / f"{rank}.pt")
+    with pytest.raises(ValueError, match=r"hidden and labels must be the same on all ranks .* FSDP"):
+        ntp_loss(hidden.detach() + rank, weight, case.labels, options=case.options)
+    with pytest.raises(ValueError, match=r"full_tensor\(\)"):
+        ntp_loss(hidden, distribute_tensor(case.weight, mesh, [Shard(1)]), case.labels, options=case.options)
+    with pytest.raises(ValueError, match=r"group must be None with a DTensor weight"):
+        ntp_loss(hidden, weight, case.labels, group=dist.group.WORLD, options=case.options)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_sharded_dtensor_brings_its_group(tmp_path: Path) -> None:
+    mp.spawn(_sharded_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    _, d_hidden, d_weight = draw(k=1, logit_scale=0.5).run("torch")
+    for rank in (0, 1):
+        found_hidden, found_weight = torch.load(tmp_path / f"{rank}.pt")
+        assert error(found_hidden, d_hidden) < 1e-12
+        assert error(found_weight, d_weight) < 1e-12

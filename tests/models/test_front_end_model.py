@@ -251,3 +251,14 @@ def test_no_draft_is_read_of_a_stem_that_learns_none(make_feature_model, feature
     monkeypatch.setattr("ntpseg.models.mask_training.mask_inputs", noted)
     model.train()(**feature_batch(sequence))
     assert drafts == [None]
+
+
+def test_embeddings_in_place_of_ids(make_feature_model, feature_batch) -> None:
+    model, sequence = make_feature_model(dense_loss={"dice": 0.5, "pixel": 1.0})
+    batch = feature_batch(sequence)
+    stem = model.encode_image(batch.pop("pixel_values"), batch["input_ids"])
+    expected = model(**batch, stem_output=stem)
+    embeds = model.embed(batch.pop("input_ids"), batch["grid_ids"], stem.features)
+    torch.testing.assert_close(model(inputs_embeds=embeds, **batch, stem_output=stem).loss, expected.loss)
+    with pytest.raises(ValueError, match="stem_output must be given"):
+        model(inputs_embeds=embeds, **batch)
