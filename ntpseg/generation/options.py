@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ntpseg.generation.methods import METHODS
 from ntpseg.utils.checks import check_choice, check_integer, check_number
+
+if TYPE_CHECKING:
+    from ntpseg.models.bundle import Bundle
 
 DECODERS = ("auto", "native", "huggingface")
 READOUTS = ("auto", "codes", "expected")
@@ -55,6 +58,22 @@ class DecodingOptions:
     mirror: bool = False
     decoder: Literal["auto", "native", "huggingface"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, **changes: Any) -> DecodingOptions:
+        """How a bundle's model decodes, with changes.
+
+        The saved choice suits the saved method: with another method the other fields have their defaults.
+
+        Args:
+            bundle: the model; its ``decoding`` is the saved choice.
+            **changes: fields of this class; None leaves one as it is.
+        """
+        saved = dict(bundle.decoding or {})
+        given = {name: value for name, value in changes.items() if value is not None}
+        if given.get("method", saved.get("method")) != saved.get("method"):
+            saved = {}
+        return cls(**{**saved, **given})
 
     @property
     def expected_readout(self) -> bool:

@@ -76,7 +76,7 @@ class Segmenter:
 
     def __init__(self, bundle: Bundle, options: DecodingOptions | None = None) -> None:
         self.bundle = bundle
-        self.options = options or bundle.decoding_options()
+        self.options = options or DecodingOptions.of_bundle(bundle)
         self.generator = MaskGenerator(bundle.model, bundle.sequence, self.options)
 
     @classmethod
@@ -94,7 +94,7 @@ class Segmenter:
             directory: a run or its ``model/`` directory.
             options: how masks are decoded; by default as was saved with the model.
             device: the GPU if there is one, by default.
-            **changes: fields of `DecodingOptions` that replace the saved ones, see `Bundle.decoding_options`.
+            **changes: fields of `DecodingOptions` that replace the saved ones, see `DecodingOptions.of_bundle`.
 
         Raises:
             ValueError: no model there, both `options` and `changes`, or options that the model does not allow.
@@ -108,7 +108,7 @@ class Segmenter:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         bundle = Bundle.from_pretrained(Path(directory), device=device)
-        return cls(bundle, options or bundle.decoding_options(**changes))
+        return cls(bundle, options or DecodingOptions.of_bundle(bundle, **changes))
 
     def segment(self, image: np.ndarray | str | PathLike[str], text: str) -> Prediction:
         """Segment what `text` refers to.

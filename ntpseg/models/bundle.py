@@ -16,7 +16,6 @@ from ntpseg.utils.files import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ntpseg.generation.options import DecodingOptions
     from ntpseg.models.model import NTPSegModel
     from ntpseg.tokenizers.sequence import SequenceFormat
     from ntpseg.tokenizers.vision import VisionTokenizer
@@ -61,22 +60,6 @@ class Bundle:
         write_json(path / "sequence.json", self.sequence.to_dict())
         if self.decoding is not None:
             write_json(path / DECODING, self.decoding)
-
-    def decoding_options(self, **changes: Any) -> DecodingOptions:
-        """How this model decodes, with changes.
-
-        The saved choice suits the saved method: with another method the other fields have their defaults.
-
-        Args:
-            **changes: fields of `DecodingOptions`; None leaves one as it is.
-        """
-        from ntpseg.generation.options import DecodingOptions
-
-        saved = dict(self.decoding or {})
-        given = {name: value for name, value in changes.items() if value is not None}
-        if given.get("method", saved.get("method")) != saved.get("method"):
-            saved = {}
-        return DecodingOptions(**{**saved, **given})
 
     @classmethod
     def from_pretrained(

@@ -88,8 +88,8 @@ def test_a_chosen_decoding_is_saved_and_changed(tmp_path: Any, image: np.ndarray
     assert (loaded.options.method, loaded.options.passes, loaded.options.threshold) == ("refine", 2, 0.4)
     expected = Segmenter(bundle, DecodingOptions(method="refine", passes=2, threshold=0.4, dtype="float32"))
     np.testing.assert_array_equal(loaded.segment(image, "a").mask, expected.segment(image, "a").mask)
-    assert bundle.decoding_options(passes=1).threshold == 0.4
-    other = bundle.decoding_options(method="greedy", threshold=None)
+    assert DecodingOptions.of_bundle(bundle, passes=1).threshold == 0.4
+    other = DecodingOptions.of_bundle(bundle, method="greedy", threshold=None)
     assert (other.method, other.passes, other.threshold) == ("greedy", 1, 0.5)
     with pytest.raises(ValueError, match=r"options must be None with changes .* got both: \['passes'\]"):
         Segmenter.from_pretrained(tmp_path, DecodingOptions(), passes=1)

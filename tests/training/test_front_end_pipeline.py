@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.evaluation.run_directory import training_log
-from ntpseg.generation import Segmenter
+from ntpseg.generation import DecodingOptions, Segmenter
 from ntpseg.models import Bundle
 from ntpseg.tokenizers.pixel_cache import PixelCache
 from ntpseg.training import load_config, train
@@ -84,7 +84,7 @@ def test_the_decoding_is_chosen_on_validation_and_saved(run) -> None:
     best = max(dice - 0.001 * passes for (passes, _), dice in tried.items())
     chosen = tried[saved["passes"], saved["threshold"]] - 0.001 * saved["passes"]
     assert chosen == pytest.approx(best, abs=2e-5)
-    options = Bundle.from_pretrained(run).decoding_options()
+    options = DecodingOptions.of_bundle(Bundle.from_pretrained(run))
     assert (options.method, options.passes, options.threshold) == ("refine", saved["passes"], saved["threshold"])
 
 
