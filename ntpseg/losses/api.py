@@ -69,7 +69,8 @@ def ntp_loss(
             stands for ``NumItems(rows=[N] * k, het=N)``.
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
         token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
-            in their denominators. Class weights c are ``c[labels]`` here, with the denominator of PyTorch's.
+            in their denominators. Class weights c are ``c[labels]`` here, with the denominator of PyTorch's; with label
+            smoothing PyTorch weighs the smoothed part class by class instead, which is another loss.
         bias: ``[V]`` or ``[k, V]``, added to the logits before scale and softcap. Costs a copy of the weight.
         group: ranks that share the vocabulary: `weight` is this rank's shard ``[V_rank, D]`` (or ``[k, V_rank, D]``),
             in the order of the ranks; every other argument is the same on all of them, ids count over the whole

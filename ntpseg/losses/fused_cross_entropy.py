@@ -46,7 +46,7 @@ def fused_cross_entropy(
 
     Raises:
         ValueError: `head` is no plain linear layer; the logits are used in another way; a cross-entropy has
-            probabilities as its target, or ``reduction="none"`` with negatives.
+            probabilities as its target, ``reduction="none"`` with negatives, or both class weights and label smoothing.
     """
     options = NTPLoss(options, **keywords).options
     linear = linear_of(head)
@@ -69,6 +69,9 @@ def fused_cross_entropy(
         if target.is_floating_point() or target.numel() != states.shape[:-1].numel():
             shown = f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
             raise CannotFuse(f"target must be an int64 tensor for {list(logits.shape)} logits, got {shown}")
+        if weight is not None and (label_smoothing or options.label_smoothing):
+            # PyTorch weighs the smoothed part by the weight of each class, token weights by that of the target
+            raise CannotFuse("label_smoothing must be 0 with weight, got both")
         if states.dim() == 2:
             logits = dataclasses.replace(logits, hidden=states.unsqueeze(0))
         labels = target.reshape(logits.hidden.shape[:2])

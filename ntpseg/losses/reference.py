@@ -90,8 +90,10 @@ def reference_loss(
     z = _ratio((row_weight * lse.square()).sum(), denominator)
     het = _ratio(het, entries if supervision.num_het is None else supervision.num_het.to(work))
 
-    smooth = _ratio((row_weight * torch.where(supervised, lse - logits.mean(-1), 0.0)).sum(), denominator)
-    cross_entropy = (1 - options.label_smoothing) * nktp + options.label_smoothing * smooth
+    cross_entropy = nktp
+    if options.label_smoothing:  # a masked class has an infinite mean, and 0 * inf is not 0
+        smooth = _ratio((row_weight * torch.where(supervised, lse - logits.mean(-1), 0.0)).sum(), denominator)
+        cross_entropy = (1 - options.label_smoothing) * nktp + options.label_smoothing * smooth
     loss = cross_entropy + options.tcl_weight * tcl + options.het_weight * het
     if options.z_loss:
         loss = loss + options.z_loss * z
