@@ -21,8 +21,8 @@ class FrontEnd(nn.Module):
     """The front ends ``features`` and ``both``: a `FeatureStem` and the caption's vector that conditions it.
 
     The feature of a cell is added to the embedding of the token whose hidden state predicts that cell. Where features
-    stand at positions of their own, attention has to find the matching one first, which a small model does not learn
-    from a few thousand images (``docs/results.md``).
+    stand at positions of their own, attention has to find the matching one first, which a small model hardly learns
+    from a few thousand images.
 
     Args:
         config: an `NTPSegConfig` with a front end other than ``codes``.

@@ -43,7 +43,7 @@ class ResidualUnit(nn.Module):
     """Two 3x3 convolutions with group normalisation; the caption scales and shifts the second one's output.
 
     Group rather than batch normalisation: a sample's result depends neither on its batch nor on how the batch is
-    divided over accumulation steps and ranks (accuracy was the same, ``docs/results.md``). The shortcut averages before
+    divided over accumulation steps and ranks. The shortcut averages before
     its 1x1 convolution where it has to shrink (ResNet-D, arXiv 1812.01187).
 
     Args:
