@@ -123,13 +123,15 @@ def qata_cells(minutes: Sequence[float], seeds: int, groups: Sequence[str] = GRO
             for label, settings in ABLATION.items():
                 cells.append(ntpseg("ablation", label, short, seed, settings=settings))
         if "sweep" in groups:
+            # k = 1, m = 0 and n = 0 are the recipe itself.
             for k in (1, 2, 4):
-                cells.append(ntpseg("sweep", f"k = {k}", short, seed, settings={"model.k": str(k)}))
+                settings = {"model.k": str(k)} if k > 1 else {}
+                cells.append(ntpseg("sweep", f"k = {k}", short, seed, settings=settings))
             for m in (0, 1, 5, 20):
-                settings = {"loss.negatives": str(m), "loss.tcl_weight": "0.1"}
+                settings = {"loss.negatives": str(m), "loss.tcl_weight": "0.1"} if m else {}
                 cells.append(ntpseg("sweep", f"m = {m}", short, seed, settings=settings))
             for n in (0, 8, 16, 64):
-                settings = {"loss.hard_tokens": str(n), "loss.het_weight": "0.1"}
+                settings = {"loss.hard_tokens": str(n), "loss.het_weight": "0.1"} if n else {}
                 cells.append(ntpseg("sweep", f"n = {n}", short, seed, settings=settings))
         if "low-data" in groups:
             for fraction in FRACTIONS:

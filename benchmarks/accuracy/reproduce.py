@@ -33,12 +33,34 @@ AUGMENT |= {"brightness": 0.05, "contrast": 0.1, "gamma": 0.1}
 SIZE = "96"
 
 
+# What makes two cells the same training run; a row of another table is then the same model.
+TRAINING = ("model", "minutes", "seed", "settings", "fraction")
+
+
+def trained_before(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The result of a finished cell of another table that is the same training run, without its test scores.
+
+    A cell to be scored on the test split and one that only decodes are never taken from another.
+    """
+    if cell.final or cell.model == "decode":
+        return None
+    for path in sorted((out / "cells").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(found.get(key) == getattr(cell, key) for key in TRAINING):
+            found.pop("test", None)
+            return {**found, **asdict(cell), "same_as": found.get("same_as", path.stem)}
+    return None
+
+
 def run_cell(cell: Cell, data: Path, out: Path, threads: int, clock: str) -> dict[str, Any]:
     """Train and score one cell; its result is written to ``out/cells``.
 
     Raises:
         subprocess.CalledProcessError: a command failed; its output is in ``out/logs``.
     """
+    if (known := trained_before(cell, out)) is not None:
+        write_json(out / "cells" / f"{cell.name}.json", known)
+        return known
     (out / "logs").mkdir(parents=True, exist_ok=True)
     log = out / "logs" / f"{cell.name}.txt"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -166,7 +188,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for cell in cells:
             print(f"{'to do' if cell in missing else 'done '}  {cell.name}")
-        print(f"{sum(cell.minutes for cell in missing):g} core-minutes of training to do")
+        runs = {json.dumps([getattr(cell, key) for key in TRAINING], sort_keys=True): cell for cell in missing}
+        print(
+            f"{sum(cell.minutes for cell in runs.values() if cell.model != 'decode'):g} core-minutes of training to do"
+        )
         return 0
     # A GPU's work does not show in the processor's time.
     clock = "wall" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,8 @@ def write_tables(study: Path) -> Path:
     cells = load_cells(study)
     parts = ["# Accuracy study", ""]
     looked = sum("test" in cell for cell in cells)
-    parts += [f"{len(cells)} models; the test split was scored {looked} times, once for each model of the main table."]
+    models = sum("same_as" not in cell and cell.get("model") != "decode" for cell in cells)
+    parts += [f"{models} models; the test split was scored {looked} times, once for each model of the main table."]
     for group in GROUPS:
         chosen = [cell for cell in cells if cell["group"] == group]
         if chosen:

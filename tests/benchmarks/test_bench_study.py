@@ -102,6 +102,26 @@ def test_a_study_goes_on_where_it_stopped(study, capsys) -> None:
     assert "17 models; the test split was scored 17 times" in (study.path / "tables.md").read_text()
 
 
+def test_the_same_training_run_is_not_paid_for_twice(tmp_path, monkeypatch) -> None:
+    """A row of another table takes the model of the main table, but never its test scores."""
+    monkeypatch.setattr(reproduce, "_ntpseg", lambda *arguments: pytest.fail("trained again"))
+    cells = {cell.name: cell for cell in qata_cells([5.0], 1)}
+    main = cells["main_ntpseg_5min_seed0"]
+    (tmp_path / "cells").mkdir()
+    measured = {"val": estimates(0.7), "test": estimates(0.8), "steps": 9}
+    (tmp_path / "cells" / f"{main.name}.json").write_text(json.dumps({**reproduce.asdict(main), **measured}))
+    rows = ["ablation_the-recipe", "sweep_k-1", "sweep_m-0", "sweep_n-0", "low-data_ntpseg-100-of-the-training-pairs"]
+    for row in rows:
+        result = reproduce.run_cell(cells[f"{row}_5min_seed0"], tmp_path, tmp_path, 1, "cpu")
+        saved = json.loads((tmp_path / "cells" / f"{row}_5min_seed0.json").read_text())
+        assert result == saved and saved["val"] == measured["val"] and "test" not in saved
+        assert saved["same_as"] == main.name and saved["group"] == row.split("_")[0]
+    assert "1 models; the test split was scored 1 times" in write_tables(tmp_path).read_text()
+    for other in ("ablation_nktp_5min_seed0", "low-data_ntpseg-25-of-the-training-pairs_5min_seed0"):
+        assert reproduce.trained_before(cells[other], tmp_path) is None
+    assert reproduce.trained_before(main, tmp_path) is None, "a final model is trained and scored itself"
+
+
 def test_tables(tmp_path) -> None:
     """Median and range over seeds, the median seed's interval, and validation figures where test was not scored."""
     (tmp_path / "cells").mkdir()
