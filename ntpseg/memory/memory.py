@@ -13,7 +13,7 @@ from ntpseg.memory import deviation as deviations
 from ntpseg.memory import state, storage
 from ntpseg.memory.background import Background, served_rows
 from ntpseg.memory.exchange import exchange
-from ntpseg.ops import record_errors, topn_errors
+from ntpseg.ops import merge_entries, record_errors, topn_errors
 from ntpseg.ops.record import pack_entries
 from ntpseg.utils.checks import check_choice, check_integer
 
@@ -220,22 +220,61 @@ class HardTokenMemory:
             "recording": state.pack(rows, stamp, epoch),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, saved: dict[str, Any], *, vocab_size: int | None = None, length: int | None = None
+    ) -> None:
         """Restore what `state_dict` returned, whatever storage and device it came from.
+
+        Args:
+            saved: the state.
+            vocab_size: tokens must be below it, where it is given.
+            length: positions must be below it, where it is given.
 
         Raises:
             ValueError: it is no such state, of another version, of another number of samples or entries, of another
-                data set (content key) or of another kind of deviation. The memory is unchanged then.
+                data set (content key), of another kind of deviation, or holds what no memory can hold: samples, counts,
+                positions or tokens out of range. The memory is unchanged then.
         """
-        state.check(saved, self._identity())
+        epoch = self._check_state(saved, vocab_size, length)
         self._settle()
-        store, epoch = self._store, int(saved["epoch"])
+        store = self._store
         store.stamp.zero_()
         self._control.zero_()
         state.unpack(saved["served"], store.rows, store.stamp, epoch - 1)
         state.unpack(saved["recording"], store.rows, store.stamp, epoch)
         self._epoch.fill_(epoch)
         self._write_header()
+
+    def merge_state_dict(
+        self, saved: dict[str, Any], *, vocab_size: int | None = None, length: int | None = None
+    ) -> None:
+        """Add what another rank's `state_dict` holds, as `sync` does between ranks that are there.
+
+        Args:
+            saved, vocab_size, length: as in `load_state_dict`.
+
+        Raises:
+            ValueError: as `load_state_dict`, or the state is of another epoch. The memory is unchanged then.
+        """
+        epoch = self._check_state(saved, vocab_size, length)
+        if epoch != self.epoch:
+            raise ValueError(f"the state's epoch must be {self.epoch} as in this memory, got {epoch}")
+        self._settle()
+        store = self._store
+        for name, current in (("served", epoch - 1), ("recording", epoch)):
+            stamp = torch.tensor(current, device=store.rows.device)
+            for sample, block in state.blocks(saved[name], self.n):
+                target, entries = sample.to(store.rows.device), block.contiguous().to(store.rows.device)
+                merge_entries(store.rows, store.stamp, self._control, stamp, target, entries)
+
+    def _check_state(self, saved: dict[str, Any], vocab_size: int | None, length: int | None) -> int:
+        state.check(saved, self._identity())
+        epoch = state.check_epoch(saved["epoch"])
+        for name in ("served", "recording"):
+            state.check_entries(name, saved.get(name), self.num_samples, self.n, vocab_size=vocab_size, length=length)
+        if epoch == 1 and saved["served"]["sample"].numel():
+            raise ValueError("the state's served must be empty in epoch 1, got entries")
+        return epoch
 
     def _open(self, home: torch.device, path: str | Path | None) -> storage.Storage:
         if self.storage != "mapped":
@@ -244,8 +283,10 @@ class HardTokenMemory:
         header = storage.read_header(folder)
         if header is not None:
             state.check(header, self._identity())
-            self._epoch.fill_(header["epoch"])
-        opened = storage.mapped(folder, self.num_samples, self.n)
+            self._epoch.fill_(state.check_epoch(header["epoch"]))
+        opened = storage.mapped(folder, self.num_samples, self.n, new=header is None)
+        if header is not None and not 0 <= int(opened.stamp.min()) <= int(opened.stamp.max()) <= self.epoch:
+            raise ValueError(f"{folder / 'stamp'} must hold epochs up to {self.epoch}, got others; remove {folder}")
         if header is None:
             storage.write_header(folder, self._identity())
         return opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +46,14 @@ def pack(rows: Tensor, stamp: Tensor, epoch: int) -> dict[str, Tensor]:
 
 def unpack(packed: Any, rows: Tensor, stamp: Tensor, epoch: int) -> None:
     """Write what `pack` returned into the buffer of ``epoch``, in place."""
-    n = rows.shape[3]
+    for sample, block in blocks(packed, rows.shape[3]):
+        target = sample.to(rows.device)
+        rows[epoch % 2, target] = block.to(rows.device)
+        stamp[epoch % 2, target] = epoch
+
+
+def blocks(packed: Any, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of what `pack` returned: samples ``[S]`` int64 and their rows ``[S, 3, n]`` int32, empty slots included."""
     start = 0
     blank = torch.tensor([-torch.inf]).view(torch.int32)
     for sample, count in zip(packed["sample"].split(_CHUNK), packed["count"].split(_CHUNK)):
@@ -55,10 +63,60 @@ def unpack(packed: Any, rows: Tensor, stamp: Tensor, epoch: int) -> None:
         block = torch.full((sample.numel(), n, 3), -1, dtype=torch.int32)
         block[:, :, 0] = blank
         block[torch.arange(n) < count.unsqueeze(1)] = entry
-        target = sample.to(rows.device)
-        rows[epoch % 2, target] = block.transpose(1, 2).to(rows.device)
-        stamp[epoch % 2, target] = epoch
+        yield sample, block.transpose(1, 2)
         start = stop
+
+
+def check_epoch(epoch: Any) -> int:
+    """The epoch of a saved state; raises a `ValueError` unless it is one."""
+    if type(epoch) is not int or not 1 <= epoch < 2**31:
+        raise ValueError(f"the state's epoch must be an integer from 1 on, got {epoch!r}")
+    return epoch
+
+
+def check_entries(
+    name: str, packed: Any, num_samples: int, n: int, *, vocab_size: int | None = None, length: int | None = None
+) -> None:
+    """Refuse entries that `pack` cannot have returned.
+
+    Args:
+        name: of the entries, ``served`` or ``recording``.
+        packed: see `pack`.
+        num_samples: N; sample ids are 0 .. N-1, each once and ascending.
+        n: entries that a sample can have.
+        vocab_size: tokens are below it, where it is known.
+        length: positions are below it, where it is known.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    kinds = {"sample": torch.int64, "count": torch.int32, "deviation": torch.float32}
+    kinds |= {"position": torch.int32, "token": torch.int32}
+    if not isinstance(packed, dict) or set(packed) != set(kinds):
+        raise ValueError(f"the state's {name} must hold {', '.join(kinds)}, got {type(packed).__name__}")
+    for field, dtype in kinds.items():
+        tensor = packed[field]
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1:
+            raise ValueError(f"the state's {name}.{field} must be a vector of {dtype}, got another")
+    sample, count, entries = packed["sample"], packed["count"], int(packed["count"].sum())
+    limits = {
+        "sample": (0, num_samples),
+        "count": (0, n + 1),
+        "position": (0, 2**31 if length is None else length),
+        "token": (0, 2**31 if vocab_size is None else vocab_size),
+    }
+    for field, (low, high) in limits.items():
+        tensor = packed[field]
+        if tensor.numel() and not low <= int(tensor.min()) <= int(tensor.max()) < high:
+            raise ValueError(
+                f"the state's {name}.{field} must be in [{low}, {high}), got {int(tensor.min())} .. {int(tensor.max())}"
+            )
+    if sample.numel() != count.numel() or (sample[1:] <= sample[:-1]).any():
+        raise ValueError(f"the state's {name}.sample must hold each sample once, ascending, with its count, got others")
+    if any(packed[field].numel() != entries for field in ("deviation", "position", "token")):
+        raise ValueError(f"the state's {name} must hold {entries} entries, the sum of its counts, got another number")
+    if packed["deviation"].isnan().any():
+        raise ValueError(f"the state's {name}.deviation must be numbers, got NaN")
 
 
 def check(saved: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -71,8 +129,12 @@ def check(saved: dict[str, Any], mine: dict[str, Any]) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    if saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        saved = saved if isinstance(saved, dict) else {}
         raise ValueError(f"the state's format must be {FORMAT!r}, got {saved.get('format')!r}")
+    for name in (*mine, "version"):
+        if name not in saved:
+            raise ValueError(f"the state must hold {name}, got none")
     if saved["version"] != VERSION:
         raise ValueError(f"the state's version must be {VERSION} for this release of ntpseg, got {saved['version']}")
     for name in ("num_samples", "n", "deviation"):

@@ -71,12 +71,21 @@ def in_memory(num_samples: int, n: int, device: torch.device, pinned: bool) -> S
     return Storage(rows, stamp)
 
 
-def mapped(folder: Path, num_samples: int, n: int) -> Storage:
-    """Map the memory's files, making those that do not exist; new ones are sparse and take no room yet."""
+def mapped(folder: Path, num_samples: int, n: int, *, new: bool = True) -> Storage:
+    """Map the memory's files; new ones are sparse and take no room yet.
+
+    Args:
+        folder: where they are; created if absent.
+        num_samples: N.
+        n: entries of a sample.
+        new: make the files. If False they are there already, of the right size.
+
+    Raises:
+        ValueError: a file of a memory that is not new is missing or of another size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    maps = tuple(
-        _map(folder / name, shape) for name, shape in (("rows", (2, num_samples, 3, n)), ("stamp", (2, num_samples)))
-    )
+    shapes = (("rows", (2, num_samples, 3, n)), ("stamp", (2, num_samples)))
+    maps = tuple(_map(folder / name, shape, new) for name, shape in shapes)
     rows, stamp = (torch.from_numpy(array) for array in maps)
     return Storage(rows, stamp, folder, maps)
 
@@ -84,7 +93,10 @@ def mapped(folder: Path, num_samples: int, n: int) -> Storage:
 def read_header(folder: Path) -> dict[str, Any] | None:
     """Return the header of a mapped memory, or None where there is none."""
     header = folder / "header.json"
-    return json.loads(header.read_text()) if header.exists() else None
+    try:
+        return json.loads(header.read_text(encoding="utf-8")) if header.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{header} must be JSON, got a damaged file ({error}); remove {folder}") from error
 
 
 def write_header(folder: Path, fields: dict[str, Any]) -> None:
@@ -92,8 +104,12 @@ def write_header(folder: Path, fields: dict[str, Any]) -> None:
     write_json(folder / "header.json", fields)
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _map(path: Path, shape: tuple[int, ...], new: bool) -> np.memmap:
     size = int(np.prod(shape)) * 4
+    actual = path.stat().st_size if path.is_file() else 0
+    # Made longer, a file that was cut off would hold zeros: position 0, token 0.
+    if not new and actual != size:
+        raise ValueError(f"{path} must have {size} bytes, got {actual}; remove {path.parent} to begin anew")
     with path.open("ab") as file:
         os.truncate(file.fileno(), size)
     return np.memmap(path, dtype=np.int32, mode="r+", shape=shape)

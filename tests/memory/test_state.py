@@ -77,3 +77,69 @@ def test_another_format_or_version_is_refused() -> None:
         memory.load_state_dict({**memory.state_dict(), "version": 2})
     with pytest.raises(ValueError, match="format"):
         memory.load_state_dict({"rows": torch.zeros(3)})
+
+
+def test_a_merged_state_holds_what_both_ranks_recorded() -> None:
+    """As one memory that saw all: what two ranks recorded in a running epoch, read by one."""
+    whole, ranks = HardTokenMemory(10, 6), [HardTokenMemory(10, 6) for _ in range(2)]
+    for epoch in range(2):
+        for rank, memory in enumerate(ranks):
+            fill(memory, 10 * epoch + rank)
+            fill(whole, 10 * epoch + rank)
+        if not epoch:
+            for memory in (*ranks, whole):
+                memory.advance()
+            # what `sync` leaves behind: all ranks serve the same
+            for memory, other in (ranks, ranks[::-1]):
+                memory.merge_state_dict(other.state_dict())
+    one = HardTokenMemory(10, 6)
+    one.load_state_dict(ranks[0].state_dict())
+    assert not same_state(one, whole)
+    one.merge_state_dict(ranks[1].state_dict())
+    assert same_state(one, whole)
+    one.merge_state_dict(ranks[1].state_dict())
+    assert same_state(one, whole), "merging twice changes nothing"
+    ranks[1].advance()
+    with pytest.raises(ValueError, match="epoch must be 2 as in this memory, got 3"):
+        one.merge_state_dict(ranks[1].state_dict())
+
+
+def same_state(first: HardTokenMemory, second: HardTokenMemory) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return all(torch.equal(a[part][name], b[part][name]) for part in ("served", "recording") for name in a[part])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sample", 10, r"recording.sample must be in \[0, 10\), got .* 10"),
+        ("sample", -1, r"recording.sample must be in \[0, 10\), got -1"),
+        ("sample", 3, "recording.sample must hold each sample once"),
+        ("count", 7, r"recording.count must be in \[0, 7\)"),
+        ("count", 0, "recording must hold .* the sum of its counts"),
+        ("position", -1, r"recording.position must be in \[0, 20\), got -1"),
+        ("position", 20, r"recording.position must be in \[0, 20\)"),
+        ("token", -2, r"recording.token must be in \[0, 5\)"),
+        ("token", 5, r"recording.token must be in \[0, 5\)"),
+        ("deviation", float("nan"), "recording.deviation must be numbers, got NaN"),
+        ("epoch", 0, "epoch must be an integer from 1 on, got 0"),
+        ("epoch", "2", "epoch must be an integer from 1 on, got '2'"),
+        ("served", None, "served must hold sample"),
+    ],
+)
+def test_contents_that_no_memory_can_hold_are_refused(field: str, value: object, message: str) -> None:
+    memory = HardTokenMemory(10, 6)
+    fill(memory, 0)
+    memory.advance()
+    fill(memory, 1)
+    saved = memory.state_dict()
+    other = HardTokenMemory(10, 6)
+    other.load_state_dict(saved, vocab_size=5, length=20)
+    if field in ("epoch", "served"):
+        saved[field] = value
+    else:
+        saved["recording"][field][0 if value != 3 else slice(None)] = value
+    for read in (other.load_state_dict, other.merge_state_dict):
+        with pytest.raises(ValueError, match=message):
+            read(saved, vocab_size=5, length=20)
+    assert other.epoch == 2 and equal(memory, other), "the memory is unchanged"

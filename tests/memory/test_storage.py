@@ -187,3 +187,24 @@ def test_unknown_options_are_named(options: dict[str, str], message: str) -> Non
 def test_content_key_sees_content_and_order() -> None:
     assert content_key(["a", "b"]) == content_key([b"a", b"b"])
     assert len({content_key(x) for x in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], [])}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("rows", lambda data: data[: len(data) // 2], "rows must have .* bytes, got"),
+        ("stamp", lambda data: b"", "stamp must have .* bytes, got 0"),
+        ("stamp", lambda data: b"\xff" * len(data), "stamp must hold epochs up to 2"),
+        ("header.json", lambda data: data[: len(data) // 2], "header.json must be JSON"),
+        ("header.json", lambda data: data.replace(b'"epoch": 2', b'"epoch": -2'), "epoch must be an integer from 1 on"),
+    ],
+)
+def test_damaged_files_are_refused(name: str, damage, message: str, tmp_path: Path) -> None:
+    memory = make("mapped", tmp_path)
+    memory.record(*batch(memory, 0))
+    memory.advance()
+    memory.flush()
+    path = tmp_path / "memory" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        make("mapped", tmp_path)
