@@ -55,3 +55,8 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error without its line breaks; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -92,7 +92,7 @@ def publish_folder(source: Path, path: Path, *, replace: bool = True) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, if it is there, so that no other process meets it half empty: renamed first, then deleted."""
+    """Remove a folder or file, if it is there, so that nothing meets it half empty: renamed first, then deleted."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY_FOLDER) as trash, suppress(FileNotFoundError):
         os.rename(path, Path(trash, path.name))
 
@@ -115,6 +115,20 @@ def remove_stale_folders(directory: Path) -> None:
             continue
         if old:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def is_litter(path: Path) -> bool:
+    """Whether the name is that of a file or folder which a killed write of this module left."""
+    return path.name.startswith(TEMPORARY_FOLDER) or (path.name.startswith(".") and path.suffix == ".tmp")
+
+
+def remove_litter(directory: Path) -> None:
+    """Remove what killed writes left in `directory`, into which nothing but this process may write."""
+    for path in filter(is_litter, list(directory.iterdir())):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

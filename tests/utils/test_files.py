@@ -106,3 +106,12 @@ def test_lines_of_json_come_back_without_the_one_that_was_cut_off(tmp_path: Path
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert files.read_jsonl(path) == rows
+
+
+def test_what_killed_writes_left_is_told_from_the_rest_and_removed(tmp_path: Path) -> None:
+    for name in (".config.yaml.a1b2.tmp", "config.yaml", ".lock", "mine.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / f"{files.TEMPORARY_FOLDER}model.x").mkdir()
+    (tmp_path / f"{files.TEMPORARY_FOLDER}model.x" / "a").touch()
+    files.remove_litter(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml", "mine.tmp"]

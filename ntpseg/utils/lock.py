@@ -1,0 +1,73 @@
+"""A lock of one process on a folder, which the operating system releases when the process ends, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+_held: set[Path] = set()
+
+
+@contextmanager
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold ``folder/.lock`` inside the block; the folder is made if absent.
+
+    A POSIX record lock: it belongs to this process alone, not to the data loader's workers, which outlive a killed
+    parent by seconds. On a file system without locks (some network ones) a line warns, and the block runs.
+
+    Args:
+        folder: what only one process may write.
+        what: the folder, as the user knows it.
+
+    Raises:
+        ValueError: another process holds it; the message names its id and host.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / LOCK
+    if path in _held:
+        raise ValueError(_taken(what, folder, f"this process ({os.getpid()})"))
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(path)
+    try:
+        _lock(handle, path, what, folder)
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, owner.encode(), 0)
+        yield
+    finally:
+        _held.discard(path)
+        # Closing any handle of the file gives the lock up: this is the only one.
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path, what: str, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(_taken(what, folder, _owner(handle))) from error
+    except OSError as error:
+        print(f"{path} cannot be locked ({error.strerror}): see to it that one process writes there", file=sys.stderr)
+
+
+def _owner(handle: int) -> str:
+    try:
+        owner = json.loads(os.pread(handle, 4096, 0))
+        return f"process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _taken(what: str, folder: Path, owner: str) -> str:
+    return (
+        f"{what} must be written by one process at a time, got {str(folder)!r}, into which {owner} writes; wait for it"
+    )

@@ -1,0 +1,115 @@
+"""Manifests: the size and SHA-256 of each file of a folder, written last, so that a whole folder can be told.
+
+A manifest finds damage: a file that is missing, cut off or differs in any bit. It is no signature, since whoever can
+change the files can write the manifest anew. SHA-256 is what processors have instructions for: 1.3 GB/s on one core
+where blake2b does 0.5 GB/s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ntpseg.utils.files import fsync_path, write_json
+
+MANIFEST = "manifest.json"
+_HASH = "sha256"
+# Hashing releases the interpreter's lock; more threads than this only wait for the disk.
+_THREADS = 8
+
+
+def write_manifest(folder: Path, name: str = MANIFEST) -> None:
+    """Flush every file of `folder` to the disk, and then write the manifest of all of them to its file `name`."""
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path != folder / name}
+    with ThreadPoolExecutor(_threads()) as pool:
+        hashes = dict(zip(files, pool.map(_flushed_digest, files.values())))
+    for root, _, _ in os.walk(folder):
+        fsync_path(Path(root))
+    write_json(folder / name, {"bytes": {name: path.stat().st_size for name, path in files.items()}, _HASH: hashes})
+
+
+def damage(folder: Path, name: str = MANIFEST, *, ignore: Iterable[str] = ()) -> str | None:
+    """What is wrong with a folder, by its manifest; None where nothing is.
+
+    Files that the manifest does not name do not count: a note or a model card may lie beside the others.
+
+    Args:
+        folder: what `write_manifest` was called for.
+        name: of the manifest.
+        ignore: files that may be missing or changed.
+
+    Returns:
+        One line that names the first wrong file, such as "model.safetensors is cut off (512 of 1024 bytes)".
+    """
+    try:
+        sizes, hashes = _read(folder / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, RecursionError):
+        return f"{name} is damaged"
+    wanted = [file for file in sizes if file not in set(ignore)]
+    for file in wanted:
+        path = folder / file
+        if not path.is_file():
+            return f"{file} is missing"
+        if (actual := path.stat().st_size) != sizes[file]:
+            change = "cut off" if actual < sizes[file] else "too long"
+            return f"{file} is {change} ({actual} of {sizes[file]} bytes)"
+    if hashes is None:
+        return None
+    with ThreadPoolExecutor(_threads()) as pool:
+        for file, digest in zip(wanted, pool.map(_digest, (folder / file for file in wanted))):
+            if digest != hashes[file]:
+                return f"{file} is not what was written (its {_HASH} differs)"
+    return None
+
+
+def check_folder(what: str, folder: Path, cure: str, name: str = MANIFEST) -> None:
+    """Raise a `ValueError` unless `folder` is whole; one without a manifest passes.
+
+    Args:
+        what: the folder, as the user knows it.
+        folder: what `write_manifest` was called for.
+        cure: what to do about it.
+        name: of the manifest.
+    """
+    if (folder / name).is_file() and (wrong := damage(folder, name)) is not None:
+        raise ValueError(f"{what} must be whole, got {str(folder)!r}, where {wrong}; {cure}")
+
+
+def _read(path: Path) -> tuple[dict[str, int], dict[str, str] | None]:
+    saved: Any = json.loads(path.read_text(encoding="utf-8"))
+    # Before version 0.3 the manifest of a cache held sizes alone.
+    if not isinstance(saved, dict) or set(saved) not in ({"bytes"}, {"bytes", _HASH}):
+        raise ValueError(f"manifest must hold bytes and {_HASH}")
+    sizes, hashes = saved["bytes"], saved.get(_HASH)
+    if not isinstance(sizes, dict) or not sizes or not all(type(size) is int for size in sizes.values()):
+        raise ValueError("bytes must be the size of each file")
+    if _HASH in saved and (not isinstance(hashes, dict) or set(hashes) != set(sizes)):
+        raise ValueError(f"{_HASH} must be the hash of each file")
+    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in sizes):
+        raise ValueError("manifest must name files of its folder")
+    return sizes, hashes
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
+
+
+def _threads() -> int:
+    return min(_THREADS, os.cpu_count() or 1)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _HASH).hexdigest()
+
+
+def _flushed_digest(path: Path) -> str:
+    fsync_path(path)
+    return _digest(path)

@@ -1,0 +1,70 @@
+"""A manifest tells any damage of the files that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ntpseg.utils.manifest import MANIFEST, check_folder, damage, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.bin", "deep/b.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "empty").touch()
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_whole_folder_is_whole_whatever_lies_beside(folder: Path) -> None:
+    assert damage(folder) is None
+    assert json.loads((folder / MANIFEST).read_text())["bytes"] == {"a.bin": 1024, "deep/b.bin": 1024, "empty": 0}
+    (folder / "note.txt").write_text("mine")
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("name", ["a.bin", "deep/b.bin"])
+@pytest.mark.parametrize("bit", range(0, 8192, 577))
+def test_any_bit_is_told(folder: Path, name: str, bit: int) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    (folder / name).write_bytes(data)
+    assert damage(folder) == f"{name} is not what was written (its sha256 differs)"
+
+
+def test_missing_and_cut_files_are_told(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(bytes(512))
+    assert damage(folder) == "a.bin is cut off (512 of 1024 bytes)"
+    (folder / "a.bin").write_bytes(bytes(2048))
+    assert damage(folder) == "a.bin is too long (2048 of 1024 bytes)"
+    (folder / "a.bin").unlink()
+    assert damage(folder) == "a.bin is missing"
+    with pytest.raises(ValueError, match=r"run must be whole, got '.*', where a.bin is missing; copy it again"):
+        check_folder("run", folder, "copy it again")
+    (folder / MANIFEST).unlink()
+    assert damage(folder) == "manifest.json is missing"
+    check_folder("run", folder, "copy it again")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"bytes": {}}',
+        '{"bytes": {"a.bin": "1024"}}',
+        '{"bytes": {"../a": 1}}',
+        '{"bytes": {"a.bin": 1}, "x": 1}',
+        '{"bytes": {"a.bin": 1024}, "sha256": {}}',
+        '{"bytes": {"a.bin": 1024}, "sha256": null}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_told(folder: Path, text: str) -> None:
+    (folder / MANIFEST).write_text(text)
+    assert damage(folder) == "manifest.json is damaged"
