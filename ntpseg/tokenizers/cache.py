@@ -68,8 +68,9 @@ class TokenCache:
         return self._text_ids[self._text_offsets[row] : self._text_offsets[row + 1]].tolist()
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
-        # A memory map would be pickled with its content: a data loader's worker opens the file instead.
-        return TokenCache.open, (self.directory, self.key)
+        # A memory map would be pickled with its content: a data loader's worker opens the file instead, which its
+        # parent has checked.
+        return TokenCache._read, (self.directory, self.key)
 
     @classmethod
     def build(
@@ -111,20 +112,25 @@ class TokenCache:
             key,
             lambda folder: _write(folder, dataset, vision, text, variants, augmentation, seed, progress),
         )
-        return cls.open(directory, key)
+        return cls._read(Path(directory), key)
 
     @classmethod
     def open(cls, directory: str | Path, key: str) -> TokenCache:
         """Open the cache `key` in `directory`.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is none, or a file of it is not what was written.
         """
-        path = check_cache(Path(directory), key)
+        check_cache(Path(directory), key)
+        return cls._read(Path(directory), key)
+
+    @classmethod
+    def _read(cls, directory: Path, key: str) -> TokenCache:
+        path = directory / key
         with damage_named(path):
             image, mask, ids, offsets = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
             texts = json.loads((path / "texts.json").read_text(encoding="utf-8"))
-        return cls(Path(directory), key, image, mask, texts, ids, offsets)
+        return cls(directory, key, image, mask, texts, ids, offsets)
 
 
 def cache_key(

@@ -1,7 +1,7 @@
 """A cache in ``DIR/<key>/``: complete under its name or not there, checked when it is opened.
 
 The key is a hash of everything that the content depends on. A folder is built under another name, flushed, and renamed,
-so one of that name is complete; the size of each file is checked all the same, and a damaged one is rebuilt.
+so one of that name is complete; the size and hash of each file are checked all the same, and a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntpseg.tokenizers.preprocess import parallel_map
-from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders, write_json
+from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders
+from ntpseg.utils.manifest import damage, write_manifest
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -36,20 +38,20 @@ def build_cache(directory: Path, key: str, write: Callable[[Path], None]) -> Non
     remove_stale_folders(directory)
     path = directory / key
     if path.exists():
-        try:
-            check_cache(directory, key)
+        wrong = damage(path, _META)
+        if wrong is None:
             return
-        except ValueError:
-            remove_folder(path)
+        print(f"building the damaged cache {path} again: {wrong}", file=sys.stderr)
+        remove_folder(path)
     # Where another process has been quicker, its cache has the same content.
     with contextlib.suppress(FileExistsError), atomic_folder(path, replace=False) as folder:
         write(folder)
-        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        write_json(folder / _META, {"bytes": sizes})
+        write_manifest(folder, _META)
 
 
 def check_cache(directory: Path, key: str) -> Path:
-    """The path of the cache `key` in `directory`, all its files of the size with which they were written.
+    """The path of the cache `key` in `directory`, all its files as they were written (of a cache of a release before
+    0.3 their sizes alone are known).
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -58,11 +60,9 @@ def check_cache(directory: Path, key: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"key must be that of a cache in {str(directory)!r}, got {key!r}; build it first")
     with damage_named(path):
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        for name, size in meta["bytes"].items():
-            actual = (path / name).stat().st_size
-            if actual != size:
-                raise ValueError(f"{name} must have {size} bytes, got {actual}")
+        wrong = damage(path, _META)
+        if wrong is not None:
+            raise ValueError(wrong)
     return path
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ntpseg.tokenizers.patch_vq import PatchVQ
 from ntpseg.tokenizers.vision import check_codes, check_images
-from ntpseg.utils.checks import check_choice, check_integer, check_multiple, check_number
+from ntpseg.utils.checks import check_choice, check_integer, check_multiple, check_number, one_line
 from ntpseg.utils.files import atomic_write, write_json
 
 MODEL_TYPE = "ntpseg_compact_vq"
@@ -209,6 +209,6 @@ class CompactVQ(nn.Module):
         except Exception as error:
             raise ValueError(
                 f"vision tokenizer directory must hold what CompactVQ.save_pretrained wrote, got {str(path)!r}, "
-                f"which cannot be loaded ({error})"
+                f"which cannot be loaded ({one_line(error)})"
             ) from error
         return model

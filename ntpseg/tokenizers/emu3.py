@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.tokenizers.vision import check_codes, check_images
-from ntpseg.utils.checks import check_multiple
+from ntpseg.utils.checks import check_multiple, one_line
 from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -185,15 +185,16 @@ class Emu3Vision:
         except Exception as error:
             raise ValueError(
                 "vision tokenizer directory must hold config.json and model.safetensors of an Emu3VQVAE, "
-                f"got {str(path)!r}, which cannot be loaded ({error})"
+                f"got {str(path)!r}, which cannot be loaded ({one_line(error)})"
             ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            # transformers only warns, and goes on with random weights.
-            raise ValueError(
-                f"vision tokenizer directory must hold all weights of an Emu3VQVAE, got {str(path)!r}, "
-                f"which lacks {len(missing)} weights, {missing[0]!r} first"
-            )
+        for key, reason in (("missing_keys", "lacks"), ("unexpected_keys", "has"), ("mismatched_keys", "has other")):
+            names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[key])
+            if names:
+                # transformers only warns, and goes on with random weights.
+                raise ValueError(
+                    "vision tokenizer directory must hold all weights of an Emu3VQVAE and no others, got "
+                    f"{str(path)!r}, which {reason} {len(names)} weights, {names[0]!r} first"
+                )
         return cls(model, size, settings.get("image_mean"), settings.get("image_std"))
 
 

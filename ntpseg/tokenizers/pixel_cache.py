@@ -51,8 +51,9 @@ class PixelCache:
         return Pair(image, mask.astype(np.float32), self.texts[index])
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
-        # A memory map would be pickled with its content: a data loader's worker opens the file instead.
-        return PixelCache.open, (self.directory, self.key)
+        # A memory map would be pickled with its content: a data loader's worker opens the file instead, which its
+        # parent has checked.
+        return PixelCache._read, (self.directory, self.key)
 
     @classmethod
     def build(
@@ -74,20 +75,25 @@ class PixelCache:
         settings = {"kind": "pixels", "version": _VERSION, "size": size, "channels": channels}
         key = content_key(settings, dataset)
         build_cache(Path(directory), key, lambda folder: _write(folder, dataset, size, channels, progress))
-        return cls.open(directory, key)
+        return cls._read(Path(directory), key)
 
     @classmethod
     def open(cls, directory: str | Path, key: str) -> PixelCache:
         """Open the cache `key` in `directory`.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is none, or a file of it is not what was written.
         """
-        path = check_cache(Path(directory), key)
+        check_cache(Path(directory), key)
+        return cls._read(Path(directory), key)
+
+    @classmethod
+    def _read(cls, directory: Path, key: str) -> PixelCache:
+        path = directory / key
         with damage_named(path):
             images, masks = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("images", "masks"))
             texts = json.loads((path / "texts.json").read_text(encoding="utf-8"))
-        return cls(Path(directory), key, images, texts, masks)
+        return cls(directory, key, images, texts, masks)
 
 
 def _write(folder: Path, dataset: Sequence[Record], size: int, channels: int, progress: bool) -> None:

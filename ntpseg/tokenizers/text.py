@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ntpseg.utils.checks import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -76,10 +78,10 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"text tokenizer directory must be a local directory, got {str(path)!r}, which does not exist")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises plain exceptions about damaged files
         raise ValueError(
             "text tokenizer directory must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with "
-            f"merges.txt), got {str(path)!r}, which cannot be loaded ({error})"
+            f"merges.txt), got {str(path)!r}, which cannot be loaded ({one_line(error)})"
         ) from error
 
 

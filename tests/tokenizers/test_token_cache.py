@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -121,28 +122,54 @@ def test_a_second_build_opens_what_the_first_wrote(tmp_path, records, compact, t
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.key]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "empty"])
-def test_a_damaged_cache_is_refused_and_built_again(tmp_path, records, compact, text, damage):
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut to half":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        last = len(data) - 1 if how == "last bit flipped" else len(data) // 2
+        path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
+
+
+@pytest.mark.parametrize("how", ["missing", "cut to half", "empty", "one bit flipped", "last bit flipped"])
+@pytest.mark.parametrize(
+    "name", ["image_codes.npy", "mask_codes.npy", "text_ids.npy", "text_offsets.npy", "texts.json", "meta.json"]
+)
+def test_a_damaged_cache_is_refused_and_built_again(tmp_path, records, compact, text, name, how, capsys):
     root = tmp_path / "cache"
     cache = TokenCache.build(root, records, compact, text, progress=False)
-    good = np.array(cache.mask_codes)
-    path = root / cache.key
-    if damage == "truncate":
-        data = (path / "mask_codes.npy").read_bytes()
-        (path / "mask_codes.npy").write_bytes(data[:-10])
-    elif damage == "remove":
-        (path / "texts.json").unlink()
-    elif damage == "meta":
-        (path / "meta.json").write_text("[]")
-    else:
-        for file in path.iterdir():
-            file.unlink()
-    with pytest.raises(ValueError, match="got a damaged one"):
+    good, path = np.array(cache.mask_codes), root / cache.key
+    damage(path / name, how)
+    # A wrong bit in a hash is told as one in the file of that hash.
+    named = r"\.npy" if (name, how) == ("meta.json", "one bit flipped") else name
+    with pytest.raises(ValueError, match=f"got a damaged one .*{named}") as refused:
         TokenCache.open(root, cache.key)
+    assert "\n" not in str(refused.value)
+    capsys.readouterr()
     again = TokenCache.build(root, records, compact, text, progress=False)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and str(path) in line and re.search(named, line)
     assert again.key == cache.key
     assert np.array_equal(again.mask_codes, good)
     assert [p.name for p in root.iterdir()] == [cache.key]
+    TokenCache.build(root, records, compact, text, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cache_of_an_earlier_release_is_read(tmp_path, records, compact, text, capsys):
+    """One whose files have a size but no hash."""
+    cache = TokenCache.build(tmp_path / "cache", records, compact, text, progress=False)
+    meta = tmp_path / "cache" / cache.key / "meta.json"
+    meta.write_text(json.dumps({"bytes": json.loads(meta.read_text())["bytes"]}))
+    TokenCache.build(tmp_path / "cache", records, compact, text, progress=False)
+    assert capsys.readouterr().err == "" and len(json.loads(meta.read_text())) == 1
+    damage(meta.with_name("texts.json"), "cut to half")
+    with pytest.raises(ValueError, match=r"texts.json is cut off"):
+        TokenCache.open(tmp_path / "cache", cache.key)
 
 
 KILLED = """
@@ -263,5 +290,5 @@ def test_threads_keep_the_order_and_pass_errors_on():
 def test_meta_lists_every_file(tmp_path, records, compact, text):
     cache = TokenCache.build(tmp_path / "cache", records, compact, text, progress=False)
     path = tmp_path / "cache" / cache.key
-    listed = json.loads((path / "meta.json").read_text())["bytes"]
+    listed = json.loads((path / "meta.json").read_text())["sha256"]
     assert {*listed, "meta.json"} == {p.name for p in path.iterdir()}
