@@ -7,6 +7,7 @@ import functools
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from ntpseg.utils.files import atomic_open
@@ -64,7 +65,7 @@ def unpack_bundle(file: Path) -> Path:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             for entry in entries:
                 archive.extract(entry, folder)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"model file must be an archive of `ntpseg pack`, got {str(file)!r} ({error})") from error
     return folder
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
+from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
+from ntpseg.utils.manifest import MANIFEST, check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +47,11 @@ class Bundle:
     decoding: dict[str, Any] | None = None
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors``, and what `save_tokenizers` writes."""
+        """Write ``config.json`` and ``model.safetensors``, what `save_tokenizers` writes, and the manifest of all."""
         path = Path(directory)
         self.save_tokenizers(path)
         self.model.save_pretrained(path)
+        write_manifest(path)
         return path
 
     def save_tokenizers(self, directory: str | Path) -> None:
@@ -78,18 +83,18 @@ class Bundle:
             device: where the model and the vision tokenizer go; the CPU by default.
 
         Raises:
-            ValueError: no bundle there, or the attention implementation cannot be used.
+            ValueError: no bundle there, a file of it that is damaged or lacks weights, or the attention implementation
+                cannot be used.
         """
         from ntpseg.models.model import NTPSegModel
         from ntpseg.tokenizers.auto import load_vision_tokenizer
-        from ntpseg.tokenizers.sequence import SequenceFormat
         from ntpseg.tokenizers.text import load_text_tokenizer
 
         path = bundle_directory(directory)
-        sequence = SequenceFormat.from_dict(json.loads((path / "sequence.json").read_text(encoding="utf-8")))
+        sequence = _read_sequence(path / "sequence.json")
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
-            model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
+            model = load_whole(NTPSegModel, path, attn_implementation=attention, **options)
         vision = load_vision_tokenizer(path / "vision")
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
@@ -102,7 +107,7 @@ class Bundle:
             text=load_text_tokenizer(path / "text"),
             vision=vision,
             sequence=sequence,
-            decoding=json.loads(decoding.read_text(encoding="utf-8")) if decoding.is_file() else None,
+            decoding=_read_json(decoding) if decoding.is_file() else None,
         )
 
 
@@ -115,10 +120,72 @@ def bundle_directory(directory: str | Path) -> Path:
     path = Path(directory)
     if path.is_file():
         path = unpack_bundle(path.resolve())
-    for candidate in (path, path / "model"):
+    # A training that was killed while it replaced the model has left the whole new one under its first name.
+    for candidate in (path, path / "model", path / "model.part"):
+        has_manifest = (candidate / MANIFEST).is_file()
+        if has_manifest and candidate.is_dir():
+            check_folder("model", candidate, "copy it again, or save it again with `ntpseg train --resume`")
+        # A training that was killed while it replaced the model has left the whole new one under its first name.
+        if candidate.name == "model.part" and not has_manifest:
+            continue
         if (candidate / "sequence.json").is_file() and (candidate / "config.json").is_file():
             return candidate
     raise ValueError(
         "model directory must be a run of `ntpseg train`, its model/ (config.json, model.safetensors, sequence.json, "
         f"text/, vision/) or a file of `ntpseg pack`, got {str(path)!r}, which holds no trained model"
     )
+
+
+def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
+    """``kind.from_pretrained`` of a local directory, all weights its own: transformers fills gaps at random.
+
+    Args:
+        kind: a class of models.
+        path: the directory.
+        optional: beginnings of names of weights that may be missing or superfluous; a line on standard error names the
+            first.
+        **options: see ``from_pretrained``.
+
+    Raises:
+        ValueError: another weight is missing or superfluous, one has another shape, or a file cannot be read.
+    """
+    try:
+        model, report = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model directory must hold a whole model, got {str(path)!r} ({one_line(error)})") from error
+    for key, reason in (("missing_keys", "without"), ("unexpected_keys", "with"), ("mismatched_keys", "with another")):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[key])
+        tolerated = [name for name in names if name.startswith(optional) and key != "mismatched_keys"]
+        if tolerated:
+            print(f"{path} is {reason} {_first(tolerated)}: what the model lacks starts at random", file=sys.stderr)
+        wrong = [name for name in names if name not in tolerated]
+        if wrong:
+            raise ValueError(
+                "model directory must hold the weights of the configuration and no others, "
+                f"got {str(path)!r} {reason} {_first(wrong)}"
+            )
+    return model
+
+
+def _first(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _read_sequence(path: Path) -> SequenceFormat:
+    from ntpseg.tokenizers.sequence import SequenceFormat
+
+    value = _read_json(path)
+    try:
+        return SequenceFormat.from_dict(value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be a sequence format, got a damaged file ({error!r})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got a damaged file ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
