@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ntpseg.generation.options import DecodingOptions
 from ntpseg.models.attention import attention_errors, default_attention
+from ntpseg.models.bundle import load_whole
 from ntpseg.models.mask_inputs import MaskInputOptions
 from ntpseg.models.pretrained_encoder import huggingface_encoder_config
 from ntpseg.models.stem import StemOptions
@@ -16,6 +17,7 @@ from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
 from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+from ntpseg.utils.manifest import check_folder
 
 if TYPE_CHECKING:
     from ntpseg.models.model import NTPSegModel
@@ -100,11 +102,13 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
             path = Path(settings.weights).expanduser()
             if not (path / "config.json").is_file():
                 raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
-            model = NTPSegModel.from_pretrained(
+            check_folder("model.weights", path, "copy it again")
+            model = load_whole(
+                NTPSegModel,
                 path,
+                optional=("heads.", "grid.", "front_end.", "readout."),
                 config=model_config,
                 attn_implementation=settings.attention or default_attention(),
-                local_files_only=True,
             )
         else:
             model_config._attn_implementation = settings.attention or default_attention()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -75,7 +76,13 @@ class JsonLog(TrainerCallback):
         """Drop the lines that a killed run wrote after the checkpoint from which training continues."""
         if not state.is_world_process_zero:
             return
-        write_jsonl(self.path, [line for line in training_log(self.run) if line["step"] <= state.global_step])
+        # An evaluation that is made up is logged anew.
+        again = evaluation_due(args, state)
+        lines = [line for line in training_log(self.run) if line["step"] <= state.global_step]
+        write_jsonl(
+            self.path,
+            [line for line in lines if not (again and line["step"] == state.global_step and "eval_loss" in line)],
+        )
 
     def on_log(
         self,
@@ -89,3 +96,34 @@ class JsonLog(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the epoch of a checkpoint had ended without its evaluation, which is to be made up then.
+
+    A checkpoint that the last step of an epoch wrote is older than the evaluation, and a kill may have cut that off.
+    """
+    epoch = state.epoch or 0.0
+    if args.eval_strategy != IntervalStrategy.EPOCH or not state.global_step or args.eval_delay > epoch:
+        return False
+    ended = abs(epoch - round(epoch)) < 1e-6 or state.global_step >= state.max_steps
+    return ended and not any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+
+
+def moved_position(args: TrainingArguments, state: TrainerState, batches: Sized) -> str | None:
+    """A warning where a checkpoint's step is another place in the data now; None where it is the same.
+
+    Args:
+        args: of the run now.
+        state: of the checkpoint.
+        batches: of an epoch of this rank now.
+    """
+    steps = -(-len(batches) // args.gradient_accumulation_steps)
+    epochs, rest = divmod(state.global_step, max(steps, 1))
+    now, before = epochs + rest * args.gradient_accumulation_steps / max(len(batches), 1), state.epoch or 0.0
+    if abs(now - before) < 1e-6:
+        return None
+    return (
+        f"step {state.global_step} was epoch {before:.3f} and is {now:.3f} now, since a step takes another number of "
+        "pairs: keep ranks x training.per_device_train_batch_size x training.gradient_accumulation_steps as it was"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ from ntpseg.training.arguments import training_arguments
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.builders import default_decoding, make_datasets, make_model
 from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
-from ntpseg.training.checkpoint import drop_incomplete, last_checkpoint
+from ntpseg.training.checkpoint import checkpoints, choose_checkpoint, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
 from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
-from ntpseg.utils.files import publish_folder, write_json, write_text
+from ntpseg.training.same_data import check_same_data
+from ntpseg.utils.files import is_litter, publish_folder, remove_folder, remove_litter, write_json, write_text
+from ntpseg.utils.lock import LOCK, folder_lock
+from ntpseg.utils.manifest import write_manifest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -48,8 +52,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     if config.output is None:
         raise ValueError("output must be the directory of the run, got null")
     run = Path(config.output).expanduser()
-    if rank() == 0:
-        _prepare_directory(config, run, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack:
+        if rank() == 0:
+            _check_directory(run, resume=resume, overwrite=overwrite)
+            stack.enter_context(folder_lock(run, "output"))
+            _prepare_directory(config, run, resume=resume, overwrite=overwrite)
+        _train(config, run, resume=resume, progress=progress)
+    return run
+
+
+def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> None:
+    """All ranks: from the directory that rank 0 has made to the bundle."""
     try:
         keep_freed_memory()
         args = training_arguments(config, run)
@@ -62,7 +75,6 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
         _save(trainer, prepared, run, default_decoding(config), progress=shown)
     finally:
         end_processes()
-    return run
 
 
 def make_trainer(
@@ -112,27 +124,63 @@ def make_trainer(
     return trainer
 
 
-def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's directory with this configuration, or raise a `ValueError` where there is another run."""
+def _check_directory(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise a `ValueError` where `run` holds something that these options do not allow to be written over."""
     saved = run / "config.yaml"
     if resume:
         if not saved.is_file():
             raise ValueError(f"resume must name a run, got {run}, which holds no run (no config.yaml)")
+    elif not run.exists() or (run.is_dir() and (not _content(run) or _is_unprepared(run))):
+        pass
+    elif not overwrite:
+        raise ValueError(f"output must be new, got {str(run)!r}; give --resume to go on or --overwrite to start again")
+    elif not saved.is_file():
+        raise ValueError(f"output must be a run to be overwritten, got {str(run)!r}, which is not a run")
+
+
+def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's directory with this configuration; the caller holds its lock.
+
+    Raises:
+        ValueError: there is another run, it has other settings or data, or none of its checkpoints is whole.
+    """
+    # Another process may have written here before the lock was taken.
+    _check_directory(run, resume=resume, overwrite=overwrite)
+    remove_litter(run)
+    if config.data.cache is None and (run / "cache").is_dir():
+        remove_litter(run / "cache")
+    saved = run / "config.yaml"
+    if resume:
         check_same_run(config, saved)
-        for path in drop_incomplete(run):
-            print(f"removed the incomplete checkpoint {path}", file=sys.stderr)
-    elif saved.is_file() and not (run / PREPARED).is_file():
-        pass  # an attempt that ended before anything was prepared, because of bad data for instance
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if not overwrite:
-            raise ValueError(
-                f"output must be new, got {str(run)!r}; give --resume to go on or --overwrite to start again"
-            )
-        if not saved.is_file():
-            raise ValueError(f"output must be a run to be overwritten, got {str(run)!r}, which is not a run")
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+        check_same_data(config, run)
+        choose_checkpoint(run)
+    else:
+        # An attempt keeps the tokens that it has made, whose name says of what.
+        _clear(run, keep=("cache", "config.yaml") if _is_unprepared(run) else ())
     write_text(saved, dump_config(config))
+
+
+def _content(run: Path) -> list[Path]:
+    """What is in a directory besides its lock and what killed writes left."""
+    return [path for path in run.iterdir() if path.name != LOCK and not is_litter(path)]
+
+
+def _is_unprepared(run: Path) -> bool:
+    """Whether this is an attempt that ended before anything was prepared, because of bad data for instance."""
+    return (run / "config.yaml").is_file() and not (run / PREPARED).is_file() and not checkpoints(run)
+
+
+def _clear(run: Path, keep: Sequence[str]) -> None:
+    """Remove what is in a run. Killed meanwhile, it is a run with fewer checkpoints, or an attempt at one."""
+
+    def place(path: Path) -> int:
+        if path.name.startswith(("checkpoint-", "model")):
+            return 0
+        return {PREPARED: 1, "config.yaml": 3}.get(path.name, 2)
+
+    for path in sorted(_content(run), key=place):
+        if path.name not in keep:
+            remove_folder(path)
 
 
 def _save(
@@ -142,6 +190,9 @@ def _save(
     partial, final = run / "model.part", run / "model"
     model: Any = trainer.model
     bundle = Bundle(model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence)
+    if trainer.is_world_process_zero():
+        remove_folder(partial)
+    trainer.wait_for_ranks()
     with trainer.averaged_weights():
         # Every rank takes part: ZeRO-3 gathers the weights here.
         trainer.save_model(str(partial))
@@ -155,4 +206,5 @@ def _save(
             write_json(run / "decoding_choice.json", choice.to_dict())
     (partial / "training_args.bin").unlink(missing_ok=True)
     bundle.save_tokenizers(partial)
+    write_manifest(partial)
     publish_folder(partial, final)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
+from ntpseg.training.same_data import in_stored_order, write_data
 from ntpseg.utils.files import write_json, write_jsonl
+from ntpseg.utils.manifest import check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +53,7 @@ class Prepared:
 
 
 def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepared:
-    """Prepare a run, or open what an earlier call prepared in `run`.
+    """Prepare a run, or open what an earlier call prepared in `run`; a damaged cache is built again.
 
     Tokenizers go to ``run/tokenizers``, tokens to ``run/cache`` (or ``data.cache``).
 
@@ -60,7 +63,8 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     """
     done = run / PREPARED
     if done.is_file():
-        return _open(config, run, json.loads(done.read_text(encoding="utf-8")))
+        return _open(config, run, _read_keys(done), progress)
+    write_data(config, run)
     records = _records(config, run)
     training = [r for r in records if r.split == "train"]
     validation = [r for r in records if r.split == "val"]
@@ -85,6 +89,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         first = PixelCache.build(folder, training, size, channels, progress=progress)
         second = PixelCache.build(folder, validation, size, channels, progress=progress) if validation else None
     sequence = _sequence(config, vision, text)
+    write_manifest(run / "tokenizers")
     keys = {
         "training": first.key,
         "validation": None if second is None else second.key,
@@ -95,16 +100,58 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     return Prepared(text, vision, sequence, first, second)
 
 
-def _open(config: RunConfig, run: Path, keys: dict[str, Any]) -> Prepared:
+def _read_keys(path: Path) -> dict[str, Any]:
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+        return {name: keys[name] for name in ("training", "validation", "sequence", "pairs")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} must say what was prepared, got a damaged file ({error!r}); start again with --overwrite"
+        ) from error
+
+
+def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) -> Prepared:
+    check_folder("tokenizers", run / "tokenizers", "start again with --overwrite")
+    text = load_text_tokenizer(run / "tokenizers" / "text")
+    vision = load_vision_tokenizer(run / "tokenizers" / "vision")
     folder = _cache_folder(config, run)
+
+    def cache(split: str, key: str) -> TokenCache | PixelCache:
+        kind = TokenCache if config.model.front_end == "codes" else PixelCache
+        try:
+            return kind.open(folder, key)
+        except ValueError as error:
+            print(f"building a cache of the run again: {error}", file=sys.stderr)
+        records = in_stored_order([r for r in _records(config, run) if r.split == split], run)
+        training = split == "train"
+        if config.model.front_end == "codes":
+            augmentation = augmentation_of(config) if training else None
+            made: TokenCache | PixelCache = TokenCache.build(
+                folder,
+                records,
+                vision,
+                text,
+                variants=config.data.variants if training else 0,
+                augmentation=augmentation,
+                seed=config.seed,
+                progress=progress,
+            )
+        else:
+            made = PixelCache.build(folder, records, config.data.size, config.data.channels, progress=progress)
+        if made.key != key:
+            raise ValueError(
+                f"the cache {key} of the run must be built from the data that it was made of, got other data in "
+                f"{config.data.path}; put it back, or start again with --overwrite"
+            )
+        return made
+
     second = keys["validation"]
-    kind = TokenCache if config.model.front_end == "codes" else PixelCache
     return Prepared(
-        text=load_text_tokenizer(run / "tokenizers" / "text"),
-        vision=load_vision_tokenizer(run / "tokenizers" / "vision"),
+        text=text,
+        vision=vision,
         sequence=SequenceFormat.from_dict(keys["sequence"]),
-        training=kind.open(folder, keys["training"]),
-        validation=None if second is None else kind.open(folder, second),
+        training=cache("train", keys["training"]),
+        validation=None if second is None else cache("val", second),
     )
 
 

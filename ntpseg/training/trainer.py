@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,11 +17,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ntpseg.losses import NumItems, count_items
 from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
-from ntpseg.training.checkpoint import load_memory, save_memory
+from ntpseg.training.callbacks import evaluation_due, moved_position
+from ntpseg.training.checkpoint import begin, finish, last_checkpoint, load_memory, rotate, save_memory
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.dataset import EpochDataset, EpochSampler
 from ntpseg.training.ema import WeightAverage
 from ntpseg.training.muon import Muon, split_parameters
+from ntpseg.training.pickles import find_unsafe, weights_only
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
 # Only of models that have losses on pixels.
@@ -73,6 +76,7 @@ class NTPSegTrainer(Trainer):
         self._generation_scores: dict[str, float] = {}
         self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
         self._logged_step = 0
+        self._evaluation_due = False
         self._matrix_parameters: int | None = None
         self.add_callback(_Epochs(self))
         if budget is not None:
@@ -85,11 +89,25 @@ class NTPSegTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included."""
-        if resume_from_checkpoint and self.memory is not None:
-            load_memory(self.memory, Path(resume_from_checkpoint), self.args.process_index)
-        if resume_from_checkpoint and self.average is not None:
-            self.average.load(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        checkpoint = last_checkpoint(self._run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        if checkpoint is None:
+            raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
+        if (unsafe := find_unsafe(checkpoint)) is not None:
+            raise ValueError(f"checkpoint must hold data alone, got {checkpoint}, where {unsafe}")
+        if self.memory is not None:
+            load_memory(
+                self.memory,
+                checkpoint,
+                self.args.process_index,
+                self.args.world_size,
+                vocab_size=cast(Any, self.model).config.vocab_size,
+            )
+        if self.average is not None:
+            self.average.load(checkpoint)
+        with weights_only():
+            return super().train(str(checkpoint), *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, or Muon."""
@@ -233,16 +251,60 @@ class NTPSegTrainer(Trainer):
         metrics[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
         return metrics
 
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = self._run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.wait_for_ranks()
         if self.memory is not None:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             save_memory(self.memory, folder, self.args.process_index)
-            if self.args.world_size > 1:
-                # The state file, written below, marks the checkpoint as complete.
-                dist.barrier()
         if self.average is not None and self.is_world_process_zero():
-            self.average.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
+            self.average.save(folder)
+        # The Trainer would remove older checkpoints before the other ranks have written this one.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.wait_for_ranks()
+        if self.args.should_save:
+            finish(folder)
+            rotate(self._run, limit, self.state.best_model_checkpoint)
+
+    def wait_for_ranks(self) -> None:
+        """Return when every rank has come here."""
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    # ---- resuming
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The Trainer warns of weights that a checkpoint lacks, and goes on with those that the model has."""
+        model: Any = self.model
+        missing = sorted(set(load_result.missing_keys) - set(model._tied_weights_keys or ()))
+        for name, reason in [(n, "without") for n in missing] + [(n, "with") for n in load_result.unexpected_keys]:
+            raise ValueError(f"checkpoint must hold the weights of this model, got one {reason} {name!r}")
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        super()._load_rng_state(checkpoint)
+        # Here the state is that of the unbroken run before the evaluation.
+        if self._evaluation_due:
+            self._make_up_evaluation()
+
+    def _make_up_evaluation(self) -> None:
+        self._evaluation_due = False
+        self._evaluate(None, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # A run that had ended; the Trainer would add a step.
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
 
 class _Epochs(TrainerCallback):
@@ -259,6 +321,12 @@ class _Epochs(TrainerCallback):
         # A checkpoint of an epoch's very last step was written before that epoch's end.
         while memory is not None and memory.epoch < _epoch(state) + 1:
             self._advance(memory)
+        if state.is_world_process_zero and (moved := moved_position(args, state, kwargs["train_dataloader"])):
+            print(moved, file=sys.stderr)
+        self.trainer._evaluation_due = evaluation_due(args, state)
+        if self.trainer._evaluation_due and state.global_step >= state.max_steps:
+            # No step follows whose random state would matter.
+            self.trainer._make_up_evaluation()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
