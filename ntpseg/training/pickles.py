@@ -127,12 +127,12 @@ class _Search(pickle.Unpickler):
 def _search_index(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
-            _Search(file).load()
+            index = _Search(file).load()
     except PermissionError as error:
         return f"calls {error}, which no checkpoint needs"
     except Exception as error:  # a damaged pickle can raise anything
         return f"cannot be read as data ({type(error).__name__})"
-    return None
+    return None if isinstance(index, _Inert) else "is no index of a sharded checkpoint"
 
 
 def _classes() -> list[Any]:
