@@ -54,7 +54,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     run = Path(config.output).expanduser()
     with ExitStack() as stack:
         if rank() == 0:
-            _check_directory(run, resume=resume, overwrite=overwrite)
+            # A folder with a lock is ours, and whoever holds that is told first.
+            if not (run / LOCK).is_file():
+                _check_directory(run, resume=resume, overwrite=overwrite)
             stack.enter_context(folder_lock(run, "output"))
             _prepare_directory(config, run, resume=resume, overwrite=overwrite)
         _train(config, run, resume=resume, progress=progress)
@@ -144,7 +146,6 @@ def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite:
     Raises:
         ValueError: there is another run, it has other settings or data, or none of its checkpoints is whole.
     """
-    # Another process may have written here before the lock was taken.
     _check_directory(run, resume=resume, overwrite=overwrite)
     remove_litter(run)
     if config.data.cache is None and (run / "cache").is_dir():

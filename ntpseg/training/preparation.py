@@ -120,8 +120,9 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
         kind = TokenCache if config.model.front_end == "codes" else PixelCache
         try:
             return kind.open(folder, key)
-        except ValueError as error:
-            print(f"building a cache of the run again: {error}", file=sys.stderr)
+        except ValueError:
+            if not (folder / key).is_dir():
+                print(f"building the cache {folder / key} again: it is gone", file=sys.stderr)
         records = in_stored_order([r for r in _records(config, run) if r.split == split], run)
         training = split == "train"
         if config.model.front_end == "codes":

@@ -6,11 +6,13 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
+_TRIES = 20
 _held: set[Path] = set()
 
 
@@ -60,11 +62,27 @@ def _lock(handle: int, path: Path, what: str, folder: Path) -> None:
 
 
 def _owner(handle: int) -> str:
+    # Who has just taken the lock may not have written yet; what is there is its dead predecessor's.
+    for _ in range(_TRIES):
+        try:
+            owner = json.loads(os.pread(handle, 4096, 0))
+            pid, host = int(owner["pid"]), str(owner["host"])
+        except (ValueError, KeyError, TypeError):
+            pid, host = 0, ""
+        if pid and (host != socket.gethostname() or _alive(pid)):
+            return f"process {pid} on {host}"
+        time.sleep(0.05)
+    return "another process"
+
+
+def _alive(pid: int) -> bool:
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
-        return f"process {owner['pid']} on {owner['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _taken(what: str, folder: Path, owner: str) -> str:

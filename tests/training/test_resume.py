@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from killed_run import RUN
 from toy import make_toy, make_trainer
+from transformers import TrainerCallback
 
 from ntpseg.evaluation.run_directory import training_log
 from ntpseg.training.callbacks import JsonLog
@@ -46,3 +48,48 @@ def test_kill_and_resume_give_the_unbroken_sequence(tmp_path) -> None:
     assert figures(killed) == figures(whole)
     assert len(figures(whole)) == 12
     assert any(line[6] > 0 for line in figures(whole)), "hard tokens took part"
+
+
+class Cut(TrainerCallback):
+    """Ends the program, as a kill would, where `event` comes at step `step`."""
+
+    def __init__(self, event: str, step: int) -> None:
+        def cut(args, state, control, **kwargs) -> None:
+            if state.global_step == step:
+                raise InterruptedError
+
+        setattr(self, event, cut)
+
+
+@pytest.mark.parametrize(
+    ("event", "step"),
+    [("on_save", 4), ("on_save", 12), ("on_prediction_step", 8), ("on_evaluate", 4), ("on_evaluate", 12)],
+)
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_once(tmp_path, event, step) -> None:
+    """Killed after the checkpoint of an epoch's last step, before, in and after the evaluation of that epoch."""
+    fields = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch"}
+    fields |= {"evaluate": True, "hard_tokens": 0}
+    toy = make_toy(16, variants=1)
+    for run in (tmp_path / "whole", tmp_path / "cut"):
+        run.mkdir()
+        cut = [Cut(event, step)] if run.name == "cut" else []
+        trainer = make_trainer(toy, run, callbacks=[JsonLog(run), *cut], **fields)
+        if cut:
+            with pytest.raises(InterruptedError):
+                trainer.train()
+            assert last_checkpoint(run) == run / f"checkpoint-{step}"
+            trainer = make_trainer(toy, run, callbacks=[JsonLog(run)], **fields)
+            trainer.train(True)
+        else:
+            trainer.train()
+    logs = [
+        [
+            {name: value for name, value in line.items() if not name.endswith(("runtime", "per_second"))}
+            for line in training_log(tmp_path / name)
+            if "loss" in line or "eval_loss" in line
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert logs[1] == logs[0]
+    assert [line["step"] for line in logs[0] if "eval_loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [4, 8, 12]
