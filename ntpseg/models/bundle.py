@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ntpseg.models.model import NTPSegModel
     from ntpseg.tokenizers.sequence import SequenceFormat
     from ntpseg.tokenizers.vision import VisionTokenizer
+    from ntpseg.tokenizers.vocabulary import Vocabulary
 
 
 DECODING = "decoding.json"
@@ -95,7 +96,8 @@ class Bundle:
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
             model = load_whole(NTPSegModel, path, attn_implementation=attention, **options)
-        vision = load_vision_tokenizer(path / "vision")
+        vision, text = load_vision_tokenizer(path / "vision"), load_text_tokenizer(path / "text")
+        _check_sizes(path, sequence.vocabulary, text, vision)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
             if isinstance(vision, torch.nn.Module):
@@ -104,7 +106,7 @@ class Bundle:
         decoding = path / DECODING
         return cls(
             model=model,
-            text=load_text_tokenizer(path / "text"),
+            text=text,
             vision=vision,
             sequence=sequence,
             decoding=_read_json(decoding) if decoding.is_file() else None,
@@ -149,10 +151,18 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
     Raises:
         ValueError: another weight is missing or superfluous, one has another shape, or a file cannot be read.
     """
+    from transformers.utils import logging
+
+    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}
+    shown = logging.get_verbosity()
+    # Its own report is a table; the error below names the first weight.
+    logging.set_verbosity_error()
     try:
-        model, report = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(path, **options)
     except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"model directory must hold a whole model, got {str(path)!r} ({one_line(error)})") from error
+    finally:
+        logging.set_verbosity(shown)
     for key, reason in (("missing_keys", "without"), ("unexpected_keys", "with"), ("mismatched_keys", "with another")):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[key])
         tolerated = [name for name in names if name.startswith(optional) and key != "mismatched_keys"]
@@ -169,6 +179,16 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
 
 def _first(names: list[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _check_sizes(path: Path, vocabulary: Vocabulary, text: PreTrainedTokenizerBase, vision: VisionTokenizer) -> None:
+    """Raise a `ValueError` unless both tokenizers are those of the sequence format."""
+    found = [("vision", "mask codes", vocabulary.mask_codes, vision.mask_codes)]
+    if vocabulary.layout == "ntpseg":
+        found.append(("text", "ids", vocabulary.text_size, len(text)))
+    for name, unit, wanted, size in found:
+        if size != wanted:
+            raise ValueError(f"{path / name} must have {wanted} {unit}, as sequence.json says, got {size}")
 
 
 def _read_sequence(path: Path) -> SequenceFormat:

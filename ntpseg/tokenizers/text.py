@@ -77,7 +77,11 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise ValueError(f"text tokenizer directory must be a local directory, got {str(path)!r}, which does not exist")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            # Without its vocabulary one of transformers' tokenizers is made all the same, which knows no word.
+            raise ValueError("it has no vocabulary")
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain exceptions about damaged files
         raise ValueError(
             "text tokenizer directory must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with "
