@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _STATE = "trainer_state.json"
 _UNFINISHED = {"unfinished": True}
 _DAMAGED = "damaged-"
+# Found whole by this process: large checkpoints take minutes to hash.
+_whole: set[Path] = set()
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -84,6 +86,7 @@ def choose_checkpoint(run: Path) -> Path | None:
                     "known of them",
                     file=sys.stderr,
                 )
+            _whole.add(path.resolve())
             return path
         faults.append((path, wrong))
     if faults:
@@ -110,8 +113,17 @@ def fault(checkpoint: Path) -> str | None:
     return wrong or _missing(checkpoint) or find_unsafe(checkpoint)
 
 
+def check_resumable(checkpoint: Path, rank: int) -> None:
+    """Raise a `ValueError` where training cannot go on from a checkpoint, see `fault`; only rank 0 checks hashes."""
+    hashed = rank != 0 or checkpoint.resolve() in _whole
+    wrong = find_unsafe(checkpoint) if hashed else fault(checkpoint)
+    if wrong is not None:
+        raise ValueError(f"checkpoint must be whole and hold data alone, got {str(checkpoint)!r}, where {wrong}")
+
+
 def begin(checkpoint: Path) -> None:
     """Make the folder of a new checkpoint in place of what is there; it counts as half-written until `finish`."""
+    _whole.discard(checkpoint.resolve())
     remove_folder(checkpoint)
     write_json(checkpoint / MANIFEST, _UNFINISHED)
 
@@ -135,7 +147,8 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         best: path of the best checkpoint, if one is known.
     """
     paths = [path for _, path in checkpoints(run)]
-    kept = {path for path in paths[-1:] + ([Path(best)] if best else []) if path in paths}
+    # By name: the run's folder may have been moved since.
+    kept = [path for path in paths if path == paths[-1] or (best and path.name == Path(best).name)]
     if not limit or limit < 0:
         return
     surplus = len(paths) - max(limit, len(kept))
@@ -155,12 +168,19 @@ def save_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
 
 
 def load_memory(
-    memory: HardTokenMemory, checkpoint: Path, rank: int, world_size: int = 1, *, vocab_size: int | None = None
+    memory: HardTokenMemory, checkpoint: Path, rank: int, world_size: int = 1, **limits: int | None
 ) -> None:
     """Restore a rank's memory, whatever the number of ranks that wrote it.
 
     Rank r takes what ranks r, r + W, r + 2 W ... of the saved run recorded, W being the number of ranks now, so that
     none of it is lost; a rank that the saved run did not have takes the first one's.
+
+    Args:
+        memory: takes it.
+        checkpoint: holds ``hard_tokens_0.pt`` and so on.
+        rank: of this process.
+        world_size: number of ranks now.
+        **limits: ``vocab_size`` and ``length``, see `HardTokenMemory.load_state_dict`.
 
     Raises:
         ValueError: the checkpoint holds no memory, that of other data, or entries that no memory can hold.
@@ -168,20 +188,20 @@ def load_memory(
     first = memory_file(checkpoint, rank if memory_file(checkpoint, rank).is_file() else 0)
     if not first.is_file():
         raise ValueError(f"checkpoint must hold {first.name}, got none in {checkpoint}; resume with hard_tokens=0")
-    _read_memory(first, memory.load_state_dict, vocab_size)
+    _read_memory(first, memory.load_state_dict, limits)
     further = rank + world_size
     while memory_file(checkpoint, further).is_file():
-        _read_memory(memory_file(checkpoint, further), memory.merge_state_dict, vocab_size)
+        _read_memory(memory_file(checkpoint, further), memory.merge_state_dict, limits)
         further += world_size
 
 
-def _read_memory(path: Path, take: Callable[..., None], vocab_size: int | None) -> None:
+def _read_memory(path: Path, take: Callable[..., None], limits: dict[str, int | None]) -> None:
     try:
         saved = torch.load(path, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} must hold a hard-token memory, got a file that cannot be read") from error
     try:
-        take(saved, vocab_size=vocab_size)
+        take(saved, **limits)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed from: {error}") from error
 

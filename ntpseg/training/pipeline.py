@@ -153,7 +153,8 @@ def _prepare_directory(config: RunConfig, run: Path, *, resume: bool, overwrite:
     saved = run / "config.yaml"
     if resume:
         check_same_run(config, saved)
-        check_same_data(config, run)
+        if (run / PREPARED).is_file():
+            check_same_data(config, run)
         choose_checkpoint(run)
     else:
         # An attempt keeps the tokens that it has made, whose name says of what.

@@ -18,12 +18,20 @@ from ntpseg.losses import NumItems, count_items
 from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import evaluation_due, moved_position
-from ntpseg.training.checkpoint import begin, finish, last_checkpoint, load_memory, rotate, save_memory
+from ntpseg.training.checkpoint import (
+    begin,
+    check_resumable,
+    finish,
+    last_checkpoint,
+    load_memory,
+    rotate,
+    save_memory,
+)
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.dataset import EpochDataset, EpochSampler
 from ntpseg.training.ema import WeightAverage
 from ntpseg.training.muon import Muon, split_parameters
-from ntpseg.training.pickles import find_unsafe, weights_only
+from ntpseg.training.pickles import weights_only
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
 # Only of models that have losses on pixels.
@@ -90,19 +98,22 @@ class NTPSegTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included."""
         if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
+            # The best checkpoint may be read at the end.
+            with weights_only():
+                return super().train(None, *args, **kwargs)
         checkpoint = last_checkpoint(self._run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
-        if (unsafe := find_unsafe(checkpoint)) is not None:
-            raise ValueError(f"checkpoint must hold data alone, got {checkpoint}, where {unsafe}")
+        check_resumable(checkpoint, self.args.process_index)
         if self.memory is not None:
+            config = cast(Any, self.model).config
             load_memory(
                 self.memory,
                 checkpoint,
                 self.args.process_index,
                 self.args.world_size,
-                vocab_size=cast(Any, self.model).config.vocab_size,
+                vocab_size=config.vocab_size,
+                length=getattr(config.text_config, "max_position_embeddings", None),
             )
         if self.average is not None:
             self.average.load(checkpoint)

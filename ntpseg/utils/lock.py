@@ -40,7 +40,8 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         _lock(handle, path, what, folder)
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         os.ftruncate(handle, 0)
-        os.pwrite(handle, owner.encode(), 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, owner.encode())
         yield
     finally:
         _held.discard(path)
@@ -65,7 +66,8 @@ def _owner(handle: int) -> str:
     # Who has just taken the lock may not have written yet; what is there is its dead predecessor's.
     for _ in range(_TRIES):
         try:
-            owner = json.loads(os.pread(handle, 4096, 0))
+            os.lseek(handle, 0, os.SEEK_SET)
+            owner = json.loads(os.read(handle, 4096))
             pid, host = int(owner["pid"]), str(owner["host"])
         except (ValueError, KeyError, TypeError):
             pid, host = 0, ""

@@ -78,6 +78,16 @@ def test_a_damaged_checkpoint_is_left_out_with_a_line(run, name, how, capsys) ->
     assert "\n" not in str(refused.value) and (run / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_given_by_its_path_is_refused_in_a_line(run, name) -> None:
+    spoil(run / "checkpoint-4" / name, "64 bytes flipped")
+    with pytest.raises(
+        ValueError, match=f"must be whole and hold data alone, .*{name} is not what was written"
+    ) as told:
+        make_trainer(make_toy(8, variants=1), run, **RUN).train(str(run / "checkpoint-4"))
+    assert "\n" not in str(told.value)
+
+
 def test_half_written_checkpoints_are_removed(run, monkeypatch, capsys) -> None:
     """As a kill leaves them: without a manifest, or before it says that all is there."""
     (run / "checkpoint-6").mkdir()
@@ -206,7 +216,7 @@ def test_a_planted_pickle_is_found_and_not_run(run, name, kind, capsys) -> None:
     assert choose_checkpoint(run) == run / "checkpoint-2"
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and name in line
-    with pytest.raises(ValueError, match="checkpoint must hold data alone"):
+    with pytest.raises(ValueError, match=f"must be whole and hold data alone, .*{name}"):
         make_trainer(make_toy(8, variants=1), run, **RUN).train(str(run / "damaged-checkpoint-4"))
     assert not proof.exists()
 
@@ -267,6 +277,7 @@ def test_weights_that_do_not_fit_are_refused(run) -> None:
         ({**weights, "stray": torch.ones(1)}, "with 'stray'"),
     ):
         save_file(changed, path, metadata={"format": "pt"})
+        module.finish(path.parent)
         with pytest.raises(ValueError, match=f"checkpoint must hold the weights of this model, got one {message}"):
             make_trainer(make_toy(8, variants=1), run, **RUN).train(str(path.parent))
 
@@ -323,6 +334,7 @@ def test_a_token_outside_the_vocabulary_is_refused(run) -> None:
     saved = torch.load(path, weights_only=True)
     saved["recording"]["token"][0] = 10_000
     torch.save(saved, path)
+    module.finish(path.parent)
     with pytest.raises(
         ValueError, match=r"hard_tokens_0.pt cannot be resumed from: the state's recording.token must be in"
     ):
