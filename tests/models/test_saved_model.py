@@ -81,11 +81,13 @@ def test_weights_that_are_not_the_configuration_s_are_refused(run, part, change)
     assert name in message and str(folder) in message
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["missing", "empty", "cut to half"])
+# Without its configuration the text tokenizer is read all the same, from tokenizer.json.
+CUT = [(name, how) for name in FILES if name != "manifest.json" for how in ("missing", "empty", "cut to half")]
+CUT.remove(("text/tokenizer_config.json", "missing"))
+
+
+@pytest.mark.parametrize(("name", "how"), CUT)
 def test_a_model_of_an_earlier_release_that_is_cut_off_is_refused(run, name, how) -> None:
-    if name == "manifest.json" or (name, how) == ("text/tokenizer_config.json", "missing"):
-        pytest.skip("the tokenizer can be read without")
     (run / "model" / "manifest.json").unlink()
     path = run / "model" / name
     data = path.read_bytes()
