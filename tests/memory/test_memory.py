@@ -144,8 +144,8 @@ def test_ids_out_of_range(ids: list[int]) -> None:
         (0, torch.tensor([1]), "prediction must be"),
         (0, torch.tensor([1.0, 2.0]), "sample_ids must be an int64"),
         (1, torch.zeros(2, dtype=torch.int64), "prediction must be"),
-        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must have"),
-        (3, torch.zeros(2, 5), "deviation must have"),
+        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must be an int64"),
+        (3, torch.zeros(2, 5), "deviation must be a float"),
     ],
 )
 def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -> None:
