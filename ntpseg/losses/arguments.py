@@ -95,10 +95,11 @@ def checked_shapes(
         checked_range(options.vocab_range, vocabulary)
     if bias is not None:
         check_tensor("bias", bias, "float", tuple(weight.shape[:-1]))
-    check_supervision(labels, het, token_weights, batch, time)
+    check_tensor("labels", labels, "integer", (batch, time))
     for name, tensor in {"weight": weight, "labels": labels, "bias": bias}.items():
         if tensor is not None:
             check_device(name, tensor, "hidden", hidden.device)
+    check_supervision(labels, het, token_weights, batch, time)
     return hidden, weight, labels.to(torch.int64)
 
 

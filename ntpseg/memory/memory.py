@@ -301,9 +301,13 @@ def _check_largest(token: int) -> None:
 
 def _device(device: torch.device | str | None) -> torch.device:
     try:
-        return torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be one of PyTorch's, such as 'cpu' or 'cuda:0', got {brief(device)}") from error
+        chosen = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=chosen)  # one that is named well may still not be here
+    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be one that PyTorch can use here, got {brief(device)}") from error
+    if chosen.type == "meta":
+        raise ValueError("device must be one that holds data, got 'meta'")
+    return chosen
 
 
 def _check_options(
