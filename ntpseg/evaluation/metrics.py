@@ -182,13 +182,11 @@ def _pair(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> tuple[
 def _masks(value: np.ndarray | Tensor, name: str) -> Tensor:
     import torch
 
-    if isinstance(value, torch.Tensor):
-        fits = value.ndim == 3 and value.dtype == torch.bool and value.device.type != "meta"
-        given = f"{value.dtype} {list(value.shape)} on {value.device}"
-    elif isinstance(value, np.ndarray):
-        fits, given = value.ndim == 3 and value.dtype == np.bool_, f"{value.dtype} {list(value.shape)}"
-    else:
-        fits, given = False, f"a {type(value).__name__}"
-    if not fits:
+    try:
+        tensor = torch.as_tensor(value) if isinstance(value, np.ndarray | torch.Tensor) else None
+    except TypeError:  # an array of strings or objects
+        tensor = None
+    if tensor is None or tensor.ndim != 3 or tensor.dtype != torch.bool or tensor.device.type == "meta":
+        given = f"a {type(value).__name__}" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ValueError(f"{name} must be bool [N, H, W], got {given}")
-    return torch.as_tensor(value).cpu()
+    return tensor.cpu()
