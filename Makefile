@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # A folder of cxr_referring (CC BY 4.0) in any layout, whose model `make weights` packs beside the CT's.
 CXR ?=
 WEIGHTS ?= weights
-.PHONY: help install test lint format demo weights clean bench gpu-check
+.PHONY: help install test lint format demo weights clean bench gpu-check fuzz sanitize
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -49,6 +49,15 @@ endif
 
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Inputs of `make fuzz`, over all tests/**/test_fuzz_*.py together.
+EXAMPLES ?= 100000
+
+fuzz: install ## random arguments, configuration and files: EXAMPLES=100000 inputs and how many failed
+	$(BIN)/python tests/fuzz.py $(EXAMPLES)
+
+sanitize: install ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
+	$(BIN)/python tests/sanitizers/run.py
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
