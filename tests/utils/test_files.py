@@ -106,3 +106,17 @@ def test_lines_of_json_come_back_without_the_one_that_was_cut_off(tmp_path: Path
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert files.read_jsonl(path) == rows
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    """NaN and infinities, which no JSON has, become null wherever they stand."""
+    value = {"a": float("nan"), "b": [1.5, float("inf"), {"c": (-float("inf"), 2)}], "d": "NaN"}
+    files.write_json(tmp_path / "a.json", value)
+    files.write_jsonl(tmp_path / "a.jsonl", [value])
+    for name in ("a.json", "a.jsonl"):
+        text = (tmp_path / name).read_text()
+        assert json.loads(text, parse_constant=pytest.fail) == {
+            "a": None,
+            "b": [1.5, None, {"c": [None, 2]}],
+            "d": "NaN",
+        }
