@@ -12,6 +12,7 @@ import torch
 from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
 from ntpseg.utils.files import write_json
+from ntpseg.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ class Bundle:
             device: where the model and the vision tokenizer go; the CPU by default.
 
         Raises:
-            ValueError: no bundle there, or the attention implementation cannot be used.
+            ValueError: no bundle there, weights that are not finite, or the attention implementation cannot be used.
         """
         from ntpseg.models.model import NTPSegModel
         from ntpseg.tokenizers.auto import load_vision_tokenizer
@@ -90,6 +91,7 @@ class Bundle:
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
             model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
+        check_finite(model, f"the model {path}")
         vision = load_vision_tokenizer(path / "vision")
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`

@@ -16,6 +16,7 @@ from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
 from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+from ntpseg.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from ntpseg.models.model import NTPSegModel
@@ -106,6 +107,7 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
                 attn_implementation=settings.attention or default_attention(),
                 local_files_only=True,
             )
+            check_finite(model, f"model.weights {path}")
         else:
             model_config._attn_implementation = settings.attention or default_attention()
             model = NTPSegModel(model_config)
