@@ -33,7 +33,7 @@ class LossMeans:
 
     def add(self, row: Tensor) -> None:
         """Add a micro-batch's float64 ``[1 + terms + 2]``."""
-        self.sums = row if self.sums is None else self.sums + row.to(self.sums.device)
+        self.sums = row if self.sums is None else self.sums + row
 
     def totals(self) -> list[float]:
         """The sums over all ranks; all ranks must call it alike."""
@@ -67,11 +67,12 @@ class LossMeans:
             checkpoint.mkdir(parents=True, exist_ok=True)
             write_json(checkpoint / _FILE, {"steps": self.steps, "sums": totals})
 
-    def load(self, checkpoint: Path, *, own: bool = True) -> None:
+    def load(self, checkpoint: Path, device: torch.device | str = "cpu", *, own: bool = True) -> None:
         """Continue from what `save` wrote, if it did.
 
         Args:
             checkpoint: its folder.
+            device: of the rows that will be added.
             own: this rank takes the sums of all; the others start at 0.
 
         Raises:
@@ -82,7 +83,7 @@ class LossMeans:
         if not path.is_file():
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        sums = torch.tensor(saved["sums"], dtype=torch.float64)
+        sums = torch.tensor(saved["sums"], dtype=torch.float64, device=device)
         self.steps = int(saved["steps"])
         if len(sums) not in (0, len(self.names) + 2):
             raise ValueError(f"{path} must hold {len(self.names) + 2} sums as this model has, got {len(sums)}")

@@ -119,7 +119,7 @@ class NTPSegTrainer(Trainer):
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
         self._means.reset()
         if resume_from_checkpoint:
-            self._means.load(Path(resume_from_checkpoint), own=self.is_world_process_zero())
+            self._means.load(Path(resume_from_checkpoint), self.args.device, own=self.is_world_process_zero())
         if resume_from_checkpoint and self.memory is not None:
             load_memory(self.memory, Path(resume_from_checkpoint), self.args.process_index)
         if resume_from_checkpoint and self.average is not None:

@@ -42,7 +42,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("command", ["predict", "predict with samples", "eval"])
+@pytest.mark.parametrize("command", ["predict", "predict speculatively", "eval"])
 def test_no_mask_is_written(tmp_path, case, command) -> None:
     records, _, whole = shared()
     run = shutil.copytree(whole, tmp_path / "run")
@@ -52,8 +52,8 @@ def test_no_mask_is_written(tmp_path, case, command) -> None:
     arguments = ["eval", "--model", run, "--text-check", 0]
     if command != "eval":
         arguments = ["predict", "--model", run, "--image", records[0].image, "--text", TEXTS[0], "--out", out]
-    if command == "predict with samples":
-        arguments += ["--method", "sample"]
+    if command == "predict speculatively":
+        arguments += ["--method", "speculative"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert isinstance(result.exception, ValueError), result.output
     assert message in str(result.exception) and "\n" not in str(result.exception)

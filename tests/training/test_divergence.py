@@ -226,6 +226,17 @@ def test_the_command_ends_in_one_line_and_without_a_model(data, tmp_path, monkey
     assert training_log(run)
 
 
+def test_a_vision_tokenizer_that_diverges_is_not_saved(data, tmp_path) -> None:
+    run = tmp_path / "run"
+    arguments = [f"data.path={data}", f"output={run}", *FAST, "vision.learning_rate=1e30"]
+    result = CliRunner().invoke(app, ["train", "tiny", *arguments])
+    assert isinstance(result.exception, ValueError)
+    message = str(result.exception)
+    assert "the vision tokenizer must have finite weights after its training" in message
+    assert message.endswith("lower vision.learning_rate (1e+30)")
+    assert not list(run.rglob("*.safetensors"))
+
+
 def test_a_clock_too_short_says_so(data, tmp_path) -> None:
     """One step is always taken; a model of less than an epoch is no silent success."""
     arguments = [f"data.path={data}", f"output={tmp_path / 'run'}", *FAST, "max_minutes=1e-6"]
