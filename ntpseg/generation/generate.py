@@ -13,7 +13,7 @@ from ntpseg.generation.decoder import Decoder, PromptBatch, TargetTemplate
 from ntpseg.generation.huggingface import HuggingFaceDecoder
 from ntpseg.generation.methods import METHODS, DecodingMethod
 from ntpseg.generation.native import NativeDecoder, unsupported_reason
-from ntpseg.generation.options import DecodingOptions, Generated, resolve_dtype
+from ntpseg.generation.options import DecodingOptions, Generated, NonFiniteOutput, resolve_dtype
 from ntpseg.losses.dense import from_patches
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class MaskGenerator:
         Raises:
             ValueError: there is no prompt, one is no vector of the model's token ids, or there are not as many finite
                 images as prompts where images are needed.
+            NonFiniteOutput: a log-probability or a pixel's probability is not finite.
         """
         if not len(prompts):
             raise ValueError("prompts must hold at least one prompt, got none")
@@ -103,6 +104,14 @@ class MaskGenerator:
                         progress(len(chosen))
         finally:
             self.model.train(training)
+        odd = ~np.isfinite(logprob).all(1)
+        if probability is not None:
+            odd |= ~np.isfinite(probability).all((1, 2))
+        if odd.any():
+            raise NonFiniteOutput(
+                f"the model's output must be finite, got nan or inf for {odd.sum()} of {len(prompts)} masks with dtype "
+                f"{self.options.dtype}; decode with dtype float32, or train the model again"
+            )
         seconds = time.perf_counter() - started
         return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts), probability)
 

@@ -20,6 +20,10 @@ READOUTS = ("auto", "codes", "expected")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class NonFiniteOutput(ValueError):
+    """A model's output is NaN, from which no mask can be read."""
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
     """Options of `generate_masks`.

@@ -15,6 +15,7 @@ from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
+from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import MANIFEST, check_folder, write_manifest
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Bundle:
             device: where the model and the vision tokenizer go; the CPU by default.
 
         Raises:
-            ValueError: no bundle there, a file of it that is damaged or lacks weights, or the attention implementation
-                cannot be used.
+            ValueError: no bundle there, a file of it that is damaged or lacks weights, weights that are not finite, or
+                the attention implementation cannot be used.
         """
         from ntpseg.models.model import NTPSegModel
         from ntpseg.tokenizers.auto import load_vision_tokenizer
@@ -96,6 +97,7 @@ class Bundle:
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
             model = load_whole(NTPSegModel, path, attn_implementation=attention, **options)
+        check_finite(model, f"the model {path}")
         vision, text = load_vision_tokenizer(path / "vision"), load_text_tokenizer(path / "text")
         _check_sizes(path, sequence.vocabulary, text, vision)
         if device is not None:

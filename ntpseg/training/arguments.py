@@ -39,6 +39,7 @@ FIXED: dict[str, Any] = {
     "label_names": ["labels"],
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,
+    "logging_nan_inf_filter": False,  # it would log a loss of 0 in place of NaN
 }
 
 

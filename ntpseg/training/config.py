@@ -155,6 +155,8 @@ class RunConfig:
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
         max_minutes: end training after so many minutes, the learning rate falling with the clock; null: only steps
             and epochs count.
+        max_skipped_steps: end training, without a model, after so many steps in a row whose loss or gradient was not
+            finite (or that supervised no label); each of them is skipped and reported.
         clock: of max_minutes: wall, or cpu, the processor time of the training steps alone (of this process: with
             loader workers their time is not counted).
         deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
@@ -172,6 +174,7 @@ class RunConfig:
     layout: str = "ntpseg"
     max_minutes: float | None = None
     clock: str = "wall"
+    max_skipped_steps: int = 5
     deepspeed: str | None = None
 
 
@@ -237,6 +240,7 @@ def _check(config: RunConfig) -> None:
     if config.max_minutes is not None:
         check_number("max_minutes", config.max_minutes, above=0)
     check_choice("clock", config.clock, CLOCKS)
+    check_integer("max_skipped_steps", config.max_skipped_steps, 1)
     check_choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     check_number("optimizer.muon_learning_rate", config.optimizer.muon_learning_rate, above=0)
     check_number("optimizer.muon_momentum", config.optimizer.muon_momentum, 0, below=1)
