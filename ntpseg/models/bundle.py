@@ -89,7 +89,9 @@ class Bundle:
         sequence = SequenceFormat.from_dict(json.loads((path / "sequence.json").read_text(encoding="utf-8")))
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
-            model = NTPSegModel.from_pretrained(path, attn_implementation=attention, local_files_only=True, **options)
+            model = NTPSegModel.from_pretrained(
+                path, attn_implementation=attention, local_files_only=True, trust_remote_code=False, **options
+            )
         vision = load_vision_tokenizer(path / "vision")
         if device is not None:
             model.to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`

@@ -75,11 +75,11 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise ValueError(f"text tokenizer directory must be a local directory, got {str(path)!r}, which does not exist")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             "text tokenizer directory must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with "
-            f"merges.txt), got {str(path)!r}, which cannot be loaded ({error})"
+            f"merges.txt), got {str(path)!r}, which cannot be loaded ({str(error).strip().partition(chr(10))[0]})"
         ) from error
 
 

@@ -105,6 +105,7 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
                 config=model_config,
                 attn_implementation=settings.attention or default_attention(),
                 local_files_only=True,
+                trust_remote_code=False,
             )
         else:
             model_config._attn_implementation = settings.attention or default_attention()
