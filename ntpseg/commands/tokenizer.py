@@ -10,6 +10,8 @@ import typer
 from ntpseg.commands.options import Device, Layout, SkipBad
 
 if TYPE_CHECKING:
+    import torch
+
     from ntpseg.data import Record
     from ntpseg.tokenizers.vision import VisionTokenizer
 
@@ -186,7 +188,7 @@ def _vision(directory: Path, size: int | None, device: str | None) -> tuple[Visi
     )
 
 
-def _device(name: str | None) -> str:
-    import torch
+def _device(name: str | None) -> torch.device:
+    from ntpseg.utils.device import usable_device
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(name)

@@ -124,3 +124,10 @@ def bundle_directory(directory: str | Path) -> Path:
         "model directory must be a run of `ntpseg train`, its model/ (config.json, model.safetensors, sequence.json, "
         f"text/, vision/) or a file of `ntpseg pack`, got {str(path)!r}, which holds no trained model"
     )
+
+
+def bundle_files(directory: str | Path) -> list[Path]:
+    """The files that loading `directory` would read, for commands that must not overwrite them."""
+    path = Path(directory)
+    folder = path / "model" if (path / "model").is_dir() else path
+    return [path] if path.is_file() else [file for file in folder.rglob("*") if file.is_file()]
