@@ -140,6 +140,13 @@ def bundle_directory(directory: str | Path) -> Path:
     )
 
 
+def bundle_files(directory: str | Path) -> list[Path]:
+    """The files that loading `directory` would read, for commands that must not overwrite them."""
+    path = Path(directory)
+    folder = path / "model" if (path / "model").is_dir() else path
+    return [path] if path.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+
+
 def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
     """``kind.from_pretrained`` of a local directory, all weights its own: transformers fills gaps at random.
 
@@ -155,12 +162,12 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
     """
     from transformers.utils import logging
 
-    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **options}
     shown = logging.get_verbosity()
     # Its own report is a table; the error below names the first weight.
     logging.set_verbosity_error()
     try:
-        model, report = kind.from_pretrained(path, **options)
+        model, report = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"model directory must hold a whole model, got {str(path)!r} ({one_line(error)})") from error
     finally:

@@ -31,7 +31,7 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{_shortened(path.name)}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -65,7 +65,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{_shortened(path.name)}."))
     try:
         yield temporary
         # mkdtemp makes folders that only their owner can enter.
@@ -183,6 +183,11 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+def _shortened(name: str) -> str:
+    """The beginning of a name that may itself be as long as names can be (255 bytes)."""
+    return os.fsencode(name)[:200].decode("utf-8", "ignore")
 
 
 def _umask() -> int:
