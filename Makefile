@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # A folder of cxr_referring (CC BY 4.0) in any layout, whose model `make weights` packs beside the CT's.
 CXR ?=
 WEIGHTS ?= weights
-.PHONY: help install test lint format demo weights clean bench gpu-check
+.PHONY: help install test lint format demo weights clean bench gpu-check fuzz sanitize kills
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -50,6 +50,15 @@ endif
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Inputs of `make fuzz`, over all tests/**/test_fuzz_*.py together.
+EXAMPLES ?= 100000
+
+fuzz: install ## random arguments, configuration and files: EXAMPLES=100000 inputs and how many failed
+	$(BIN)/python tests/fuzz.py $(EXAMPLES)
+
+sanitize: install ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
+	$(BIN)/python tests/sanitizers/run.py
+
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,6 +66,11 @@ lint: install ## ruff and mypy
 
 format: install ## rewrite in the house style
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+KILLS ?= 200
+
+kills: install ## kill training KILLS times (200) at random moments; what is resumed must end as an unbroken run does
+	OMP_NUM_THREADS=1 $(BIN)/python tests/training/kills.py --kills $(KILLS) --fresh 0.1
 
 clean: ## remove what was built
 	rm -rf build *.egg-info ntpseg/*.so .pytest_cache .mypy_cache .ruff_cache

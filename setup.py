@@ -7,6 +7,7 @@ CUDA ones. By default it is built where PyTorch was built for CUDA and an nvcc o
     NTPSEG_FORCE_CUDA=1     build them whatever PyTorch is (a login node, a cross build), and fail if that fails
     NTPSEG_CUDA_ARCHS       what nvcc builds for; "80 90a 100" by default, with PTX for the last
     CUDA_HOME, CUDA_PATH    where to look for nvcc before the PATH
+    NTPSEG_SANITIZE         sanitizers for the CPU operators, such as "address,undefined"; `make sanitize` sets it
 
 Both use PyTorch's stable ABI and Python's limited API, so one build serves every supported version of either. Without
 PyTorch or a compiler the package is installed without them and runs on plain PyTorch (`ntpseg env` says so).
@@ -78,6 +79,13 @@ def gencodes(archs: list[str]) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
+def sanitizer_flags() -> list[str]:
+    """Compile and link with what NTPSEG_SANITIZE names, every finding fatal; nothing where it is not set."""
+    names = os.environ.get("NTPSEG_SANITIZE")
+    # -O1 keeps the frames that a report shows, and the vector intrinsics are as quick as it needs
+    return ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={names}", "-fno-sanitize-recover=all"] if names else []
+
+
 def native() -> dict[str, object]:
     """Return what setup() needs to build the operators; nothing where PyTorch is missing."""
     try:
@@ -114,8 +122,13 @@ def native() -> dict[str, object]:
             self.spawn([str(find_nvcc()), *flags, "-c", CUDA_KERNELS, "-o", str(output)])
             return str(output)
 
-    flags = {"cxx": ["-O3", "-std=c++20", "-g0", *ABI_FLAGS]}
-    extensions = [CppExtension("ntpseg._C", CPU_SOURCES, py_limited_api=True, extra_compile_args=flags)]
+    sanitizers = sanitizer_flags()
+    flags = {"cxx": [*(sanitizers or ["-O3", "-g0"]), "-std=c++20", *ABI_FLAGS]}
+    extensions = [
+        CppExtension(
+            "ntpseg._C", CPU_SOURCES, py_limited_api=True, extra_compile_args=flags, extra_link_args=sanitizers
+        )
+    ]
     if wants_cuda(torch.version.cuda):
         extensions.append(
             CppExtension(

@@ -51,8 +51,9 @@ class SupervisedCells:
         token_weight: fp32, weight of each cell, 0 where it is unsupervised.
         supervised: int32, 1 where it is supervised.
         prefix_sum: int64, number of supervised cells up to and with this one.
-        status: ``[3]`` int32: one more than the last cell whose label is out of range, or 0; the most hard tokens of
-            any row; the number of hard tokens that count.
+        status: ``[5]`` int32: one more than the last cell whose label is out of range, or 0; the most hard tokens of
+            any row; the number of hard tokens that count; one more than the last cell whose weight is negative or not
+            finite, or 0; how many of the given counts are.
     """
 
     token_weight: Tensor
@@ -72,14 +73,23 @@ def label_of(labels, cell, cell_mask, batch, time, shift, ignore):
     return tl.load(labels + offsets, mask=in_sequence, other=ignore), offsets, in_sequence
 
 
-@triton.jit(do_not_specialize=["cells", "batch", "time", "shift", "ignore", "class_start", "classes"])
+@triton.jit
+def is_count(x):
+    """Whether a weight or a count is what it may be; not-a-number compares as false."""
+    return (x >= 0) & (x < float("inf"))
+
+
+@triton.jit(do_not_specialize=["cells", "heads", "batch", "time", "shift", "ignore", "class_start", "classes"])
 def find_supervised_kernel(
     labels,
     weights_ptr,
+    num_rows_ptr,
+    num_het_ptr,
     token_weight_ptr,
     supervised_ptr,
     status_ptr,
     cells,
+    heads,
     batch,
     time,
     shift,
@@ -87,6 +97,8 @@ def find_supervised_kernel(
     class_start,
     classes,
     WEIGHTED: tl.constexpr,
+    SIGNED: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     cell = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -98,6 +110,16 @@ def find_supervised_kernel(
         token_weight = tl.where(
             supervised, tl.load(weights_ptr + offsets, mask=in_sequence, other=0.0).to(tl.float32), 0.0
         )
+        if not SIGNED:
+            last_bad_weight = tl.max(tl.where(supervised & (is_count(token_weight) == 0), cell + 1, 0), 0)
+            if last_bad_weight > 0:
+                tl.atomic_max(status_ptr + 3, last_bad_weight.to(tl.int32))
+    if COUNTED:  # noqa: SIM102  # decided when it is compiled, the other when it runs
+        if tl.program_id(0) == 0:
+            bad_counts = tl.where(is_count(tl.load(num_het_ptr)), 0, 1)
+            for j in range(heads):
+                bad_counts += tl.where(is_count(tl.load(num_rows_ptr + j)), 0, 1)
+            tl.store(status_ptr + 4, bad_counts)
     tl.store(token_weight_ptr + cell, token_weight, mask=cell_mask)
     tl.store(supervised_ptr + cell, supervised.to(tl.int32), mask=cell_mask)
     bad = supervised & ((label < class_start) | (label >= class_start + classes))
@@ -106,26 +128,39 @@ def find_supervised_kernel(
         tl.atomic_max(status_ptr, last_bad.to(tl.int32))
 
 
-def find_supervised(labels: Tensor, token_weights: Tensor | None, layout: BatchLayout) -> SupervisedCells:
-    """Finds the supervised cells.
+def find_supervised(
+    labels: Tensor,
+    token_weights: Tensor | None,
+    layout: BatchLayout,
+    num_rows: Tensor | None = None,
+    num_het: Tensor | None = None,
+    *,
+    signed_weights: bool = False,
+) -> SupervisedCells:
+    """Finds the supervised cells, and in passing what no label, weight or count may be.
 
     Args:
         labels: ``[B, T]`` int64 contiguous.
         token_weights: ``[B, T]`` float contiguous, by the position of the label, or None.
         layout: sizes.
+        num_rows: ``[k]`` float contiguous, or None; num_het: 0-dim float or None, only with it.
+        signed_weights: the token weights may be anything.
     """
     cells, device = layout.cells, labels.device
     token_weight = torch.empty(cells, dtype=torch.float32, device=device)
     supervised = torch.empty(cells, dtype=torch.int32, device=device)
-    status = torch.zeros(3, dtype=torch.int32, device=device)
+    status = torch.zeros(5, dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
     find_supervised_kernel[(triton.cdiv(cells, size),)](
         labels,
         labels if token_weights is None else token_weights,
+        labels if num_rows is None else num_rows,
+        (labels if num_rows is None else num_rows) if num_het is None else num_het,
         token_weight,
         supervised,
         status,
         cells,
+        layout.heads,
         layout.batch,
         layout.time,
         layout.shift,
@@ -133,6 +168,8 @@ def find_supervised(labels: Tensor, token_weights: Tensor | None, layout: BatchL
         layout.class_start,
         layout.classes,
         WEIGHTED=token_weights is not None,
+        SIGNED=signed_weights,
+        COUNTED=num_rows is not None,
         BLOCK_SIZE=size,
         num_warps=4,
     )

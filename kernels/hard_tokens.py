@@ -83,7 +83,7 @@ def hard_token_table_kernel(
 def rank_hard_tokens(
     position: Tensor, token: Tensor, labels: Tensor, cells: SupervisedCells, layout: BatchLayout
 ) -> tuple[Tensor, Tensor]:
-    """Which entries count, and the place of each among those of its row; writes ``cells.status[1:]``.
+    """Which entries count, and the place of each among those of its row; writes ``cells.status[1:3]``.
 
     Args:
         position, token: ``[B, n]`` int64 contiguous, n >= 1.

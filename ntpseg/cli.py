@@ -23,12 +23,21 @@ for _name in COMMANDS:
 
 
 def main() -> None:
-    """Run the program; a `ValueError` about the user's input ends in one line and exit code 2."""
+    """Run the program; a `ValueError` about the user's input or a file that fails ends in one line and exit code 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
-        typer.secho(f"ntpseg: {error}", fg="red", err=True)
+    except (ValueError, OSError) as error:
+        typer.secho(f"ntpseg: {_described(error)}", fg="red", err=True)
         sys.exit(2)
+
+
+def _described(error: Exception) -> str:
+    """What an error says; the operating system's own also says what to do."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    from ntpseg.utils.outputs import cure
+
+    return f"{error.filename}: {error.strerror}; {cure(error)}"
 
 
 if __name__ == "__main__":

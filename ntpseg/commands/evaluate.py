@@ -56,12 +56,19 @@ def evaluate(
     """Decode a split, score it, and write summary.json, cases.csv and the masks."""
     from rich.console import Console
 
-    from ntpseg.data import load_records
+    from ntpseg.data import problem_table
+    from ntpseg.data.loading import list_dataset
+    from ntpseg.data.problems import DataProblems
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
+    from ntpseg.evaluation.result import check_result_folder
     from ntpseg.evaluation.run_directory import data_of, run_directory
     from ntpseg.evaluation.tables import summary_table
+    from ntpseg.evaluation.truth import truth_records
     from ntpseg.generation import Segmenter
+    from ntpseg.models.bundle import bundle_files
+    from ntpseg.utils.device import usable_device
+    from ntpseg.utils.outputs import check_path
     from ntpseg.utils.progress import disable_loading_bars, stage_progress
 
     decoding: dict[str, Any] = {
@@ -74,25 +81,37 @@ def evaluate(
         "dtype": dtype,
     }
     checks = EvaluationOptions(text_check=text_check)
+    for option, path in (("--model", model), ("--data", data), ("--out", out)):
+        if path is not None:
+            check_path(option, path)
     root = run_directory(model)
     if root.is_file() and out is None:
         raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
     if data is None:
         data, layout = data_of(root)
-    labelled = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.mask is not None]
+    listing = list_dataset(data, layout)
+    labelled = [r for r in listing.records if r.mask is not None]
     split = split or default_split(labelled)
     records = [r for r in labelled if r.split == split]
     if not records:
         raise ValueError(f"split must have a case with a mask in {data}, got {split!r}")
+    records, problems = truth_records(listing, records)
+    if problems and not skip_bad:
+        raise DataProblems(data, problems)
+    if problems:
+        Console(stderr=True).print(problem_table(problems, title="Left out", limit=50))
+    if not records:
+        raise ValueError(f"split must have a usable case in {data}, got none in {split!r}")
     if limit is not None and limit < len(records):
         records = [records[i * len(records) // limit] for i in range(limit)]
+    target = out or root / "eval" / split
+    check_result_folder(target, records, [*bundle_files(model), data])
     disable_loading_bars()
-    segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
+    segmenter = Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
     console = Console()
     with stage_progress(console) as progress:
         result = run(segmenter, records, checks, progress=progress)
     result.summary = {"data": str(data), "split": split, **result.summary}
-    target = out or root / "eval" / split
     result.write(target)
     console.print(summary_table(result.summary, f"{split} split of {data}"))
     console.print(f"written to {target}", highlight=False, soft_wrap=True)

@@ -23,9 +23,14 @@ def pack(
     """Put a trained model and its model card into one file, which predict and eval take as --model."""
     from ntpseg.evaluation.model_card import model_card
     from ntpseg.evaluation.run_directory import run_directory
-    from ntpseg.models.archive import pack_bundle
-    from ntpseg.models.bundle import bundle_directory
+    from ntpseg.models.archive import SUFFIX, pack_bundle
+    from ntpseg.models.bundle import bundle_directory, bundle_files
+    from ntpseg.utils.outputs import check_file, check_not_inputs, is_inside
 
     root = run_directory(run)
+    check_file("--out", out, (SUFFIX,))
+    check_not_inputs("--out", [out], [*bundle_files(root), root / "config.yaml"])
+    if is_inside(out, root / "model" if (root / "model").is_dir() else root) and root.is_dir():
+        raise ValueError(f"--out must be outside of the folder that is packed, got {out}; choose another place")
     target = pack_bundle(bundle_directory(root), out, model_card(root, title, license_name, data))
     typer.echo(f"{target}: {target.stat().st_size / 2**20:.1f} MiB")

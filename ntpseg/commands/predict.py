@@ -10,8 +10,9 @@ import typer
 from ntpseg.commands.options import BatchSize, Device, Dtype, Method, Mirror, Passes, Samples, Threshold
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ntpseg.generation import Prediction
-    from ntpseg.generation.folder import Job
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +25,15 @@ def predict(
         Path, typer.Option(help="A run of `ntpseg train`, or a file of `ntpseg pack`.", show_default=False)
     ],
     image: Annotated[Path, typer.Option(help="An image, or a folder of images.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Mask file (PNG), or a folder for a folder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="Mask file, ending in .png, or a folder; what is there is replaced.", show_default=False),
+    ],
     text: Annotated[str | None, typer.Option(help="The sentence; for a folder, the one for all.")] = None,
     texts: Annotated[Path | None, typer.Option(help="For a folder: CSV with the columns image and text.")] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Also draw the mask over the image: file, or folder.")] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Also draw the mask over the image: .png file, or another folder.")
+    ] = None,
     batch_size: BatchSize = 64,
     method: Method = None,
     passes: Passes = None,
@@ -42,7 +48,11 @@ def predict(
 
     from ntpseg.generation import Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
-    from ntpseg.utils.files import write_csv
+    from ntpseg.generation.outputs import file_target, folder_targets
+    from ntpseg.generation.writing import write_predictions
+    from ntpseg.models.bundle import bundle_files
+    from ntpseg.utils.device import usable_device
+    from ntpseg.utils.outputs import check_path
     from ntpseg.utils.progress import counter, disable_loading_bars, stage_progress
 
     decoding: dict[str, Any] = {
@@ -56,41 +66,46 @@ def predict(
     }
     console = Console()
     disable_loading_bars()
+    for option, path in (("--image", image), ("--model", model), ("--texts", texts)):
+        if path is not None:
+            check_path(option, path)
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
+    read = [*bundle_files(model), *([texts] if texts else [])]
     if image.is_dir():
-        jobs = folder_jobs(image, text, texts)
-        segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
-        rows = []
-        with stage_progress(console) as progress:
-            advance = counter(progress, "decoding", len(jobs))
-            predictions = segmenter.segment_all([job.image for job in jobs], [job.text for job in jobs], advance)
-            for job, prediction in zip(jobs, predictions, strict=True):
-                mask = out / f"{job.name}.png"
-                _write(job, prediction, mask, overlay and overlay / f"{job.name}.png")
-                area, confidence = prediction.mask.mean(), prediction.confidence.mean()
-                rows.append([job.image.name, job.text, mask.name, f"{area:.6f}", f"{confidence:.4f}"])
-        write_csv(out / "predictions.csv", ["image", "text", "mask", "area_fraction", "mean_confidence"], rows)
-        console.print(f"{len(jobs)} masks and predictions.csv written to {out}", highlight=False, soft_wrap=True)
-        return
-    if text is None:
+        targets = folder_targets(folder_jobs(image, text, texts), image, out, overlay, read)
+    elif texts is not None:
+        raise ValueError(f"--texts must be given for a folder of images, got {texts} for the image {image}")
+    elif text is None:
         raise ValueError("text must be the sentence that says what to segment, got none")
-    segmenter = Segmenter.from_pretrained(model, device=device, **decoding)
-    prediction = segmenter.segment(image, text)
-    _write(Job(image, text, image.stem), prediction, out, overlay)
+    else:
+        targets = [file_target(Job(image, text, image.stem), out, overlay, read)]
+    segmenter = Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
+    if not image.is_dir():
+        written = write_predictions(segmenter, targets)
+        for _, reason in written.failed:
+            raise ValueError(reason)
+        _describe(console, targets[0].mask, written.last)
+        return
+    with stage_progress(console) as progress:
+        written = write_predictions(segmenter, targets, counter(progress, "decoding", len(targets)), table=out)
+    if written.rows:
+        console.print(
+            f"{len(written.rows)} masks and predictions.csv written to {out}", highlight=False, soft_wrap=True
+        )
+    for name, reason in written.failed:
+        typer.secho(f"{name}: {reason}", fg="red", err=True)
+    if written.failed:
+        typer.secho(f"ntpseg: {len(written.failed)} of {len(targets)} images could not be read", fg="red", err=True)
+        raise typer.Exit(1)
+
+
+def _describe(console: Console, mask: Path, prediction: Prediction | None) -> None:
+    assert prediction is not None
     height, width = prediction.mask.shape
     area, confidence = 100 * prediction.mask.mean(), prediction.confidence.mean()
     console.print(
-        f"{out}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {confidence:.2f}",
+        f"{mask}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {confidence:.2f}",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _write(job: Job, prediction: Prediction, mask: Path, overlay: Path | None) -> None:
-    from ntpseg.data import read_image, write_png
-    from ntpseg.generation.overlay import draw
-
-    write_png(mask, prediction.mask)
-    if overlay is not None:
-        write_png(overlay, draw(read_image(job.image), prediction.mask))

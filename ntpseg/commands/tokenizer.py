@@ -10,6 +10,8 @@ import typer
 from ntpseg.commands.options import Device, Layout, SkipBad
 
 if TYPE_CHECKING:
+    import torch
+
     from ntpseg.data import Record
     from ntpseg.tokenizers.vision import VisionTokenizer
 
@@ -61,6 +63,7 @@ def train(
     from ntpseg.tokenizers.text import train_text_tokenizer
     from ntpseg.utils.checks import check_multiple
 
+    _check_out(out, data)
     options = CompactVQOptions(factor=factor, image_codes=image_codes, mask_codes=mask_codes, steps=steps, seed=seed)
     check_multiple("size", size, "factor", factor)
     records = _records(data, layout, skip_bad, "train")
@@ -101,6 +104,7 @@ def encode(
     from ntpseg.tokenizers.cache import TokenCache
     from ntpseg.tokenizers.text import load_text_tokenizer
 
+    _check_out(out, data, tokenizers)
     vision, folder = _vision(tokenizers, size, device)
     cache = TokenCache.build(
         out,
@@ -135,7 +139,10 @@ def report(
 
     from ntpseg.tokenizers.quality import measure
     from ntpseg.tokenizers.report import write_report
+    from ntpseg.utils.outputs import check_file, check_not_inputs
 
+    check_file("--out", out, (".html", ".htm"))
+    check_not_inputs("--out", [out], [data, *(path for path in tokenizers.rglob("*") if path.is_file())])
     vision, _ = _vision(tokenizers, size, device)
     records = _records(data, layout, skip_bad, split)
     if limit is not None and len(records) > limit:
@@ -154,6 +161,15 @@ def report(
     table.add_row("mask codes used", f"{summary['mask_codes_used']} of {vision.mask_codes}")
     Console().print(table)
     typer.echo(f"report: {out}")
+
+
+def _check_out(out: Path, *inputs: Path) -> None:
+    from ntpseg.utils.outputs import check_folder, same_place
+
+    check_folder("OUT", out)
+    for path in inputs:
+        if same_place(out, path):
+            raise ValueError(f"OUT must not be what is read, got {out}; choose another folder")
 
 
 def _records(data: Path, layout: str, skip_bad: bool, split: str) -> list[Record]:
@@ -186,7 +202,7 @@ def _vision(directory: Path, size: int | None, device: str | None) -> tuple[Visi
     )
 
 
-def _device(name: str | None) -> str:
-    import torch
+def _device(name: str | None) -> torch.device:
+    from ntpseg.utils.device import usable_device
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(name)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ntpseg.commands.options import SkipBad
+
+if TYPE_CHECKING:
+    from ntpseg.training.config import RunConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +52,37 @@ def train(
     settings.data.skip_bad = settings.data.skip_bad or skip_bad
     if settings.output is None:
         settings.output = str(Path("runs") / Path(config).stem)
+    if not resume:
+        _check_output(settings, Path(settings.output).expanduser(), overwrite)
     run = run_training(settings, resume=resume, overwrite=overwrite)
     if rank() == 0:
         typer.echo(f"trained model: {run / 'model'}")
+
+
+def _check_output(config: RunConfig, output: Path, overwrite: bool) -> None:
+    """Refuse an output whose beginning would replace or remove something of the user's."""
+    from ntpseg.training.config import dump_config, load_config
+    from ntpseg.utils.outputs import check_folder, is_inside
+
+    check_folder("output", output)
+    read = {
+        "data.path": config.data.path,
+        "text.path": config.text.path,
+        "vision.path": config.vision.get("path"),
+        "model.weights": config.model.weights,
+        "model.encoder_weights": config.model.encoder_weights,
+    }
+    for name, value in read.items():
+        if value is not None and overwrite and is_inside(Path(value).expanduser(), output):
+            raise ValueError(f"output must not hold what --overwrite would remove, got {output} with {name} {value}")
+    saved = output / "config.yaml"
+    if saved.is_file() and not (output / "prepared.json").is_file():
+        try:
+            own = saved.read_text(encoding="utf-8") == dump_config(load_config(saved))
+        except ValueError:
+            own = False
+        if not own:
+            raise ValueError(
+                f"output must be a new folder, got {output} with a config.yaml that is no run's and would be replaced; "
+                "choose another"
+            )

@@ -68,8 +68,14 @@ class Augmentation:
             outside the original is black and background.
 
         Raises:
-            ValueError: the shapes are not [C, S, S] and [1, S, S].
+            ValueError: they are no float arrays, or the shapes are not [C, S, S] and [1, S, S].
         """
+        for name, array in (("image", image), ("mask", mask)):
+            if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
+                given = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise ValueError(f"{name} must be a float32 array, got {given}")
+        if not image.ndim or not image.size:
+            raise ValueError(f"image must be [C, S, S] with C, S >= 1, got {list(image.shape)}")
         side = image.shape[-1]
         if image.ndim != 3 or image.shape[1] != side or mask.shape != (1, side, side):
             shapes = f"{list(image.shape)} and {list(mask.shape)}"

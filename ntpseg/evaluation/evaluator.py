@@ -14,7 +14,7 @@ from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import COUNTS, concatenate, dice_scores, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
-from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
+from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_findings, summarise_groups
 from ntpseg.evaluation.text_check import other_texts
 from ntpseg.generation.segmenter import ENCODE_BATCH
 from ntpseg.utils.checks import check_integer
@@ -62,7 +62,7 @@ def evaluate(
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        ValueError: there is no record, or one has no mask.
+        ValueError: there is no record, or one has no mask or one of another size than its image.
     """
     options = options or EvaluationOptions()
     check_masks(records)
@@ -86,10 +86,17 @@ class _Evaluator:
         def images() -> Any:
             for i, record in enumerate(self.cases):
                 self.progress("reading", i + 1, len(self.cases))
-                yield read_image(record.image)
+                pixels, mask = read_image(record.image), read_mask(record.mask)  # type: ignore[arg-type]  # checked
+                if mask.shape != pixels.shape[:2]:
+                    raise ValueError(
+                        f"masks must have their image's size, {list(pixels.shape[:2])}, got {list(mask.shape)} in "
+                        f"{record.mask} of case {record.case!r}"
+                    )
+                self.truth.append(mask)
+                yield pixels
 
+        self.truth: list[np.ndarray] = []
         encoded = self.segmenter.encode(images())
-        self.truth = [read_mask(r.mask) for r in self.cases if r.mask is not None]
         generated = self._decode("decoding", encoded, self.texts)
         masks = self._masks(generated, range(len(self.cases)))
         parts = []
@@ -101,6 +108,8 @@ class _Evaluator:
         per_case["ceiling"] = self._ceiling()
         bootstrap = self.options.bootstrap
         summary = summarise(per_case, self.subjects, bootstrap)
+        sizes = np.array([truth.size for truth in self.truth], np.int64)
+        summary["findings"] = summarise_findings(per_case, sizes, self.subjects, bootstrap)
         summary["ceiling"] = float(per_case["ceiling"].mean())
         generator = self.segmenter.generator
         summary["decoding"] = {

@@ -129,9 +129,7 @@ def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Te
     Raises:
         ValueError: if a shape or dtype is wrong.
     """
-    pred, real = _masks(prediction, "prediction"), _masks(truth, "truth")
-    if pred.shape != real.shape:
-        raise ValueError(f"prediction must have the shape of truth, {list(real.shape)}, got {list(pred.shape)}")
+    pred, real = _pair(prediction, truth)
     height, width = pred.shape[1:]
     counts = {
         "intersection": (pred & real).sum(dim=(1, 2)).numpy(),
@@ -155,8 +153,12 @@ def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Te
 
 
 def dice_scores(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> np.ndarray:
-    """The Dice of `segmentation_metrics` alone (float64 ``[N]``), without the cost of surface distances."""
-    pred, real = (_masks(*pair).numpy() for pair in ((prediction, "prediction"), (truth, "truth")))
+    """The Dice of `segmentation_metrics` alone (float64 ``[N]``), without the cost of surface distances.
+
+    Raises:
+        ValueError: if a shape or dtype is wrong.
+    """
+    pred, real = (masks.numpy() for masks in _pair(prediction, truth))
     total = pred.sum(axis=(1, 2)) + real.sum(axis=(1, 2))
     overlap = 2.0 * (pred & real).sum(axis=(1, 2))
     return np.where(total > 0, overlap / total.clip(min=1), 1.0)
@@ -170,10 +172,21 @@ def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def _pair(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+    pred, real = _masks(prediction, "prediction"), _masks(truth, "truth")
+    if pred.shape != real.shape:  # one image against many would broadcast
+        raise ValueError(f"prediction must have the shape of truth, {list(real.shape)}, got {list(pred.shape)}")
+    return pred, real
+
+
 def _masks(value: np.ndarray | Tensor, name: str) -> Tensor:
     import torch
 
-    tensor = torch.as_tensor(value)
-    if tensor.ndim != 3 or tensor.dtype != torch.bool:
-        raise ValueError(f"{name} must be bool [N, H, W], got {tensor.dtype} {list(tensor.shape)}")
+    try:
+        tensor = torch.as_tensor(value) if isinstance(value, np.ndarray | torch.Tensor) else None
+    except TypeError:  # an array of strings or objects
+        tensor = None
+    if tensor is None or tensor.ndim != 3 or tensor.dtype != torch.bool or tensor.device.type == "meta":
+        given = f"a {type(value).__name__}" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name} must be bool [N, H, W], got {given}")
     return tensor.cpu()

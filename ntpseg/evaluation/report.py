@@ -13,10 +13,11 @@ import numpy as np
 from ntpseg.evaluation.curves import curves
 from ntpseg.evaluation.metrics import METRICS
 from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
-from ntpseg.evaluation.run_directory import splits, training_log
-from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
+from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
+from ntpseg.evaluation.tables import finding_rows, interval, metric_rows, text_check_rows
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
 from ntpseg.utils.files import write_text
+from ntpseg.utils.outputs import check_file, check_not_inputs
 
 MAX_GROUPS = 40
 MAX_PAIRED_IMAGES = 4
@@ -30,7 +31,7 @@ def write_report(
 
     Args:
         run: a run directory; what is missing there (log, evaluation) is left out of the report.
-        out: the HTML file; ``RUN/report.html`` by default.
+        out: the HTML file, which is replaced, or a folder for ``report.html``; ``RUN/report.html`` by default.
         split: which evaluation to show; test if there is one.
         examples: pictures of the best, the median and the worst cases, each this many.
         grey: show colour images in grey, for CT windows that are stored as colours.
@@ -39,9 +40,13 @@ def write_report(
         The file.
 
     Raises:
-        ValueError: the run holds neither a log nor an evaluation, has none of `split`, or its images have moved.
+        ValueError: the run holds neither a log nor an evaluation, has none of `split`, or its images have moved; `out`
+            is of another kind, is read, or cannot be written.
     """
     run = Path(run)
+    target = run / "report.html" if out is None else out / "report.html" if out.is_dir() else out
+    check_file("--out", target, (".html", ".htm"))
+    check_not_inputs("--out", [target], _read_files(run))
     evaluated, log = splits(run), training_log(run)
     if not evaluated and not log:
         raise ValueError(f"run must hold eval/*/summary.json or trainer_log.jsonl, got {run} with neither")
@@ -64,9 +69,17 @@ def write_report(
 
     template = resources.files("ntpseg.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    target = out or run / "report.html"
     write_text(target, environment.from_string(template).render(context))
     return target
+
+
+def _read_files(run: Path) -> list[Path]:
+    """The files of a run that a report reads, and the images and masks of its cases."""
+    files = [run / "config.yaml", run / TRAINING_LOG, *(p for p in run.glob("eval/*/*") if p.is_file())]
+    for table in run.glob("eval/*/cases.csv"):
+        with table.open(newline="", encoding="utf-8") as file:
+            files += [Path(row[key]) for row in csv.DictReader(file) for key in ("image", "mask") if row.get(key)]
+    return files
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -99,6 +112,8 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str
         "dice": interval(summary["per_image"]["dice"]),
         "pooled": interval(summary["pooled"]["dice"]),
         "metrics": metric_rows(summary),
+        "findings": finding_rows(summary),
+        "convention": (summary.get("findings") or {}).get("convention", ""),
         "text_check": text_check_rows(summary),
         "groups": groups[:MAX_GROUPS],
         "more_groups": max(0, len(groups) - MAX_GROUPS),

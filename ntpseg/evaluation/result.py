@@ -14,9 +14,12 @@ import numpy as np
 from ntpseg.data.images import encode_png
 from ntpseg.evaluation.metrics import COUNTS, METRICS
 from ntpseg.utils.files import atomic_folder, atomic_open, remove_folder, write_csv, write_json
+from ntpseg.utils.outputs import check_file, check_folder, check_not_inputs, is_inside, name_key, same_place
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
+
+MAX_NAME = 200
 
 
 @dataclass
@@ -97,16 +100,54 @@ def _write_masks(folder: Path, masks: dict[str, np.ndarray]) -> None:
             (building / f"{name}.png").write_bytes(encode_png(mask))
 
 
+def check_result_folder(directory: Path, records: Sequence[Record], inputs: Sequence[Path] = ()) -> None:
+    """Refuse a result folder in which `Evaluation.write` would replace anything but an earlier result.
+
+    Args:
+        directory: the folder.
+        records: the cases that are read.
+        inputs: further files and folders that are read.
+
+    Raises:
+        ValueError: it cannot be written to, is the data set, or its ``masks/`` or a file of it is no earlier result's
+            or is read.
+    """
+    check_folder("--out", directory)
+    read = [path for r in records for path in (r.image, r.mask) if path is not None]
+    folders = [directory / name for name in ("masks", "masks_other")]
+    for path in inputs:
+        if path.is_dir() and same_place(directory, path):
+            raise ValueError(f"--out must not be the folder of the data, got {directory}; choose another")
+    parents = {path.parent for path in (*read, *inputs)}
+    for folder in folders:
+        held = next((p for p in parents if is_inside(p, folder)), None)
+        if held is not None:
+            raise ValueError(f"--out must not replace what is read, got {directory}, whose {folder.name}/ is read")
+        earlier = all((directory / name).is_file() for name in ("cases.csv", "summary.json"))
+        if folder.exists() and not earlier:
+            raise ValueError(
+                f"--out must be a new folder or that of an earlier evaluation, got {directory} with a {folder.name}/ "
+                "and no cases.csv and summary.json; choose another"
+            )
+    files = [directory / name for name in ("summary.json", "cases.csv", "confidence.npy", "probability.npy")]
+    check_not_inputs("--out", files, [*read, *inputs])
+    for file in files:
+        check_file("--out", file)
+
+
 def file_names(cases: Sequence[str]) -> list[str]:
-    """A distinct file name without extension for every case; cases may hold slashes or other odd characters."""
+    """A distinct file name without extension for every case; cases may hold slashes or other odd characters.
+
+    Names are cut to `MAX_NAME` bytes: a table's cases may be longer than names of files can be.
+    """
     names: list[str] = []
     seen: set[str] = set()
     for case in cases:
-        base = re.sub(r"[^\w.\-]+", "_", case) or "case"
+        base = re.sub(r"[^\w.\-]+", "_", case).encode()[:MAX_NAME].decode("utf-8", "ignore") or "case"
         name, n = base, 1
-        while name.lower() in seen:
+        while name_key(name) in seen:
             n += 1
             name = f"{base}_{n}"
-        seen.add(name.lower())
+        seen.add(name_key(name))
         names.append(name)
     return names

@@ -22,18 +22,27 @@ def data_of(run: Path) -> tuple[Path, str]:
     """The data set and its layout that a run was trained on.
 
     Raises:
-        ValueError: there is no ``config.yaml``, or it names no data set.
+        ValueError: there is no ``config.yaml``, it cannot be read, or it names no data set that is there.
     """
     from omegaconf import OmegaConf
 
     file = run / "config.yaml"
     if not file.is_file():
         raise ValueError(f"--data must name the data set where {file} does not exist, got none")
-    config: Any = OmegaConf.load(file)
-    section = config.get("data") or {}
-    if not section.get("path"):
+    try:
+        config: Any = OmegaConf.load(file)
+        section = config.get("data") or {}
+        path, layout = section.get("path"), section.get("layout")
+    except Exception as error:  # of YAML, of OmegaConf, of a variable of the environment that is not set here
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--data must name the data set where {file} cannot be read ({reason}), got none") from error
+    if not path:
         raise ValueError(f"--data must name the data set where {file} has no data.path, got none")
-    return Path(section["path"]), str(section.get("layout") or "auto")
+    found = Path(str(path)).expanduser()
+    if not found.exists():
+        relative = "" if found.is_absolute() else f", seen from {Path.cwd()}"
+        raise ValueError(f"--data must name the data set where data.path of {file} is gone, got {found}{relative}")
+    return found, str(layout or "auto")
 
 
 def training_log(run: Path) -> list[dict[str, Any]]:

@@ -117,3 +117,58 @@ def summarise_groups(
         part = {name: np.asarray(values)[chosen] for name, values in per_case.items()}
         result[str(names[index])] = summarise(part, subject_of_case[chosen].tolist(), bootstrap)
     return result
+
+
+# How cases without a finding enter every average of Dice.
+CONVENTION = (
+    "Dice of a case without a finding: 1 where nothing is predicted, 0 where anything is; all cases are in the averages"
+)
+
+
+def summarise_findings(
+    per_case: Mapping[str, np.ndarray],
+    pixels: np.ndarray,
+    subjects: Sequence[str],
+    bootstrap: Bootstrap | None = None,
+) -> dict[str, Any]:
+    """The cases with a finding and those without (an empty true mask), each as a group of its own.
+
+    Args:
+        per_case: what `segmentation_metrics` returned, N cases.
+        pixels: of each case's image, int64 ``[N]``.
+        subjects: the subject of each case, length N.
+        bootstrap: resampling options.
+
+    Returns:
+        ``{"convention": ..., "with": ..., "without": ...}``; a group without cases is None. ``with`` is what
+        `summarise` returns, and ``missed``, the number of cases in which nothing was predicted. ``without`` has
+        ``cases``, ``false_positives`` (cases in which anything was predicted), and as estimates ``specificity`` (share
+        of the cases in which nothing was) and ``false_positive_area`` (mean share of the image that was predicted).
+    """
+    options = bootstrap or Bootstrap()
+    positive = np.asarray(per_case["true"]) > 0
+    predicted = np.asarray(per_case["predicted"])
+    result: dict[str, Any] = {"convention": CONVENTION, "with": None, "without": None}
+    if positive.any():
+        chosen, names = _chosen(per_case, subjects, positive)
+        missed = int((predicted[positive] == 0).sum())
+        result["with"] = {**summarise(chosen, names, options), "missed": missed}
+    if not positive.all():
+        chosen, names = _chosen(per_case, subjects, ~positive)
+        # Averages of the cases: `summarise` takes any score under the name of one.
+        empty = (predicted[~positive] == 0).astype(np.float64)
+        area = predicted[~positive] / pixels[~positive]
+        result["without"] = {
+            "cases": int((~positive).sum()),
+            "false_positives": int((empty == 0).sum()),
+            "specificity": summarise({**chosen, "dice": empty}, names, options)["per_image"]["dice"],
+            "false_positive_area": summarise({**chosen, "dice": area}, names, options)["per_image"]["dice"],
+        }
+    return result
+
+
+def _chosen(
+    per_case: Mapping[str, np.ndarray], subjects: Sequence[str], chosen: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    part = {name: np.asarray(values)[chosen] for name, values in per_case.items()}
+    return part, [subject for subject, take in zip(subjects, chosen, strict=True) if take]

@@ -44,6 +44,25 @@ def text_check_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def finding_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and figure of the cases with and without a finding; empty where all have one."""
+    findings = summary.get("findings")
+    if not findings or not findings["without"]:
+        return []
+    rows = []
+    positive, negative = findings["with"], findings["without"]
+    if positive:
+        dice = interval(positive["per_image"]["dice"])
+        rows.append((f"{positive['cases']} with a finding: Dice", f"{dice}, {positive['missed']} missed"))
+    found = f"{negative['false_positives']} of {negative['cases']}"
+    rows.append(
+        (f"{negative['cases']} without: specificity", f"{interval(negative['specificity'])}, {found} not empty")
+    )
+    area = {key: None if value is None else 100 * value for key, value in negative["false_positive_area"].items()}
+    rows.append((f"{negative['cases']} without: area predicted", f"{interval(area)} % of the image"))
+    return rows
+
+
 def summary_table(summary: dict[str, Any], title: str) -> Table:
     """One table: metrics with both averages named, the text check, the largest groups, speed."""
     from rich.table import Table
@@ -57,6 +76,9 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
     for row in metric_rows(summary):
         table.add_row(*row)
     table.add_row("Dice ceiling of the mask tokenizer", f"{summary['ceiling']:.3f}", "", end_section=True)
+    rows = finding_rows(summary)
+    for i, (name, figure) in enumerate(rows):
+        table.add_row(name, figure, "", end_section=i + 1 == len(rows))
     rows = text_check_rows(summary)
     for i, (name, dice) in enumerate(rows):
         cases = f" ({summary['text_check']['cases']} images)" if i == 0 else ""

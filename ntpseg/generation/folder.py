@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from ntpseg.data.records import known_suffix
+from ntpseg.utils.outputs import name_key
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,20 @@ def _rows(table: Path) -> list[tuple[str, str]]:
 
 
 def _name_results(pairs: list[tuple[Path, str]]) -> list[Job]:
-    """Name the results after the images; a second sentence or a second file of one stem is numbered."""
-    seen: dict[str, int] = {}
+    """Name the results after the images; a second sentence or a second file of one stem is numbered.
+
+    The first takes the stem, the others ``STEM_2``, ``STEM_3`` ... except those that are another image's stem. Stems
+    that differ in letter case alone count as one.
+    """
+    taken = {name_key(file.stem) for file, _ in pairs}
+    seen: set[str] = set()
     jobs = []
     for file, text in pairs:
-        seen[file.stem] = seen.get(file.stem, 0) + 1
-        number = seen[file.stem]
-        jobs.append(Job(file, text, file.stem if number == 1 else f"{file.stem}_{number}"))
+        name = file.stem
+        if name_key(name) in seen:
+            names = (f"{file.stem}_{number}" for number in itertools.count(2))
+            name = next(name for name in names if name_key(name) not in taken)
+        seen.add(name_key(name))
+        taken.add(name_key(name))
+        jobs.append(Job(file, text, name))
     return jobs

@@ -13,7 +13,7 @@ from ntpseg.generation.decoder import Decoder, PromptBatch, TargetTemplate
 from ntpseg.generation.huggingface import HuggingFaceDecoder
 from ntpseg.generation.methods import METHODS, DecodingMethod
 from ntpseg.generation.native import NativeDecoder, unsupported_reason
-from ntpseg.generation.options import DecodingOptions, Generated, resolve_dtype
+from ntpseg.generation.options import DecodingOptions, Generated, NonFiniteOutput, resolve_dtype
 from ntpseg.losses.dense import from_patches
 
 if TYPE_CHECKING:
@@ -64,13 +64,18 @@ class MaskGenerator:
             The masks in the order of the prompts.
 
         Raises:
-            ValueError: there is no prompt, or there are not as many images as prompts where images are needed.
+            ValueError: there is no prompt, one is no vector of the model's token ids, or there are not as many finite
+                images as prompts where images are needed.
+            NonFiniteOutput: a log-probability or a pixel's probability is not finite.
         """
         if not len(prompts):
             raise ValueError("prompts must hold at least one prompt, got none")
+        _check_prompts(prompts, self.model.config.vocab_size)
         if self.model.front_end is not None and (pixel_values is None or len(pixel_values) != len(prompts)):
             count = 0 if pixel_values is None else len(pixel_values)
             raise ValueError(f"pixel_values must hold an image for each of {len(prompts)} prompts, got {count}")
+        if self.model.front_end is not None and not np.isfinite(np.asarray(pixel_values, np.float32)).all():
+            raise ValueError("pixel_values must be finite, got infinite or not-a-number pixels")
         order = np.argsort([-len(p) for p in prompts], kind="stable")
         height, width = self.sequence.mask_grid
         codes = np.empty((len(prompts), height * width), np.int64)
@@ -99,6 +104,14 @@ class MaskGenerator:
                         progress(len(chosen))
         finally:
             self.model.train(training)
+        odd = ~np.isfinite(logprob).all(1)
+        if probability is not None:
+            odd |= ~np.isfinite(probability).all((1, 2))
+        if odd.any():
+            raise NonFiniteOutput(
+                f"the model's output must be finite, got nan or inf for {odd.sum()} of {len(prompts)} masks with dtype "
+                f"{self.options.dtype}; decode with dtype float32, or train the model again"
+            )
         seconds = time.perf_counter() - started
         return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts), probability)
 
@@ -113,6 +126,18 @@ class MaskGenerator:
             grid_ids=[torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts],
             stem=stem,
         )
+
+
+def _check_prompts(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Raise a `ValueError` unless each is a vector of ids: a cast would cut floats, an embedding has no such row."""
+    for index, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"prompts must be int64 [P] each, P >= 1, got {ids.dtype} {list(ids.shape)} at {index}")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError(
+                f"prompts must hold ids within [0, {vocab_size}), got {ids.min()} to {ids.max()} at {index}"
+            )
 
 
 def _check_method(model: NTPSegModel, options: DecodingOptions, method: DecodingMethod) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.generation.methods import METHODS
-from ntpseg.utils.checks import check_choice, check_integer, check_number
+from ntpseg.utils.checks import check_bool, check_choice, check_integer, check_number
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 DECODERS = ("auto", "native", "huggingface")
 READOUTS = ("auto", "codes", "expected")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class NonFiniteOutput(ValueError):
+    """A model's output is NaN, from which no mask can be read."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class DecodingOptions:
             `method`; in bfloat16 a near-tie may be decided differently (1 code in 8,000 on a trained model).
 
     Raises:
-        ValueError: an unknown name, a batch size below 1, or a method that the Hugging Face decoder cannot run.
+        ValueError: an unknown name, a number that is none or out of range, or a method that the Hugging Face decoder
+            cannot run.
     """
 
     batch_size: int = 64
@@ -89,6 +94,7 @@ class DecodingOptions:
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_number("temperature", self.temperature, above=0)
+        check_bool("mirror", self.mirror)
         check_number("threshold", self.threshold, above=0, below=1)
         check_choice("readout", self.readout, READOUTS)
         check_choice("decoder", self.decoder, DECODERS)

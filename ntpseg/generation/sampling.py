@@ -28,7 +28,9 @@ def sample(
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def draw(logits: Tensor) -> Tensor:
-        return torch.multinomial((logits / options.temperature).softmax(-1), 1, generator=generator)[:, 0]
+        # Of a NaN any code is drawn: the log-probability tells, where an error here would end a CUDA context.
+        probability = (logits / options.temperature).softmax(-1).nan_to_num(nan=1.0)
+        return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
     drawn = [decode_in_order(heads, decoder, target, prompts, draw) for _ in range(options.samples)]
     patches = torch.stack([batch.patches for batch in drawn if batch.patches is not None]).mean(0)

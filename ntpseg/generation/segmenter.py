@@ -97,17 +97,26 @@ class Segmenter:
             **changes: fields of `DecodingOptions` that replace the saved ones, see `DecodingOptions.of_bundle`.
 
         Raises:
-            ValueError: no model there, both `options` and `changes`, or options that the model does not allow.
+            ValueError: no model there or a damaged one, a device that is not here, both `options` and `changes`, or
+                options that the model does not allow.
         """
         from ntpseg.models.bundle import Bundle
+        from ntpseg.models.damage import damaged_file
+        from ntpseg.utils.device import usable_device
 
         if options is not None and changes:
             raise ValueError(f"options must be None with changes of the saved ones, got both: {sorted(changes)}")
         # Unknown names and values out of range are told before a large model is loaded.
         DecodingOptions(**{name: value for name, value in changes.items() if value is not None})
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = Bundle.from_pretrained(Path(directory), device=device)
+        device = usable_device(device)
+        try:
+            bundle = Bundle.from_pretrained(Path(directory), device=device)
+        except Exception as error:  # broken files raise errors of zlib, json, safetensors, tokenizers, torch ...
+            reason = damaged_file(Path(directory)) or " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"model must be a whole run of `ntpseg train` or file of `ntpseg pack`, got {str(directory)!r}, which "
+                f"cannot be loaded ({reason}); copy it again, or train or pack it again"
+            ) from error
         return cls(bundle, options or DecodingOptions.of_bundle(bundle, **changes))
 
     def segment(self, image: np.ndarray | str | PathLike[str], text: str) -> Prediction:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ntpseg.losses.arguments import check_transforms, checked_counts, checked_shapes, merged_options
+from ntpseg.losses.arguments import check_operands, check_transforms, checked_counts, checked_shapes, merged_options
 from ntpseg.losses.backends import choose_backend
 from ntpseg.losses.fused import loss_op
 from ntpseg.losses.logit_changes import append_bias, smoothing_term
@@ -18,6 +18,7 @@ from ntpseg.losses.reference import reference_loss
 from ntpseg.losses.supervision import Supervision
 from ntpseg.losses.vocab_parallel import local_shards, shard_offset
 from ntpseg.ops.loss import LossInputs, LossOutputs
+from ntpseg.utils.tensor_checks import shown
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
@@ -55,8 +56,9 @@ def ntp_loss(
         hidden: ``[B, T, k, D]`` float; ``[B, T, D]`` means k = 1. float64, float32, bfloat16 or float16.
         weight: ``[V, D]`` shared by the heads, or ``[k, V, D]``. Cast to the dtype of `hidden` if it differs. Under
             autocast both are cast to its dtype. Products accumulate in float32, so does the weight's gradient.
-        labels: ``[B, T]`` int64, unshifted as in Hugging Face.
-        negatives: m; TCL's negatives are the same head's predictions at the m rows before, where supervised.
+        labels: ``[B, T]`` int64, unshifted as in Hugging Face; T >= 1, while B may be 0.
+        negatives: m; TCL's negatives are the same head's predictions at the m rows before, where supervised. More than
+            T are as many as T.
         tcl_weight, het_weight: factors of the two terms.
         het: hard tokens ``[B, n]`` of the batch. An entry (p, e) counts when head 0's row of position p is
             supervised, e differs from its target and e is in the vocabulary range.
@@ -68,9 +70,10 @@ def ntp_loss(
         num_items: counts of the whole accumulated or global batch, see `ntpseg.losses.count_items`. A plain number N
             stands for ``NumItems(rows=[N] * k, het=N)``.
         backend: "reference", "torch", "triton" or "auto" (triton on CUDA, else torch).
-        token_weights: ``[B, T]`` float >= 0, multiplies w_j for the rows that predict the position, in CE and TCL and
-            in their denominators. Class weights c are ``c[labels]`` here, with the denominator of PyTorch's; with label
-            smoothing PyTorch weighs the smoothed part class by class instead, which is another loss.
+        token_weights: ``[B, T]`` float, finite and >= 0 where there is a label, multiplies w_j for the rows that
+            predict the position, in CE and TCL and in their denominators. Class weights c are ``c[labels]`` here, with
+            the denominator of PyTorch's; with label smoothing PyTorch weighs the smoothed part class by class instead,
+            which is another loss.
         bias: ``[V]`` or ``[k, V]``, added to the logits before scale and softcap. Costs a copy of the weight.
         group: ranks that share the vocabulary: `weight` is this rank's shard ``[V_rank, D]`` (or ``[k, V_rank, D]``),
             in the order of the ranks; every other argument is the same on all of them, ids count over the whole
@@ -84,7 +87,10 @@ def ntp_loss(
         `NTPOutput`.
 
     Raises:
-        ValueError: an argument is not as described; the message names it, what it was and what it must be.
+        ValueError: an argument is not as described, be it its type, its shape or its values; the message names it, what
+            it was and what it must be. Values are checked where they are read anyway: on a GPU with the one copy to
+            the host, and with ``LossOptions.max_rows``, where there is none, by assertions on the device, which end
+            the process's use of it (as PyTorch's own do). The values of tensors on the meta device are not there.
     """
     settings = merged_options(
         options,
@@ -98,9 +104,30 @@ def ntp_loss(
         vocab_range=vocab_range,
         backend=backend,
     )
+    return evaluate(hidden, weight, labels, settings, het, num_items, token_weights, bias, group)
+
+
+def evaluate(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    settings: LossOptions,
+    het: HardTokens | None = None,
+    num_items: NumItems | float | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    signed_weights: bool = False,
+) -> NTPOutput:
+    """`ntp_loss` with its options merged; `signed_weights` are any numbers, such as an incoming gradient's."""
     check_transforms(hidden, weight)
+    check_operands(hidden, weight)
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"group must be a torch.distributed.ProcessGroup, got {shown(group)}")
     weight, bias, group = local_shards(weight, bias, group, hidden, labels)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    casts = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    if casts and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     shard_start, vocabulary = 0, weight.shape[-2] if weight.dim() > 1 else 0
     if group is not None:
@@ -126,6 +153,7 @@ def ntp_loss(
         token_weights=None if token_weights is None else token_weights.detach(),
         num_rows=num_rows,
         num_het=num_het,
+        signed_weights=signed_weights,
     )
     if name == "reference":
         loss, parts, tokens = reference_loss(hidden, weight, supervision, settings, bias)
@@ -173,6 +201,8 @@ class NTPLoss(nn.Module):
             raise ValueError(
                 f"unknown option {unknown[0]!r}, expected one of {', '.join(LossOptions.__dataclass_fields__)}"
             )
+        if options is not None and not isinstance(options, LossOptions):
+            raise ValueError(f"options must be a LossOptions, got {shown(options)}")
         self.options = options or LossOptions(**keywords)
 
     def forward(

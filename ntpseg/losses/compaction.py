@@ -9,6 +9,7 @@ Prompt positions never become rows and cost nothing.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,9 +18,7 @@ from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, TokenResults
 from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, filled, shift_by_head
-
-OUT_OF_RANGE = "labels must be ignore_index or in the vocabulary and its vocab_range"
-TOO_MANY_ROWS = "a head must have at most LossOptions.max_rows supervised rows"
+from ntpseg.losses.value_checks import LABELS, MAX_ROWS, NUM_ITEMS, TOKEN_WEIGHTS, bad_counts, raise_first
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ def compact(
         The rows; all tensors on the device of `hidden`.
 
     Raises:
-        ValueError: a label is outside the vocabulary (on a GPU with ``max_rows``, where looking would synchronise, an
-            assertion on the device).
+        ValueError: a label, a token weight or a count is not what `ntpseg.losses.value_checks` says, or there are more
+            rows than ``max_rows`` (with that, on a GPU, where looking would synchronise, an assertion on the device).
     """
     batch, time, heads, _ = hidden.shape
     device = hidden.device
@@ -139,16 +138,20 @@ def compact(
     position = safe % time
 
     target = by_row.flatten()[safe] - low
-    bad = ((target < 0) | (target >= classes)) & ~padding
-    if options.max_rows is not None and device.type != "cpu":
-        torch._assert_async(~bad.any(), OUT_OF_RANGE)
-    elif bool(bad.any()):
-        raise_out_of_range(int(target[bad][0]) + low, low, classes)
+    bad = [(LABELS, (((target < 0) | (target >= classes)) & ~padding).any())]
     target = target.masked_fill(padding, -1)
 
     token_weight = (~padding).to(work)
     if token_weights is not None:
-        token_weight = token_weight * shift_by_head(token_weights, heads, 0.0, options).flatten()[safe].to(work)
+        by_cell = shift_by_head(token_weights, heads, 0.0, options).flatten()[safe].to(work)
+        token_weight = torch.where(padding, 0.0, by_cell)  # by zero instead of a choice, not-a-number would stay
+        if not supervision.signed_weights:
+            bad.append((TOKEN_WEIGHTS, ~((token_weight >= 0) & (token_weight < torch.inf)).all()))
+    counts = [supervision.num_rows, supervision.num_het]
+    if device.type != "cpu":  # on the CPU they were looked at when they came
+        bad += [(NUM_ITEMS, bad_counts(count)) for count in counts if count is not None]
+    checked = None if supervision.signed_weights else token_weights
+    refuse(bad, options, lambda: raise_first(labels, checked, counts, options, classes))
     head_weights = filled(options.head_weights or (1.0,) * heads, work, device)
     num_rows = supervision.num_rows
     num_rows = (count_rows(labels, heads, token_weights, options) if num_rows is None else num_rows).to(work)
@@ -192,7 +195,7 @@ def _find(supervised: Tensor, options: LossOptions, per_head: bool) -> tuple[Ten
         edges = torch.searchsorted(index, torch.arange(heads + 1, device=index.device) * batch * time).tolist()
         return index, tuple(itertools.pairwise(edges))
     size = min(options.max_rows * (1 if per_head else heads), groups.shape[1])
-    torch._assert_async((groups.sum(1) <= size).all(), TOO_MANY_ROWS)
+    check_max_rows(groups.sum(1), size, options)
     padded = []
     for j, group in enumerate(groups):
         part = torch.nonzero_static(group, size=size, fill_value=-1).squeeze(1)
@@ -234,9 +237,35 @@ def _hard_token_table(
     return table[:-1, :-1].contiguous(), counts.sum()
 
 
-def raise_out_of_range(label: int, low: int, classes: int) -> NoReturn:
-    """The error for a label outside the vocabulary or its range."""
-    raise ValueError(f"labels must be ignore_index or in [{low}, {low + classes}), got {label}")
+def refuse(bad: list[tuple[str, Tensor]], options: LossOptions, explain: Callable[[], None]) -> None:
+    """Raise where something is wrong, with one look at the device, or with none of it under ``max_rows``.
+
+    Args:
+        bad: what must hold, and a 0-dim bool that is true where it does not.
+        options: reads max_rows.
+        explain: raises the error that names the value.
+    """
+    if options.max_rows is not None and bad[0][1].device.type != "cpu":
+        for message, found in bad:
+            torch._assert_async(~found, message)
+    elif bool(torch.stack([found for _, found in bad]).any()):
+        explain()
+
+
+def check_max_rows(rows: Tensor, limit: int, options: LossOptions) -> None:
+    """Refuse more rows than were promised.
+
+    Args:
+        rows: integers, rows of each group of heads.
+        limit: the most that one may have.
+        options: reads max_rows.
+    """
+    most = rows.max()
+    refuse([(MAX_ROWS, most > limit)], options, lambda: _raise_too_many(int(most), limit, options))
+
+
+def _raise_too_many(found: int, limit: int, options: LossOptions) -> NoReturn:
+    raise ValueError(f"{MAX_ROWS}, got {options.max_rows}: room for {limit} of {found} rows")
 
 
 def _over(value: Tensor, count: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
-from ntpseg.losses.compaction import OUT_OF_RANGE, TOO_MANY_ROWS, Compaction, Rows, raise_out_of_range
+from ntpseg.losses.compaction import Compaction, Rows, check_max_rows, refuse
 from ntpseg.losses.options import LossOptions, TokenResults
 from ntpseg.losses.supervision import Supervision, filled
+from ntpseg.losses.value_checks import LABELS, NUM_ITEMS, TOKEN_WEIGHTS, raise_first
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ def compact_triton(
     low = options.vocab_range[0] if options.vocab_range else 0
     layout = BatchLayout(heads, batch, time, int(options.shift), options.ignore_index, low, classes)
     labels, token_weights = supervision.labels.contiguous(), supervision.token_weights
-    cells = find_supervised(labels, None if token_weights is None else token_weights.contiguous(), layout)
+    cells = find_supervised(
+        labels,
+        None if token_weights is None else token_weights.contiguous(),
+        layout,
+        supervision.num_rows,
+        supervision.num_het,
+        signed_weights=supervision.signed_weights,
+    )
     position, token, ranked = supervision.het_position, supervision.het_token, None
     if position is not None and token is not None and position.numel():
         token = token.contiguous()
@@ -62,7 +70,7 @@ def compact_triton(
     else:
         num_rows = supervision.num_rows.to(torch.float32)
     slots = 0 if ranked is None else ranked[0].shape[1]
-    segments, width = _sizes(cells, labels, layout, options, per_head_weight, slots)
+    segments, width = _sizes(cells, supervision, layout, options, per_head_weight, slots)
     total_rows = segments[-1][1]
     table = write_rows(
         labels,
@@ -94,22 +102,32 @@ def compact_triton(
 
 
 def _sizes(
-    cells: SupervisedCells, labels: Tensor, layout: BatchLayout, options: LossOptions, per_head: bool, slots: int
+    cells: SupervisedCells,
+    supervision: Supervision,
+    layout: BatchLayout,
+    options: LossOptions,
+    per_head: bool,
+    slots: int,
 ) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Segments and the width of the table of hard tokens, as host integers; checks the labels."""
+    """Segments and the width of the table of hard tokens, as host integers; refuses what `find_supervised` found."""
+
+    def explain() -> None:
+        checked = None if supervision.signed_weights else supervision.token_weights
+        counts = [supervision.num_rows, supervision.num_het]
+        raise_first(supervision.labels, checked, counts, options, layout.classes)
+
     head_cells = layout.cells // layout.heads
     ends = cells.prefix_sum[head_cells - 1 :: head_cells]
     groups = layout.heads if per_head else 1
     if options.max_rows is not None:
         size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
         counts = ends.diff(prepend=ends.new_zeros(1)) if per_head else ends[-1:]
-        torch._assert_async((counts <= size).all(), TOO_MANY_ROWS)
-        torch._assert_async(cells.status[0] == 0, OUT_OF_RANGE)
+        check_max_rows(counts, size, options)
+        bad = cells.status != 0
+        refuse([(LABELS, bad[0]), (TOKEN_WEIGHTS, bad[3]), (NUM_ITEMS, bad[4])], options, explain)
         return tuple((j * size, (j + 1) * size) for j in range(groups)), slots
-    bad, width, _, *edges = torch.cat([cells.status, ends]).tolist()  # the one look at the device
-    if bad:
-        cell = bad - 1
-        position = cell % layout.time + layout.shift + cell // head_cells
-        label = int(labels[cell // layout.time % layout.batch, position])
-        raise_out_of_range(label, layout.class_start, layout.classes)
+    # the one look at the device
+    bad_label, width, _, bad_weight, bad_count, *edges = torch.cat([cells.status, ends]).tolist()
+    if bad_label or bad_weight or bad_count:
+        explain()
     return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
     """What the custom operator ``ntpseg::ntp_loss`` runs, on every device."""
     hidden, weight, classes = inputs.hidden, inputs.weight, inputs.classes
     options = LossOptions.from_text(inputs.options)
+    time = inputs.labels.shape[1]
+    if options.negatives > time:  # no row has more before it, and tables have a column for each
+        options = dataclasses.replace(options, negatives=time)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     class_start = options.vocab_range[0] if options.vocab_range else 0
     if weight.stride(-1) != 1:
@@ -30,6 +34,7 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
         token_weights=inputs.token_weights,
         num_rows=inputs.num_rows,
         num_het=inputs.num_het,
+        signed_weights=inputs.signed_weights,
     )
     # kernels go to the current device, whatever the tensors are on
     with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ntpseg.losses.api import NTPLoss
@@ -14,6 +15,7 @@ from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.fused_call import Call
 from ntpseg.losses.lm_head import check_head, fuse_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
+from ntpseg.utils.tensor_checks import check_tensor, shown
 
 
 @contextlib.contextmanager
@@ -49,8 +51,8 @@ def fused_cross_entropy(
             probabilities as its target, ``reduction="none"`` with negatives, or both class weights and label smoothing.
     """
     options = NTPLoss(options, **keywords).options
-    linear = linear_of(head)
     check_head(head)
+    linear = linear_of(head)
     results: list[NTPOutput] = []
 
     def cross_entropy(
@@ -66,9 +68,11 @@ def fused_cross_entropy(
         states = logits.hidden
         if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
             raise CannotFuse(f"reduction must be mean, sum or none, got {reduction!r}")
-        if target.is_floating_point() or target.numel() != states.shape[:-1].numel():
-            shown = f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
-            raise CannotFuse(f"target must be an int64 tensor for {list(logits.shape)} logits, got {shown}")
+        integers = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
+        if not integers or target.numel() != states.shape[:-1].numel():
+            raise CannotFuse(f"target must be an int64 tensor for {list(logits.shape)} logits, got {shown(target)}")
+        if weight is not None:
+            check_tensor("weight", weight, "float", (logits.classes,))
         if weight is not None and (label_smoothing or options.label_smoothing):
             # PyTorch weighs the smoothed part by the weight of each class, token weights by that of the target
             raise CannotFuse("label_smoothing must be 0 with weight, got both")

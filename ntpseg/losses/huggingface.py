@@ -28,6 +28,8 @@ from ntpseg.losses.fused_call import Call, Fusion, labelled_forward
 from ntpseg.losses.lm_head import OUTPUT_FIELDS, check_head, fuse_head, is_fused_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.self_check import check_fusion, weights_are_here
+from ntpseg.utils.checks import check_bool
+from ntpseg.utils.tensor_checks import shown
 
 # What `forward` takes besides the arguments of the model's own; named in its signature, since Trainer drops the columns
 # of a data set that are not.
@@ -79,6 +81,11 @@ def fuse_causal_lm(
     options = NTPLoss(options, **keywords).options
     if options.logit_scale != 1 or options.softcap is not None:
         raise ValueError("logit_scale and softcap must be left to the model, got them as options")
+    check_bool("check", check)
+    if skip_logits is not None:
+        check_bool("skip_logits", skip_logits)
+    if not isinstance(model, nn.Module):
+        raise CannotFuse(f"model must be a causal language model with an output head, got {shown(model)}")
     inner = _inner(model)
     if is_fused(inner):
         unfuse_causal_lm(model)
@@ -158,6 +165,9 @@ def _forward(
         check_fusion(model)
     if skip_logits is None:
         skip_logits = fusion.skip_logits
+    if (het_position is None) != (het_token is None):  # half of them would be none, without a word
+        missing, other = ("het_position", "het_token") if het_position is None else ("het_token", "het_position")
+        raise ValueError(f"{missing} must be given with {other}, got None")
     call = Call(
         head=model.get_output_embeddings(),
         options=fusion.options,

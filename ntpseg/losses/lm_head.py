@@ -14,6 +14,7 @@ from ntpseg.losses.api import ntp_loss
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.token_nll import token_nll
+from ntpseg.utils.tensor_checks import shown
 
 OUTPUT_FIELDS = tuple(NTPOutput.__dataclass_fields__)  # made once: torch.compile cannot trace dataclasses.fields
 
@@ -132,6 +133,8 @@ def check_head(head: Any, model: Any = None) -> None:
     Raises:
         ValueError: the head is no linear layer, wrapped by an adapter, quantised or offloaded.
     """
+    if not isinstance(head, nn.Module):
+        raise CannotFuse(f"the output head must be a plain linear layer, got {shown(head)}")
     head = linear_of(head)
     name = type(head).__name__
     if hasattr(head, "base_layer") or any("lora_" in name for name, _ in head.named_modules()):

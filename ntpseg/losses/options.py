@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ntpseg.utils.checks import check_choice, check_integer, check_number
+from ntpseg.utils.checks import brief, check_bool, check_choice, check_integer, check_number
 
 BACKENDS = ("auto", "reference", "torch", "triton")
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class LossOptions:
     The first group restates the keywords of `ntp_loss`; the second group exists only here.
 
     Attributes:
-        negatives: m, how many earlier predictions of the same head serve as TCL negatives; 0 switches TCL off.
+        negatives: m, how many earlier predictions of the same head serve as TCL negatives; 0 switches TCL off. More
+            than T are as many as T.
         tcl_weight: factor of TCL in the loss; 0 leaves TCL reported but without gradient.
         het_weight: factor of HET in the loss.
         temperature: tau of TCL and HET.
@@ -50,6 +53,9 @@ class LossOptions:
             then get that fixed size, and finding the rows needs no device-to-host copy. More rows than this are
             an error on the device. None: count them (one synchronisation on a GPU).
         chunk_bytes: byte budget of one block of logits; None lets the backend choose.
+
+    Raises:
+        ValueError: a field is not as described; the message names it, what it was and what it must be.
     """
 
     negatives: int = 5
@@ -78,6 +84,10 @@ class LossOptions:
         check_number("temperature", self.temperature, above=0)
         check_number("gradient_filter", self.gradient_filter, 0, below=1)
         check_number("label_smoothing", self.label_smoothing, 0, below=1)
+        # a tuple of plain numbers travels through the operator's schema as text, where 2**53 is the last exact integer
+        check_integer("ignore_index", self.ignore_index, -(2**53), 2**53)
+        check_bool("shift", self.shift)
+        check_bool("per_head", self.per_head)
         check_number("logit_scale", self.logit_scale)
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale must not be 0, got {self.logit_scale!r}")
@@ -88,14 +98,9 @@ class LossOptions:
         if self.label_smoothing and self.softcap is not None:
             raise ValueError(f"softcap must be None with label_smoothing, got {self.softcap}")
         if self.head_weights is not None:
-            weights = tuple(float(w) for w in self.head_weights)
-            if not weights or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
-                raise ValueError(f"head_weights must be finite, >= 0 and not all zero, got {list(weights)}")
-            object.__setattr__(self, "head_weights", weights)
+            object.__setattr__(self, "head_weights", _head_weights(self.head_weights))
         if self.vocab_range is not None:
-            if len(self.vocab_range) != 2 or not 0 <= int(self.vocab_range[0]) < int(self.vocab_range[1]):
-                raise ValueError(f"vocab_range must be (lo, hi) with 0 <= lo < hi, got {self.vocab_range!r}")
-            object.__setattr__(self, "vocab_range", (int(self.vocab_range[0]), int(self.vocab_range[1])))
+            object.__setattr__(self, "vocab_range", checked_range(self.vocab_range))
         for name in ("max_rows", "chunk_bytes"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -117,6 +122,52 @@ class LossOptions:
 
 
 _FIELDS = tuple(LossOptions.__dataclass_fields__)
+
+
+def checked_range(value: Any, classes: int | None = None) -> tuple[int, int]:
+    """``vocab_range`` as two integers.
+
+    Args:
+        value: what the caller gave.
+        classes: V, where it is known.
+
+    Raises:
+        ValueError: it is no pair of integers with 0 <= lo < hi (<= V).
+    """
+    bounds = _items(value)
+    if (
+        len(bounds) == 2
+        and all([isinstance(bound, int | Integral) for bound in bounds])
+        and bool not in map(type, bounds)
+    ):
+        low, high = int(bounds[0]), int(bounds[1])
+        if classes is not None and 0 <= low < high > classes:
+            raise ValueError(f"vocab_range must end within the {classes} classes, got {brief(value)}")
+        if 0 <= low < high <= 2**53:
+            return low, high
+    raise ValueError(f"vocab_range must be two integers (lo, hi) with 0 <= lo < hi, got {brief(value)}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is one finite number >= 0; a bool is none."""
+    return isinstance(value, int | float | Real) and type(value) is not bool and 0 <= value <= LARGEST  # type: ignore[operator]
+
+
+def _head_weights(value: Any) -> tuple[float, ...]:
+    weights = _items(value)
+    if not all([is_count(weight) for weight in weights]) or not 0 < sum(weights) <= LARGEST:
+        raise ValueError(f"head_weights must be finite numbers >= 0, not all zero, got {brief(value)}")
+    return tuple([float(weight) for weight in weights])
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    """What a sequence, an array or a tensor holds; nothing for what is none of these."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    try:
+        return tuple(value)
+    except TypeError:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -236,7 +287,9 @@ def _pack_one(value: _Value) -> str:
         return "'" + value
     if isinstance(value, tuple):
         return "(" + ",".join([_pack_one(item) for item in value])
-    return ("i" if isinstance(value, int) else "f") + float(value).hex()
+    if isinstance(value, int):
+        return "i" + float(min(value, 2**53)).hex()  # larger ones are bounds that nothing reaches
+    return "f" + float(value).hex()
 
 
 def _unpack_one(item: str) -> _Value:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, LossParts, TokenResults
 from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, shift_by_head
+from ntpseg.losses.value_checks import raise_first
+from ntpseg.utils.tensor_checks import has_data
 
 
 def reference_loss(
@@ -28,12 +30,18 @@ def reference_loss(
 
     Returns:
         The differentiable scalar loss, and detached parts and per-token results.
+
+    Raises:
+        ValueError: a value is not what `ntpseg.losses.value_checks` says.
     """
     batch, time, heads, _ = hidden.shape
     step = int(options.shift)
     low = options.vocab_range[0] if options.vocab_range else 0
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     labels, token_weights = supervision.labels, supervision.token_weights
+    if has_data(labels):
+        checked = None if supervision.signed_weights else token_weights
+        raise_first(labels, checked, [supervision.num_rows, supervision.num_het], options, weight.shape[-2])
 
     if weight.dim() == 2:
         logits = torch.einsum("btkd,vd->btkv", hidden, weight).to(work)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from ntpseg.losses.options import LossOptions, NumItems
+from ntpseg.losses.value_checks import check_labels, check_token_weights
 from ntpseg.utils.checks import check_integer
+from ntpseg.utils.tensor_checks import check_device, check_tensor, readable, shown
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokens
 
 
 class Supervision(NamedTuple):
-    """The tensors of one call that decide which rows there are and what they weigh.
+    """What, in one call, decides which rows there are and what they weigh.
 
     Attributes:
         labels: ``[B, T]`` int64, ids of the whole vocabulary.
@@ -29,6 +31,7 @@ class Supervision(NamedTuple):
         token_weights: ``[B, T]`` float or None, by the position of the predicted token.
         num_rows: ``[k]`` float or None, replaces the row counts.
         num_het: 0-dim float or None, replaces the entry count.
+        signed_weights: the token weights are an incoming gradient's: of either sign, and not finite if it is not.
     """
 
     labels: Tensor
@@ -37,6 +40,7 @@ class Supervision(NamedTuple):
     token_weights: Tensor | None = None
     num_rows: Tensor | None = None
     num_het: Tensor | None = None
+    signed_weights: bool = False
 
 
 def count_items(
@@ -52,7 +56,7 @@ def count_items(
     """Counts a batch as `ntpseg.ntp_loss` does, for ``num_items`` of an accumulated or distributed batch.
 
     Add up the counts of all micro-batches (and ranks), give every call the sums, and add up the losses: that is the
-    loss of the whole. Without looking at the device: nothing here synchronises.
+    loss of the whole. Nothing here synchronises: values are checked on the CPU alone, and on a GPU by `ntp_loss`.
 
     Args:
         labels: ``[B, T]`` int64, unshifted.
@@ -68,10 +72,15 @@ def count_items(
         ValueError: an argument is not as described; the message names it, what it was and what it must be.
     """
     check_integer("k", k, 1)
-    if labels.dim() != 2:
-        raise ValueError(f"labels must be an int64 [B, T] tensor, got {shown(labels)}")
+    check_tensor("labels", labels, "integer", ("B", "T"))
+    if labels.shape[1] < 1:
+        raise ValueError(f"labels must have T >= 1 positions, got {shown(labels)}")
     check_supervision(labels, het, token_weights, labels.shape[0], labels.shape[1])
     options = LossOptions(vocab_range=vocab_range, ignore_index=ignore_index, shift=shift)
+    if readable(labels):
+        check_labels(labels, options, None)
+        if token_weights is not None:
+            check_token_weights(token_weights, labels, options)
     entries = torch.zeros((), dtype=torch.float64, device=labels.device)
     if het is not None:
         entries = counted_entries(labels, het.position, het.token, options).sum(dtype=torch.float64)
@@ -84,7 +93,9 @@ def count_rows(labels: Tensor, k: int, token_weights: Tensor | None, options: Lo
     if token_weights is not None:
         weight = torch.where(weight > 0, token_weights.double(), 0.0)
     # a sum per head is deterministic on every device, and exactly zero where there is nothing
-    return torch.stack([weight[:, int(options.shift) + j :].sum() for j in range(k)])
+    reached = max(min(k, weight.shape[1] - int(options.shift)), 1)
+    rows = torch.stack([weight[:, int(options.shift) + j :].sum() for j in range(reached)])
+    return rows if reached == k else torch.cat([rows, rows.new_zeros(k - reached)])
 
 
 def counted_entries(
@@ -126,29 +137,19 @@ def check_supervision(
     Raises:
         ValueError: one of them is not as `count_items` describes.
     """
-    if tuple(labels.shape) != (batch, time) or labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be an int64 [{batch}, {time}] tensor, got {shown(labels)}")
-    if token_weights is not None and (
-        tuple(token_weights.shape) != (batch, time) or not token_weights.is_floating_point()
-    ):
-        raise ValueError(f"token_weights must be a float [{batch}, {time}] tensor, got {shown(token_weights)}")
+    check_tensor("labels", labels, "integer", (batch, time))
     tensors = {"token_weights": token_weights}
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights, "float", (batch, time))
     if het is not None:
-        for name in ("position", "token"):
-            slot = getattr(het, name)
-            if slot.dim() != 2 or slot.shape[0] != batch or slot.dtype != torch.int64:
-                raise ValueError(f"het.{name} must be an int64 [{batch}, n] tensor, got {shown(slot)}")
-            tensors[f"het.{name}"] = slot
-        if het.position.shape != het.token.shape:
-            raise ValueError(f"het.token must have the shape of het.position, got {shown(het.token)}")
+        if not (hasattr(het, "position") and hasattr(het, "token")):
+            raise ValueError(f"het must be a HardTokens, got {shown(het)}")
+        check_tensor("het.position", het.position, "int64", (batch, "n"))
+        check_tensor("het.token", het.token, "int64", tuple(het.position.shape))
+        tensors |= {"het.position": het.position, "het.token": het.token}
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != labels.device:
-            raise ValueError(f"{name} must be on the device of labels ({labels.device}), got {tensor.device}")
-
-
-def shown(tensor: Tensor) -> str:
-    """Dtype and shape, for an error message."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        if tensor is not None:
+            check_device(name, tensor, "labels", labels.device)
 
 
 def filled(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

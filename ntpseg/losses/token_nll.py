@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ntpseg.losses.api import ntp_loss
+from ntpseg.losses.api import evaluate, ntp_loss
+from ntpseg.losses.arguments import check_operands
 from ntpseg.losses.options import LossOptions
+from ntpseg.utils.tensor_checks import shown
 
 
 def token_nll(
@@ -35,7 +37,10 @@ def token_nll(
     Raises:
         ValueError: there is more than one head, or an argument is not as `ntp_loss` describes.
     """
+    if options is not None and not isinstance(options, LossOptions):
+        raise ValueError(f"options must be a LossOptions, got {shown(options)}")
     options = options or LossOptions()
+    check_operands(hidden, weight)
     if hidden.dim() == 4 and hidden.shape[2] != 1:
         raise ValueError(f"hidden must have one head for a loss per token, got {hidden.shape[2]}")
     options = dataclasses.replace(
@@ -65,14 +70,15 @@ class _TokenNLL(torch.autograd.Function):
         ]
         with torch.enable_grad():
             # weights that sum to anything over a denominator of one: exactly the sum of grad * nll
-            loss = ntp_loss(
+            loss = evaluate(
                 leaves[0],
                 leaves[1],
                 labels,
+                ctx.options,
                 bias=leaves[2],
                 token_weights=grad.float() if grad.dtype != torch.float64 else grad,
                 num_items=1.0,
-                options=ctx.options,
+                signed_weights=True,
             ).loss
         needed = [leaf for leaf, need in zip(leaves, wanted) if leaf is not None and need]
         found = iter(torch.autograd.grad(loss, needed))

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ntpseg.utils.checks import check_choice
+from ntpseg.utils.checks import check_choice, check_integer
+from ntpseg.utils.tensor_checks import check_device, check_tensor, shown
 
 KINDS = ("margin", "nll", "codebook")
 
@@ -54,13 +55,22 @@ def token_deviation(kind: str, output: TokenOutput, labels: Tensor, codebook: Co
         ``[B, T]`` floating point without a gradient. What it holds where there is no error is not used.
 
     Raises:
-        ValueError: the kind is unknown, or ``codebook`` lacks the codebook.
+        ValueError: the kind is unknown, ``codebook`` lacks the codebook, or a tensor is not as described.
     """
     check_choice("deviation", kind, KINDS)
+    check_tensor("labels", labels, "int64", ("B", "T"))
     if kind != "codebook":
-        return getattr(output, kind).detach()
-    if codebook is None:
-        raise ValueError("codebook must be the embeddings of the codes for deviation 'codebook', got None")
+        deviation = getattr(output, kind, None)
+        check_tensor(f"output.{kind}", deviation, "float", tuple(labels.shape))
+        return deviation.detach()  # type: ignore[union-attr]  # checked
+    if not isinstance(codebook, Codebook):
+        raise ValueError(
+            f"codebook must be the embeddings of the codes for deviation 'codebook', got {shown(codebook)}"
+        )
+    check_tensor("codebook.embedding", codebook.embedding, "float", ("K", "e"))
+    check_integer("codebook.first_token", codebook.first_token, 0)
+    check_tensor("output.prediction", getattr(output, "prediction", None), "int64", tuple(labels.shape))
+    check_device("output.prediction", output.prediction, "labels", labels.device)
     embedding = codebook.embedding.detach().to(labels.device, torch.float32)
     codes = [tokens - codebook.first_token for tokens in (output.prediction, labels)]
     known = [(code >= 0) & (code < embedding.shape[0]) for code in codes]

@@ -14,10 +14,13 @@ from ntpseg.memory import state, storage
 from ntpseg.memory.background import Background, served_rows
 from ntpseg.memory.exchange import exchange
 from ntpseg.ops import merge_entries, record_errors, topn_errors
-from ntpseg.ops.record import pack_entries
-from ntpseg.utils.checks import check_choice, check_integer
+from ntpseg.ops.record import check_record, pack_entries
+from ntpseg.ops.topn import MAX_N
+from ntpseg.utils.checks import brief, check_choice, check_integer
+from ntpseg.utils.tensor_checks import check_tensor, readable
 
 _LOCKS = 4096
+_MAX_TOKEN = 2**31 - 1  # entries are int32
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,14 @@ class HardTokenMemory:
         deviation: str = "margin",
         ignore_index: int = -100,
     ) -> None:
-        _check_options(num_samples, n, storage, path, deviation)
+        _check_options(num_samples, n, storage, path, deviation, ignore_index)
         self.num_samples, self.n = num_samples, n
-        self.device = torch.device(device or "cpu")
+        self.device = _device(device)
         self.storage, self.key, self.deviation, self.ignore_index = storage, key, deviation, ignore_index
         home = self.device if storage == "device" else torch.device("cpu")
         self._control = torch.zeros(1 + _LOCKS, dtype=torch.int32, device=home)
         self._epoch = torch.ones((), dtype=torch.int64, device=home)
+        self._largest_token = torch.zeros((), dtype=torch.int64, device=self.device)
         self._store = self._open(home, path)
         self._background: Background | None = None
         if storage != "device":
@@ -95,21 +99,24 @@ class HardTokenMemory:
 
         Args:
             sample_ids: ``[B]`` int64.
-            prediction: ``[B, T]`` int64, aligned with ``labels``; -1 where there is none (``NTPOutput.prediction``).
+            prediction: ``[B, T]`` int64 below 2**31, aligned with ``labels``; -1 where there is none
+                (``NTPOutput.prediction``). T >= 1, while B may be 0.
             labels: ``[B, T]`` int64, unshifted.
             deviation: ``[B, T]`` floating point, what ranks the errors (``NTPOutput.margin``); NaN counts as +inf.
 
         Raises:
-            ValueError: shapes do not fit, or a sample id is out of range (seen here for ids on the CPU, by `advance`
-                for ids on a GPU, where looking would mean waiting).
+            ValueError: a type, shape or dtype does not fit, or a sample id or a prediction is out of range (seen here
+                for tensors on the CPU, by `advance` for those on a GPU, where looking would mean waiting).
         """
         self._check_ids(sample_ids)
-        shape = prediction.shape
-        if len(shape) != 2 or shape[0] != sample_ids.shape[0]:
-            raise ValueError(f"prediction must be [B, T] with B = {sample_ids.shape[0]}, got {list(shape)}")
-        for name, tensor in (("labels", labels), ("deviation", deviation)):
-            if tensor.shape != shape:
-                raise ValueError(f"{name} must have the shape of prediction {list(shape)}, got {list(tensor.shape)}")
+        check_record(sample_ids, prediction, labels, deviation)
+        for name, tensor in (("prediction", prediction), ("labels", labels), ("deviation", deviation)):
+            _check_real(name, tensor)
+        if readable(prediction):
+            if prediction.numel():
+                _check_largest(int(prediction.amax()))
+        elif prediction.numel():
+            torch.maximum(self._largest_token, prediction.amax().to(self.device), out=self._largest_token)
         inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
         sample_ids, prediction, labels, deviation = inputs
         if self._background is None:
@@ -147,9 +154,13 @@ class HardTokenMemory:
         Takes the same time whatever the size of the memory.
 
         Raises:
-            ValueError: a sample id of this epoch was out of range.
+            ValueError: a sample id or a prediction of this epoch was out of range.
         """
         self._settle()
+        largest = int(self._largest_token)
+        if largest > _MAX_TOKEN:
+            self._largest_token.zero_()
+            _check_largest(largest)
         skipped = int(self._control[0])
         if skipped:
             self._control[0] = 0
@@ -311,18 +322,42 @@ class HardTokenMemory:
             storage.write_header(self._store.folder, self._identity())
 
     def _check_ids(self, sample_ids: Tensor) -> None:
-        if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
-            raise ValueError(f"sample_ids must be an int64 [B] tensor, got {sample_ids.dtype} {list(sample_ids.shape)}")
+        check_tensor("sample_ids", sample_ids, "int64", ("B",))
+        _check_real("sample_ids", sample_ids)
         if sample_ids.device.type == "cpu" and sample_ids.numel():
             low, high = int(sample_ids.min()), int(sample_ids.max())
             if low < 0 or high >= self.num_samples:
                 raise ValueError(f"sample_ids must be in [0, {self.num_samples}), the data set, got {low} .. {high}")
 
 
-def _check_options(num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str) -> None:
+def _check_real(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+
+
+def _check_largest(token: int) -> None:
+    if token > _MAX_TOKEN:
+        raise ValueError(f"prediction must be below 2**31, got {token}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=chosen)  # one that is named well may still not be here
+    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be one that PyTorch can use here, got {brief(device)}") from error
+    if chosen.type == "meta":
+        raise ValueError("device must be one that holds data, got 'meta'")
+    return chosen
+
+
+def _check_options(
+    num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str, ignore_index: int
+) -> None:
     check_integer("num_samples", num_samples, 1)
-    check_integer("n", n, 1)
+    check_integer("n", n, 1, MAX_N)
+    check_integer("ignore_index", ignore_index, -(2**63))
     check_choice("storage", kind, storage.KINDS)
     check_choice("deviation", deviation, deviations.KINDS)
     if (path is not None) != (kind == "mapped"):
-        raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {path!r}")
+        raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {brief(path)}")

@@ -15,6 +15,7 @@ from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
+from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import MANIFEST, check_folder, write_manifest
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Bundle:
             device: where the model and the vision tokenizer go; the CPU by default.
 
         Raises:
-            ValueError: no bundle there, a file of it that is damaged or lacks weights, or the attention implementation
-                cannot be used.
+            ValueError: no bundle there, a file of it that is damaged or lacks weights, weights that are not finite, or
+                the attention implementation cannot be used.
         """
         from ntpseg.models.model import NTPSegModel
         from ntpseg.tokenizers.auto import load_vision_tokenizer
@@ -96,6 +97,7 @@ class Bundle:
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         with attention_errors(attention):
             model = load_whole(NTPSegModel, path, attn_implementation=attention, **options)
+        check_finite(model, f"the model {path}")
         vision, text = load_vision_tokenizer(path / "vision"), load_text_tokenizer(path / "text")
         _check_sizes(path, sequence.vocabulary, text, vision)
         if device is not None:
@@ -138,6 +140,13 @@ def bundle_directory(directory: str | Path) -> Path:
     )
 
 
+def bundle_files(directory: str | Path) -> list[Path]:
+    """The files that loading `directory` would read, for commands that must not overwrite them."""
+    path = Path(directory)
+    folder = path / "model" if (path / "model").is_dir() else path
+    return [path] if path.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+
+
 def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **options: Any) -> Any:
     """``kind.from_pretrained`` of a local directory, all weights its own: transformers fills gaps at random.
 
@@ -153,12 +162,12 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
     """
     from transformers.utils import logging
 
-    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **options}
     shown = logging.get_verbosity()
     # Its own report is a table; the error below names the first weight.
     logging.set_verbosity_error()
     try:
-        model, report = kind.from_pretrained(path, **options)
+        model, report = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"model directory must hold a whole model, got {str(path)!r} ({one_line(error)})") from error
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntpseg.losses import NTPOutput, ntp_loss
+from ntpseg.losses.options import checked_range
 from ntpseg.utils.checks import check_integer
 
 
@@ -104,11 +105,8 @@ class NextKHeads(nn.Module):
             raise ValueError(f"labels must be given with {min(kwargs)}, got None")
         if not logits_of:
             return self._states(hidden, self.k)
-        if not 0 < logits_of <= self.k:
-            raise ValueError(f"logits_of must be within [1, {self.k}], got {logits_of}")
-        low, high = vocab_range or (0, self.vocab_size)
-        if not 0 <= low < high <= self.vocab_size:
-            raise ValueError(f"vocab_range must be (lo, hi) within {self.vocab_size} classes, got {vocab_range}")
+        check_integer("logits_of", logits_of, 1, self.k)
+        low, high = (0, self.vocab_size) if vocab_range is None else checked_range(vocab_range, self.vocab_size)
         states = self._states(hidden, logits_of)
         weight = self.weight[..., low:high, :].to(states.dtype)
         return F.linear(states, weight) if self.shared else torch.einsum("...kd,kvd->...kv", states, weight[:logits_of])

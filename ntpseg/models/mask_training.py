@@ -87,7 +87,7 @@ class MaskTraining:
         mask_pixels: Tensor | None,
         num_images: float | Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each part's mean, detached.
+        """The weighted sum, and each part's mean, detached. An image without any supervised label counts nothing.
 
         Args:
             model: the model.
@@ -95,14 +95,15 @@ class MaskTraining:
             labels, grid_ids: ``[B, T]`` int64.
             stem: its draft; None without a stem.
             mask_pixels: ``[B, S, S]`` in {0, 1}; None takes the patches of the labels' codes.
-            num_images: what to divide by, B by default.
+            num_images: what to divide by; the images with a supervised label by default.
 
         Raises:
             ValueError: no stem's draft for the loss on it, or `grid_ids` missing.
         """
         assert self.dense is not None and model.readout is not None
         places = self.places(model, grid_ids, labels)
-        codes = labels.gather(1, places) - model.config.mask_range[0]
+        supervised = (labels != -100).any(1)
+        codes = torch.where(supervised[:, None], labels.gather(1, places) - model.config.mask_range[0], 0)
         if mask_pixels is None:
             target = model.readout.patches[codes]
         else:
@@ -119,8 +120,8 @@ class MaskTraining:
             if stem is None:
                 raise ValueError("stem_output must be given for the loss on the stem's draft, got None")
             parts["pixel"] = self.dense.pixel, pixel_loss(stem.draft.float(), target)
-        count = len(target) if num_images is None else num_images
-        sums = {name: value.sum() / count for name, (_, value) in parts.items()}
+        count = supervised.sum().clamp_min(1) if num_images is None else num_images
+        sums = {name: torch.where(supervised, value, 0.0).sum() / count for name, (_, value) in parts.items()}
         total = torch.zeros((), device=hidden.device)
         for name, (weight, _) in parts.items():
             total = total + weight * sums[name]

@@ -279,8 +279,8 @@ class NTPSegModel(PreTrainedModel):
                 where it is not given, which on a GPU waits for the device.
             pixel_values: ``[B, C, S, S]`` float in [-1, 1], for the front ends ``features`` and ``both``.
             mask_pixels: ``[B, S, S]`` in {0, 1}, for the losses on pixels; the patches of the labels' codes by default.
-            num_images: images of the whole accumulated and global batch, by which the losses on pixels are divided; B
-                by default.
+            num_images: images of the whole accumulated and global batch, by which the losses on pixels are divided;
+                those with a supervised label by default.
             stem_output: what `encode_image` returned, instead of `pixel_values`.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`, as `embed` makes them (with the grid's and the stem's
                 part).

@@ -135,7 +135,7 @@ class _HuggingFaceBody(nn.Module):
         fields = {key: value for key, value in config.items() if key not in ("out_features", "out_indices")}
         made: Any = AutoConfig.for_model(fields.pop("model_type"), **fields)
         made.out_features = [stage for stage in made.stage_names if stage != "stem"]
-        self.backbone: Any = AutoBackbone.from_config(made)
+        self.backbone: Any = AutoBackbone.from_config(made, trust_remote_code=False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return list(self.backbone(image).feature_maps)
@@ -145,7 +145,11 @@ class _HuggingFaceBody(nn.Module):
             raise ValueError(f"encoder weights must be a Hugging Face model's directory, got {str(directory)!r}")
         # Not AutoBackbone's: it asks the hub whether there is a repository of this name.
         loaded, report = type(self.backbone).from_pretrained(
-            str(directory), config=self.backbone.config, local_files_only=True, output_loading_info=True
+            str(directory),
+            config=self.backbone.config,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         missing = sorted(report["missing_keys"])
         if missing:

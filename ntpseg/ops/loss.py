@@ -26,6 +26,7 @@ class LossInputs(NamedTuple):
         token_weights: ``[B, T]`` or None.
         num_rows: ``[k]`` or None.
         num_het: 0-dim or None.
+        signed_weights: token weights are any numbers and not checked.
         options: `ntpseg.losses.LossOptions.to_text`, with the backend resolved.
         hidden_grad, weight_grad: which gradients to make.
         group: name of the ranks that share the vocabulary, "" for none.
@@ -41,6 +42,7 @@ class LossInputs(NamedTuple):
     token_weights: Tensor | None
     num_rows: Tensor | None
     num_het: Tensor | None
+    signed_weights: bool
     options: str
     hidden_grad: bool
     weight_grad: bool

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ntpseg.ops.extension import usable
 from ntpseg.ops.topn import native_serves, ordered_bits, plain_topn_errors, ready
+from ntpseg.utils.tensor_checks import check_tensor, shown
 
 _NONE = torch.iinfo(torch.int64).min
 _NO_PAIR = torch.iinfo(torch.int64).max
@@ -37,7 +38,7 @@ def record_errors(
     """Merge the hardest errors of a batch into the rows of its samples, in place.
 
     A position is an error where ``prediction >= 0``, ``labels != ignore_index`` and the two differ. A sample may occur
-    more than once in the batch. Shapes and dtypes are not checked; `ntpseg.memory.HardTokenMemory` checks them.
+    more than once in the batch. Predictions are kept as int32: `ntpseg.memory.HardTokenMemory` refuses larger ones.
 
     Args:
         rows: ``[2, N, 3, n]`` int32, contiguous; see the module's page.
@@ -50,13 +51,27 @@ def record_errors(
         labels: ``[B, T]`` int64.
         deviation: ``[B, T]`` floating point; NaN counts as +inf, as in `topn_errors`.
         ignore_index: the label of unsupervised positions.
+
+    Raises:
+        ValueError: a shape or dtype of the batch's tensors does not fit. Those of the memory are not checked.
     """
+    check_record(sample_ids, prediction, labels, deviation)
     arguments = (rows, stamp, control, epoch, sample_ids, prediction, labels)
     if native_serves(rows.device.type, prediction.shape[1], rows.shape[3]):
         inputs = [x.contiguous() for x in arguments[4:]]
         torch.ops.ntpseg.record_errors(*arguments[:4], *inputs, ready(deviation), ignore_index)
     else:
         plain_record_errors(*arguments, deviation, ignore_index)
+
+
+def check_record(sample_ids: Tensor, prediction: Tensor, labels: Tensor, deviation: Tensor) -> None:
+    """Raise a `ValueError` unless the batch's tensors are as `record_errors` describes, T >= 1; reads no element."""
+    check_tensor("sample_ids", sample_ids, "int64", ("B",))
+    check_tensor("prediction", prediction, "int64", (sample_ids.shape[0], "T"))
+    if not prediction.shape[1]:
+        raise ValueError(f"prediction must have T >= 1 positions, got {shown(prediction)}")
+    check_tensor("labels", labels, "int64", tuple(prediction.shape))
+    check_tensor("deviation", deviation, "float", tuple(prediction.shape))
 
 
 def plain_record_errors(

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from ntpseg.ops.extension import usable
+from ntpseg.utils.checks import check_integer
+from ntpseg.utils.tensor_checks import check_device, check_tensor
 
 # What the CUDA kernels hold on chip; beyond it the plain path serves.
 CUDA_MAX_LENGTH = 16384
 CUDA_MAX_N = 256
+MAX_N = 2**31 - 1  # columns are int32
 
 _NOT_AN_ERROR = torch.iinfo(torch.int64).min
 _LOW_WORD = 0xFFFFFFFF
@@ -43,14 +46,15 @@ def topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tensor, Te
     Args:
         deviation: ``[B, T]`` floating point, how far each prediction is from the truth.
         is_error: ``[B, T]`` bool, which of them are errors at all.
-        n: number of slots per row, at least 0; it may exceed the number of errors and T.
+        n: number of slots per row, from 0 to 2**31 - 1; it may exceed the number of errors and T. All of them are in
+            the result, which takes ``8 B n`` bytes.
 
     Returns:
         ``(value, index)``: float32 and int32, each ``[B, n]``, in descending order, ties to the lowest index, -inf and
         -1 in the slots that no error fills. Neither carries a gradient.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or n is negative.
+        ValueError: a type, shape, dtype or device does not fit, or n is no integer within its limits.
     """
     _check(deviation, is_error, n)
     if not native_serves(deviation.device.type, deviation.shape[1], n):
@@ -90,13 +94,7 @@ def plain_topn_errors(deviation: Tensor, is_error: Tensor, n: int) -> tuple[Tens
 
 
 def _check(deviation: Tensor, is_error: Tensor, n: int) -> None:
-    if deviation.dim() != 2 or not deviation.is_floating_point():
-        raise ValueError(f"deviation must be a float [B, T] tensor, got {deviation.dtype} {list(deviation.shape)}")
-    if is_error.dtype != torch.bool or is_error.shape != deviation.shape:
-        raise ValueError(
-            f"is_error must be a bool {list(deviation.shape)} tensor, got {is_error.dtype} {list(is_error.shape)}"
-        )
-    if is_error.device != deviation.device:
-        raise ValueError(f"is_error must be on the device of deviation ({deviation.device}), got {is_error.device}")
-    if n < 0:
-        raise ValueError(f"n must be >= 0, got {n}")
+    check_tensor("deviation", deviation, "float", ("B", "T"))
+    check_tensor("is_error", is_error, "bool", tuple(deviation.shape))
+    check_device("is_error", is_error, "deviation", deviation.device)
+    check_integer("n", n, 0, MAX_N)

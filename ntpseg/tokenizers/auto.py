@@ -8,6 +8,7 @@ from pathlib import Path
 from ntpseg.tokenizers.compact import MODEL_TYPE, CompactVQ
 from ntpseg.tokenizers.emu3 import Emu3Vision
 from ntpseg.tokenizers.vision import VisionTokenizer
+from ntpseg.utils.finite import check_finite
 
 EMU3_MODEL_TYPE = "emu3_vqgan"
 
@@ -21,7 +22,8 @@ def load_vision_tokenizer(directory: str | Path, image_size: int | None = None) 
             takes any size, needs it.
 
     Raises:
-        ValueError: no such directory, an unknown kind of model, or an image size that is missing or contradicts it.
+        ValueError: no such directory, an unknown kind of model, weights that are not finite, or an image size that is
+            missing or contradicts it.
     """
     path = Path(directory)
     config = path / "config.json"
@@ -34,13 +36,16 @@ def load_vision_tokenizer(directory: str | Path, image_size: int | None = None) 
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config} must be a model's configuration, got invalid JSON ({error})") from error
     if model_type == EMU3_MODEL_TYPE:
-        return Emu3Vision.from_pretrained(path, image_size=image_size)
+        emu3 = Emu3Vision.from_pretrained(path, image_size=image_size)
+        check_finite(emu3.model, f"the vision tokenizer {path}")
+        return emu3
     if model_type != MODEL_TYPE:
         raise ValueError(
             f"model_type of {config} must be {MODEL_TYPE!r} or {EMU3_MODEL_TYPE!r}, got {model_type!r} "
             "(a whole Emu3 model holds its Emu3VQVAE as `vqmodel`: save that one by itself)"
         )
     tokenizer = CompactVQ.from_pretrained(path)
+    check_finite(tokenizer, f"the vision tokenizer {path}")
     if image_size is not None and image_size != tokenizer.image_size:
         raise ValueError(f"image_size must be {tokenizer.image_size}, as the tokenizer was trained, got {image_size}")
     return tokenizer

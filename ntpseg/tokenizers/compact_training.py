@@ -11,6 +11,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import kmeans
 
 from ntpseg.tokenizers.compact import MASK_GAIN, CompactVQ, CompactVQOptions
 from ntpseg.tokenizers.patch_vq import PatchVQ, fill_quantizer, make_quantizer
+from ntpseg.utils.finite import non_finite_tensor
 from ntpseg.utils.progress import progress_bar
 
 _KMEANS_ITERATIONS = 15
@@ -34,7 +35,8 @@ def train_compact_vq(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: shapes that do not belong together, values out of range, or no image at all.
+        ValueError: shapes that do not belong together, values out of range, no image at all, or a training that
+            diverged.
     """
     options = options or CompactVQOptions()
     _check(images, masks)
@@ -59,6 +61,12 @@ def train_compact_vq(
             mixed = patches[(mean > 0) & (mean < 1)]
             _fit_codebook(model.mask, mixed if len(mixed) else patches, constant, options, generator, advance)
             _fit_decoder(model.mask, masks, _mask_loss, options, generator, advance)
+    name = non_finite_tensor(model)
+    if name is not None:
+        raise ValueError(
+            f"the vision tokenizer must have finite weights after its training, got nan or inf in {name!r}; "
+            f"lower vision.learning_rate ({options.learning_rate:g})"
+        )
     return model.eval().requires_grad_(False)
 
 

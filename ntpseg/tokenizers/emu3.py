@@ -179,7 +179,7 @@ class Emu3Vision:
             raise ValueError(f"image_size must be {size}, as in {path / _SETTINGS_FILE}, got {image_size}")
         try:
             loaded: Any = Emu3VQVAE.from_pretrained(
-                path, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                path, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
             model, report = loaded
         except Exception as error:

@@ -77,7 +77,7 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise ValueError(f"text tokenizer directory must be a local directory, got {str(path)!r}, which does not exist")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             # Without its vocabulary one of transformers' tokenizers is made all the same, which knows no word.
             raise ValueError("it has no vocabulary")

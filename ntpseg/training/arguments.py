@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntpseg.training.config import RunConfig
+from ntpseg.training.config_file import reason
 from ntpseg.training.distributed import deepspeed_config, prepare_deepspeed
 from ntpseg.training.hardware import resolve_bf16
 
@@ -32,13 +33,14 @@ DEFAULTS: dict[str, Any] = {
     "bf16": "auto",
 }
 
-# What the Trainer needs because of how it is used here; nothing overrides it.
+# What the Trainer needs because of how it is used here; a configuration that sets one is refused (`REFUSED`).
 FIXED: dict[str, Any] = {
     "report_to": "none",  # our own callbacks know the run's folders
     "remove_unused_columns": False,  # sample_ids is not an argument of the model
     "label_names": ["labels"],
     "prediction_loss_only": True,
     "ddp_find_unused_parameters": False,
+    "logging_nan_inf_filter": False,  # it would log a loss of 0 in place of NaN
 }
 
 
@@ -62,9 +64,21 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
         fields["deepspeed"] = zero
     try:
         args = TrainingArguments(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training must be fields that TrainingArguments accepts, got: {error}") from error
+        _try_schedule(args)
+    except Exception as error:  # packages that are not there, hardware, and combinations that transformers refuses
+        raise ValueError(f"training must be fields that TrainingArguments accepts, got: {reason(error)}") from error
     if args.n_gpu > 1:
         # One process with several GPUs would become DataParallel; use torchrun for more than one.
         args._n_gpu = 1
     return args
+
+
+def _try_schedule(args: TrainingArguments) -> None:
+    """Make the schedule once: the Trainer would find out about its arguments after everything is prepared."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kwargs: Any = args.lr_scheduler_kwargs
+    get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=100, scheduler_specific_kwargs=kwargs
+    )

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -41,11 +43,15 @@ class TimeBudget(TrainerCallback):
         self.now = time.process_time if clock == "cpu" else time.monotonic
         self.started: float | None = None
         self.max_steps = 1
+        self._shared: float | None = None
 
     def fraction(self, step: int) -> float:
         """How much of the run is over after `step` steps, in [0, 1]."""
-        clock = 0.0 if self.started is None else (self.now() - self.started) / self.seconds
+        clock = self._clock() if self._shared is None else self._shared
         return min(1.0, max(step / self.max_steps, clock))
+
+    def _clock(self) -> float:
+        return 0.0 if self.started is None else (self.now() - self.started) / self.seconds
 
     def factor(self, step: int) -> float:
         """The learning rate after `step` steps over its peak."""
@@ -63,6 +69,16 @@ class TimeBudget(TrainerCallback):
         """Start the clock."""
         self.max_steps = max(1, state.max_steps)
         self.started = self.now() - self.seconds * state.global_step / self.max_steps
+        self._shared = None
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let all ranks read the first one's clock: by their own they would disagree on the rate and on the end."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            clock = torch.tensor(self._clock(), dtype=torch.float64, device=args.device)
+            dist.broadcast(clock, 0)
+            self._shared = float(clock)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
 from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import check_folder
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
                 config=model_config,
                 attn_implementation=settings.attention or default_attention(),
             )
+            check_finite(model, f"model.weights {path}")
         else:
             model_config._attn_implementation = settings.attention or default_attention()
             model = NTPSegModel(model_config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sized
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ntpseg.evaluation.run_directory import TRAINING_LOG, training_log
-from ntpseg.utils.files import write_jsonl
+from ntpseg.utils.files import json_text, write_jsonl
 
 _SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
 
@@ -44,7 +43,8 @@ class TrainingProgress(ProgressCallback):
     ) -> None:
         """Show the metrics of `logs` behind the bar."""
         if state.is_world_process_zero and self.training_bar is not None:
-            self.metrics.update({k: f"{v:.4g}" for k, v in (logs or {}).items() if k in _SHOWN})
+            shown = {k: v for k, v in (logs or {}).items() if k in _SHOWN}
+            self.metrics.update({k: "nan" if v is None else f"{v:.4g}" for k, v in shown.items()})
             self.training_bar.set_postfix(self.metrics, refresh=False)
 
 
@@ -62,6 +62,17 @@ class RunTensorBoard(TensorBoardCallback):
         if state.is_world_process_zero and self.tb_writer is None:
             purge = state.global_step + 1 if state.global_step else None
             self.tb_writer = self._SummaryWriter(log_dir=str(self.run / "logs"), purge_step=purge)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write what has a value; a figure that was not finite has none."""
+        super().on_log(args, state, control, {k: v for k, v in (logs or {}).items() if v is not None}, **kwargs)
 
 
 class JsonLog(TrainerCallback):
@@ -95,7 +106,7 @@ class JsonLog(TrainerCallback):
         """Write one line."""
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+                file.write(json_text({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ntpseg.models.stem import FRONT_ENDS
 from ntpseg.tokenizers.vocabulary import SEQUENCE_LAYOUTS
+from ntpseg.training.config_checks import check_sections
+from ntpseg.training.config_file import check_interpolations, conceal, parse_overrides, read_yaml, reason, short
 from ntpseg.utils.checks import check_choice, check_integer, check_number
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OPTIMIZERS = ("adamw", "muon")
 CLOCKS = ("wall", "cpu")
+# Keys that are saved as absolute paths; of those after the first three only what exists, the others may be names.
+_PATHS = (
+    "output",
+    "data.path",
+    "data.cache",
+    "text.path",
+    "vision.path",
+    "model.encoder_weights",
+    "model.weights",
+    "deepspeed",
+)
+# The attribute of a loaded configuration that says which of its values were interpolations; no field, so never saved.
+_INTERPOLATED = "_interpolated"
 
 
 @dataclass
@@ -155,6 +168,8 @@ class RunConfig:
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
         max_minutes: end training after so many minutes, the learning rate falling with the clock; null: only steps
             and epochs count.
+        max_skipped_steps: end training, without a model, after so many steps in a row whose loss or gradient was not
+            finite (or that supervised no label); each of them is skipped and reported.
         clock: of max_minutes: wall, or cpu, the processor time of the training steps alone (of this process: with
             loader workers their time is not counted).
         deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
@@ -172,6 +187,7 @@ class RunConfig:
     layout: str = "ntpseg"
     max_minutes: float | None = None
     clock: str = "wall"
+    max_skipped_steps: int = 5
     deepspeed: str | None = None
 
 
@@ -191,30 +207,36 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = _find(source)
     overrides = list(overrides)
-    for item in overrides:
-        if "=" not in item:
-            raise ValueError(f"overrides must have the form key=value, such as model.k=1, got {item!r}")
+    parts = [read_yaml(path), parse_overrides(overrides)]
+    values: dict[str, tuple[str, Any]] = {}
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(RunConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *parts)
+        values = check_interpolations(merged)
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = str(error).strip().splitlines()[0]
-        described = f"{path} with {', '.join(overrides) or 'no overrides'}"
-        raise ValueError(f"configuration must have known keys and valid values, got {described}: {reason}") from error
+    except Exception as error:  # OmegaConf's own, and what its conversions raise on values of any kind
+        described = f"{path} with {', '.join(map(short, overrides)) or 'no overrides'}"
+        raise ValueError(
+            f"configuration must have known keys and valid values, got {described}: {conceal(reason(error), values)}"
+        ) from (None if values else error)
     assert isinstance(config, RunConfig)
-    _check(config)
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(conceal(str(error), values)) from (None if values else error)
+    vars(config)[_INTERPOLATED] = values
     return config
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    for candidate in (path, path / "config.yaml", CONFIGS / f"{source}.yaml"):
-        if candidate.is_file():
-            return candidate
+    try:
+        path = Path(source).expanduser()
+        for candidate in (path, path / "config.yaml", CONFIGS / f"{source}.yaml"):
+            if candidate.is_file():
+                return candidate
+    except (OSError, RuntimeError, ValueError):
+        pass  # a name that no file can have
     names = ", ".join(config_names())
-    raise ValueError(f"configuration must be a YAML file, a run, or one of {names}, got {str(source)!r}")
+    raise ValueError(f"configuration must be a YAML file, a run, or one of {names}, got {short(str(source))}")
 
 
 def config_names() -> list[str]:
@@ -223,8 +245,6 @@ def config_names() -> list[str]:
 
 
 def _check(config: RunConfig) -> None:
-    from transformers import TrainingArguments
-
     check_integer("data.size", config.data.size, 1)
     check_integer("data.variants", config.data.variants, 0)
     check_choice("data.channels", config.data.channels, (1, 3))
@@ -237,6 +257,7 @@ def _check(config: RunConfig) -> None:
     if config.max_minutes is not None:
         check_number("max_minutes", config.max_minutes, above=0)
     check_choice("clock", config.clock, CLOCKS)
+    check_integer("max_skipped_steps", config.max_skipped_steps, 1)
     check_choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     check_number("optimizer.muon_learning_rate", config.optimizer.muon_learning_rate, above=0)
     check_number("optimizer.muon_momentum", config.optimizer.muon_momentum, 0, below=1)
@@ -254,18 +275,35 @@ def _check(config: RunConfig) -> None:
     if config.model.mask_inputs is not None and config.data.mask_noise:
         raise ValueError(f"data.mask_noise must be 0 with model.mask_inputs, got {config.data.mask_noise}")
     check_choice("layout", config.layout, SEQUENCE_LAYOUTS)
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for name, value in config.training.items():
-        if name not in known:
-            raise ValueError(f"training must hold fields of transformers.TrainingArguments, got {name!r}")
-        if name in ("output_dir", "deepspeed", "seed", "data_seed"):
-            key = {"output_dir": "output", "data_seed": "seed"}.get(name, name)
-            raise ValueError(f"training.{name} must not be set (use {key}), got {value!r}")
+    check_sections(config)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, readable by `load_config`."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def dump_config(config: RunConfig, *, resolve: bool = False) -> str:
+    """The configuration as YAML, readable by `load_config` from any working directory: paths are absolute.
+
+    Args:
+        config: see `load_config`.
+        resolve: write what interpolations such as ``${oc.env:TOKEN}`` gave; by default their own text is written.
+    """
+    plain = _structured(config)
+    if not resolve:
+        current = OmegaConf.structured(config)
+        for key, (raw, value) in vars(config).get(_INTERPOLATED, {}).items():
+            if OmegaConf.select(current, key) == value:
+                OmegaConf.update(plain, key, raw)
+    return OmegaConf.to_yaml(plain)
+
+
+def _structured(config: RunConfig) -> DictConfig:
+    """The configuration with absolute paths."""
+    plain = OmegaConf.structured(config)
+    for key in _PATHS:
+        value = OmegaConf.select(plain, key)
+        if value is not None:
+            path = Path(value).expanduser().absolute()
+            if key in _PATHS[:3] or path.exists():
+                OmegaConf.update(plain, key, str(path))
+    return plain
 
 
 def check_same_run(config: RunConfig, path: Path) -> None:
@@ -274,10 +312,14 @@ def check_same_run(config: RunConfig, path: Path) -> None:
     Raises:
         ValueError: a section of `RESUME_SECTIONS` differs from the configuration saved at `path`.
     """
-    before, now = (_flat(OmegaConf.structured(c), RESUME_SECTIONS) for c in (load_config(path), config))
+    saved = load_config(path)
+    before, now = (_flat(_structured(c), RESUME_SECTIONS) for c in (saved, config))
     changed = [f"{k} ({before.get(k)!r} -> {now.get(k)!r})" for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
-        raise ValueError(f"resume must continue the configuration of {path}, got {', '.join(changed)}")
+        message = f"resume must continue the configuration of {path}, got {', '.join(changed)}"
+        for known in (saved, config):
+            message = conceal(message, vars(known).get(_INTERPOLATED, {}))
+        raise ValueError(message)
 
 
 def _flat(config: DictConfig, sections: Iterable[str]) -> dict[str, Any]:

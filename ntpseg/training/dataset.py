@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -32,8 +33,27 @@ class CodeSource(Protocol):
         """Ids of a sentence, without special tokens."""
 
 
+class SampleIndex(int):
+    """The index of a sample, with what a data set in another process cannot know.
+
+    Attributes:
+        epoch: for which it is drawn.
+        padding: the sample only fills up a batch of a rank, and must count nothing.
+    """
+
+    epoch: int
+    padding: bool
+
+    def __new__(cls, value: int, epoch: int = 0, padding: bool = False) -> SampleIndex:
+        made = super().__new__(cls, value)
+        made.epoch, made.padding = epoch, padding
+        return made
+
+
 class EpochDataset(Dataset, ABC):
     """A data set whose samples depend on seed, epoch and index alone, so that a resumed run sees the same ones.
+
+    A sample is a dict with "sample_ids", its index; of padding (`SampleIndex`) that is ``-1 - index``.
 
     Args:
         seed: of everything random.
@@ -48,6 +68,19 @@ class EpochDataset(Dataset, ABC):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0 on."""
         self.epoch = epoch
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch; this is what a ``DataLoader`` calls."""
+        samples = []
+        for index in indices:
+            # Workers that outlive an epoch hold a copy of the data set, which nothing else tells of the next one.
+            if isinstance(index, SampleIndex) and index.epoch != self.epoch:
+                self.set_epoch(index.epoch)
+            sample = self[int(index)]
+            if isinstance(index, SampleIndex) and index.padding:
+                sample = {**sample, "sample_ids": -1 - int(index)}
+            samples.append(sample)
+        return samples
 
 
 class TokenDataset(EpochDataset):
@@ -135,14 +168,32 @@ class Collator:
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the data set that depends on its seed and epoch alone, the same on every rank."""
+    """A permutation of the data set that depends on its seed and epoch alone, the same on every rank.
 
-    def __init__(self, dataset: EpochDataset) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: the data set.
+        multiple: the permutation is filled up to a multiple of this with padding, see `SampleIndex`. With the number of
+            samples in a batch of all ranks no rank has to repeat a sample, which would count twice.
+        shuffle: False: in order, for evaluation.
+    """
+
+    def __init__(self, dataset: EpochDataset, multiple: int = 1, *, shuffle: bool = True) -> None:
+        self.dataset, self.multiple, self.shuffle = dataset, multiple, shuffle
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return -(-len(self.dataset) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
-        return iter(rng.permutation(len(self.dataset)).tolist())
+        epoch, size = self.dataset.epoch, len(self.dataset)
+        order = range(size)
+        if self.shuffle:
+            order = np.random.default_rng((self.dataset.seed, epoch)).permutation(size).tolist()
+        places = enumerate(islice(cycle(order), len(self)))
+        return (SampleIndex(index, epoch, padding=place >= size) for place, index in places)
+
+
+def ignore_padding(batch: dict[str, Any]) -> None:
+    """Take away the labels of a batch's padding, and give it the ids of the samples that it repeats; in place."""
+    padding = batch["sample_ids"] < 0
+    batch["labels"] = batch["labels"].masked_fill(padding[:, None], IGNORE_INDEX)
+    batch["sample_ids"] = torch.where(padding, -1 - batch["sample_ids"], batch["sample_ids"])

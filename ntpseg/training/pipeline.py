@@ -111,6 +111,7 @@ def make_trainer(
         data_collator=data.collator,
         memory=memory,
         optimizer_options=config.optimizer,
+        max_skipped_steps=config.max_skipped_steps,
         budget=None
         if config.max_minutes is None
         else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),
@@ -196,6 +197,7 @@ def _save(
         remove_folder(partial)
     trainer.wait_for_ranks()
     with trainer.averaged_weights():
+        trainer.check_result()
         # Every rank takes part: ZeRO-3 gathers the weights here.
         trainer.save_model(str(partial))
         if not trainer.is_world_process_zero():

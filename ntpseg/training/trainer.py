@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +12,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.losses import NumItems, count_items
 from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.budget import TimeBudget
@@ -28,8 +31,10 @@ from ntpseg.training.checkpoint import (
     save_memory,
 )
 from ntpseg.training.config import OptimizerConfig
-from ntpseg.training.dataset import EpochDataset, EpochSampler
+from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
+from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, check_weights, judge_step
 from ntpseg.training.ema import WeightAverage
+from ntpseg.training.loss_means import EvaluationMeans, LossMeans
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
 
@@ -44,7 +49,11 @@ class NTPSegTrainer(Trainer):
     What it adds to the Trainer:
 
     - Each loss is divided by the counts of the whole accumulated batch over all ranks (`NumItems`), so that neither
-      accumulation nor the number of ranks changes the gradient.
+      accumulation nor the number of ranks changes the gradient. What fills up the last batch of a rank counts nothing.
+      The loss of an evaluation is likewise that of all its samples, whatever the batches.
+    - A step whose loss or gradient is not finite, or that supervises no label, is skipped and reported; too many of
+      them in a row end training (`TrainingDiverged`). Weights that are not finite are never saved.
+    - Evaluation leaves the random numbers of training as they were.
     - Hard error tokens: looked up for each batch, recorded after it, exchanged between ranks and advanced at the end of
       each epoch, saved with each checkpoint.
     - ntp, nktp, tcl, het, the losses on pixels and the token accuracy of head 0 are logged with the loss, in training
@@ -57,6 +66,7 @@ class NTPSegTrainer(Trainer):
         generation_metrics: scores of freely decoded masks, given the model; called at each evaluation (not under
             ZeRO-3, where no rank holds all weights). None leaves them out.
         optimizer_options: the optimizer and the average of the weights, see `OptimizerConfig`.
+        max_skipped_steps: so many skipped steps in a row end training.
         **kwargs: see `transformers.Trainer`.
     """
 
@@ -69,12 +79,17 @@ class NTPSegTrainer(Trainer):
         budget: TimeBudget | None = None,
         generation_metrics: Callable[[Any], dict[str, float]] | None = None,
         optimizer_options: OptimizerConfig | None = None,
+        max_skipped_steps: int = 5,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # With the filter the Trainer logs a loss of 0 in place of NaN.
+        self.args.logging_nan_inf_filter = False
         self.optimizer_options = optimizer_options or OptimizerConfig()
-        dense = getattr(cast(Any, self.model).config, "dense_loss", None) or {}
-        self._terms = LOSS_TERMS + tuple(name for name in DENSE_TERMS if dense.get(name))
+        config = cast(Any, self.model).config
+        dense = getattr(config, "dense_loss", None) or {}
+        used = tuple(name for name in DENSE_TERMS if dense.get(name))
+        self._terms = LOSS_TERMS + used
         self.average = None
         if self.optimizer_options.ema:
             if self.shares_weights:
@@ -82,8 +97,18 @@ class NTPSegTrainer(Trainer):
             self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
         self.memory, self.budget, self.generation_metrics = memory, budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
-        self._sums = {True: torch.zeros(0), False: torch.zeros(0)}
-        self._logged_step = 0
+        weights = {"nktp": 1.0, "tcl": config.tcl_weight, "het": config.het_weight, **{n: dense[n] for n in used}}
+        self._means = LossMeans(self._terms, self.args.world_size)
+        self._evaluation_means = EvaluationMeans(weights, used, self.args.world_size)
+        self._evaluating = False
+        self.max_skipped_steps, self.skipped_in_row = max_skipped_steps, 0
+        self._step: list[MicroBatch] = []
+        self._step_sums = torch.zeros(0)
+        self._supervised = torch.zeros(())
+        self._gradient_norm: Tensor | float | None = None
+        self._steps_counted, self._moved = 0, False
+        self._skip_reason: str | None = None
+        self._save_due = False
         self._evaluation_due = False
         self._matrix_parameters: int | None = None
         self.add_callback(_Epochs(self))
@@ -96,15 +121,43 @@ class NTPSegTrainer(Trainer):
         return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from the checkpoint at a path, hard-token memory included."""
-        if not resume_from_checkpoint:
-            # The best checkpoint may be read at the end.
+        """Train, or go on from the checkpoint at a path, hard-token memory included.
+
+        Raises:
+            ValueError: there is no batch, no step was taken, or the checkpoint is none, or none of this model's.
+            TrainingDiverged: too many steps in a row had to be skipped, or weights are not finite.
+        """
+        self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
+        self._means.reset()
+        checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
+        try:
+            # The best checkpoint may be read at the end, even where none is at the beginning.
             with weights_only():
-                return super().train(None, *args, **kwargs)
+                result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        except BaseException:
+            self._close_bars()
+            raise
+        if not self._steps_counted and not (resume_from_checkpoint and self.state.global_step):
+            raise ValueError(
+                f"training must take at least one step, got none (num_train_epochs={self.args.num_train_epochs:g}, "
+                f"max_steps={self.args.max_steps})"
+            )
+        if self._steps_counted and not self._moved:
+            self._warn("every step had a learning rate of 0: the weights are those of the start")
+        if self.budget is not None and self.state.global_step < self.state.max_steps and (self.state.epoch or 0) < 1:
+            self._warn(
+                f"max_minutes ended training after step {self.state.global_step} of {self.state.max_steps}, before "
+                "every sample was seen once"
+            )
+        return result
+
+    def _restore(self, resume_from_checkpoint: Any) -> Path:
+        """Take from a checkpoint what the Trainer does not; the checkpoint's path."""
         checkpoint = last_checkpoint(self._run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
         check_resumable(checkpoint, self.args.process_index)
+        self._means.load(checkpoint, self.args.device, own=self.is_world_process_zero())
         if self.memory is not None:
             config = cast(Any, self.model).config
             load_memory(
@@ -117,8 +170,30 @@ class NTPSegTrainer(Trainer):
             )
         if self.average is not None:
             self.average.load(checkpoint)
-        with weights_only():
-            return super().train(str(checkpoint), *args, **kwargs)
+        return checkpoint
+
+    def _close_bars(self) -> None:
+        # An open bar would swallow the first line of the message that follows.
+        for callback in self.callback_handler.callbacks:
+            for bar in (getattr(callback, "training_bar", None), getattr(callback, "prediction_bar", None)):
+                if bar is not None:
+                    bar.close()
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's, with a batch in it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        size = len(self.train_dataset)
+        loader = super().get_train_dataloader() if size else None
+        if loader is None or not len(loader):
+            raise ValueError(
+                f"training must have at least one batch, got {size} samples for batches of "
+                f"{self.args.train_batch_size} on {self.args.world_size} ranks with "
+                f"dataloader_drop_last={self.args.dataloader_drop_last}"
+            )
+        return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, or Muon."""
@@ -155,36 +230,61 @@ class NTPSegTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(dataset) if isinstance(dataset, EpochDataset) else super()._get_train_sampler(dataset)
+        if not isinstance(dataset, EpochDataset):
+            return super()._get_train_sampler(dataset)
+        return EpochSampler(dataset, self._samples_of_ranks(self._train_batch_size))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not isinstance(eval_dataset, EpochDataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return EpochSampler(eval_dataset, self._samples_of_ranks(self.args.eval_batch_size), shuffle=False)
+
+    def _samples_of_ranks(self, batch_size: int) -> int:
+        """Of what the samples must be a multiple, so that none is repeated to give each rank as many batches."""
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return 1
+        return batch_size if self.accelerator.split_batches else batch_size * self.args.world_size
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a training step and their counts; the Trainer calls it for training alone."""
+        self._step, self._step_sums, self._gradient_norm = [], torch.zeros(0), None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way."""
-        if not batch_samples:
+        """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way.
+
+        Whose step it is decides, not the mode of the model: that is still evaluation's in the step after one.
+        """
+        if not batch_samples or self._evaluating:
             return None
         model: Any = self.model
         config, heads = model.config, model.config.num_heads_k
         counts = torch.zeros(heads + 2, dtype=torch.float64, device=device)
         for batch in batch_samples:
+            ignore_padding(batch)
             het = None
-            if self.memory is not None and model.training:
+            if self.memory is not None:
                 het = self.memory.lookup(batch["sample_ids"])
                 batch["het_position"], batch["het_token"] = het.position, het.token
                 het = HardTokens(het.position.to(device), het.token.to(device))
-            items = count_items(
-                batch["labels"].to(device),
-                heads,
-                het=het,
-                vocab_range=None if config.vocab_range is None else tuple(config.vocab_range),
-            )
-            counts[:heads] += cast(Tensor, items.rows)
-            counts[heads] += cast(Tensor, items.het)
-            counts[heads + 1] += len(batch["labels"])
+            rows, entries, images = self._count(batch["labels"].to(device), het)
+            counts[:heads] += rows
+            counts[heads] += entries
+            counts[heads + 1] += images
         if self.args.world_size > 1:
             dist.all_reduce(counts)
         if config.dense_loss is not None:
             for batch in batch_samples:
                 batch["num_images"] = counts[heads + 1].to(torch.float32)
+        self._supervised = counts[:heads].sum()
         return NumItems(counts[:heads], counts[heads])
+
+    def _count(self, labels: Tensor, het: HardTokens | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``[k]``, hard tokens and images of a batch, float64."""
+        config = cast(Any, self.model).config
+        span = None if config.vocab_range is None else tuple(config.vocab_range)
+        items = count_items(labels, config.num_heads_k, het=het, vocab_range=span)
+        return cast(Tensor, items.rows), cast(Tensor, items.het), (labels != -100).any(1).sum().double()
 
     # ---- loss
 
@@ -195,24 +295,89 @@ class NTPSegTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one micro-batch, its part of the whole step's."""
+        """The loss of one micro-batch: its part of the whole step's, or in evaluation its own."""
         inputs = dict(inputs)
         sample_ids = inputs.pop("sample_ids")
         outputs = model(**inputs, num_items=num_items_in_batch)
-        labels, prediction = inputs["labels"], outputs["prediction"]
-        with torch.no_grad():
-            supervised = prediction >= 0
-            correct = (supervised & (prediction == labels)).sum()
-            row = [outputs[name].float() for name in self._terms] + [correct.float(), supervised.sum().float()]
-            sums = self._sums[model.training]
-            self._sums[model.training] = sums + torch.stack(row) if len(sums) else torch.stack(row)
-        if self.memory is not None and model.training:
-            self.memory.record(sample_ids, prediction, labels, outputs["margin"])
+        self._collect(sample_ids, inputs["labels"], outputs)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             # Ranks average their gradients, and the counts are those of all ranks together.
             loss = loss * self.args.world_size
+            if self._optimizer_skips:
+                # DeepSpeed and a loss scaler skip a step of which any gradient is not finite, and nothing else.
+                usable = loss.detach().isfinite() & (self._supervised > 0)
+                loss = loss * torch.where(usable, 1.0, math.nan)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _optimizer_skips(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.args.fp16)
+
+    @torch.no_grad()
+    def _collect(self, sample_ids: Tensor, labels: Tensor, outputs: Any) -> None:
+        """Keep what logs and the hard-token memory take from a micro-batch."""
+        prediction = outputs["prediction"]
+        supervised = prediction >= 0
+        correct = (supervised & (prediction == labels)).sum()
+        if self._evaluating:
+            rows, entries, images = self._count(labels)
+            weights = cast(Any, self.model).config.head_weights or [1.0] * len(rows)
+            total = (rows * rows.new_tensor(weights)).sum()
+            counts = {"ntp": rows[0], "nktp": total, "tcl": total, "het": entries} | dict.fromkeys(DENSE_TERMS, images)
+            terms = {name: outputs[name] for name in self._terms}
+            self._evaluation_means.add(terms, counts, correct, supervised.sum())
+            return
+        values = torch.stack([outputs[name].double() for name in ("loss", *self._terms)])
+        row = torch.cat([values, torch.stack([correct, supervised.sum()]).double()])
+        self._step_sums = self._step_sums + row if len(self._step_sums) else row
+        self._step.append(MicroBatch(sample_ids, labels, prediction, outputs["nll"], outputs["margin"], values))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; of a loss that is not finite nothing enters its own sum, which ours replace in the logs."""
+        loss = super().training_step(*args, **kwargs)
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._gradient_norm
+
+    def _settle_step(self) -> None:
+        """Count the step whose gradient is ready, or have it skipped."""
+        # A loss scaler expects gradients that overflow and finds its scale by them.
+        norm = None if self.args.fp16 else self._gradient_norm
+        reason = judge_step(self._step, self._means.names, norm, self._supervised, world_size=self.args.world_size)
+        self._skip_reason = reason
+        if reason is None:
+            self.skipped_in_row = 0
+            self._steps_counted += 1
+            self._moved |= any(group["lr"] > 0 for group in cast(Any, self.optimizer).param_groups)
+            self._means.steps += 1
+            self._means.add(self._step_sums)
+            if self.memory is not None:
+                for batch in self._step:
+                    self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
+        else:
+            self.skipped_in_row += 1
+            if not self._optimizer_skips:
+                # Without gradients optimizers leave weights and their own state alone, decay included.
+                cast(Any, self.model).zero_grad(set_to_none=True)
+        self._step = []
+
+    def _report_skipped(self, reason: str) -> None:
+        step = self.state.global_step
+        message = f"step {step} skipped: {reason}"
+        due = self.control.should_log
+        self.log({"skipped": message})  # type: ignore[dict-item]  # callbacks know texts too
+        # That was not the log of figures, which the step may still be due.
+        self.control.should_log = due
+        self._warn(message)
+        if self.skipped_in_row >= self.max_skipped_steps:
+            last = last_checkpoint(Path(str(self.args.output_dir)))
+            raise TrainingDiverged(
+                f"training stopped after {self.skipped_in_row} skipped steps in a row, the last of them step {step}: "
+                f"{reason}; {CURE}; last checkpoint: {'none' if last is None else last.name}"
+            )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per token and matrix parameter; counted once, the Trainer would count parameters every step."""
@@ -226,51 +391,114 @@ class NTPSegTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, with the scores of decoded masks."""
         pause = nullcontext() if self.budget is None else self.budget.evaluation()
-        with pause, self.averaged_weights():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with pause, torch.random.fork_rng(devices), self.averaged_weights():
+            self._generation_scores = {}
             if self.generation_metrics is not None and not self.shares_weights:
-                self._generation_scores = self.generation_metrics(self.model)
-            return super().evaluate(*args, **kwargs)
+                try:
+                    self._generation_scores = self.generation_metrics(self.model)
+                except NonFiniteOutput as error:
+                    self._warn(f"evaluation after step {self.state.global_step}: {error}")
+            metrics = super().evaluate(*args, **kwargs)
+        odd = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if odd:
+            self._warn(
+                f"evaluation after step {self.state.global_step}: {', '.join(odd)} must be finite, got nan or inf"
+            )
+        return metrics
+
+    def _warn(self, message: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(f"ntpseg: {message}", file=sys.stderr)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the loss and its terms over all samples instead of the mean of the batches."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._evaluation_means.pop()
+        self._evaluating = True
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means.pop().items()})
+        finally:
+            self._evaluating = False
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, on a batch whose padding has no labels."""
+        inputs = dict(inputs)
+        ignore_padding(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Nothing compares as better than a NaN, which would stay the best for ever.
+        if all(math.isfinite(value) for value in metrics.values() if isinstance(value, float)):
+            return super()._determine_best_metric(metrics, trial)
+        return False
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """A block in which the model has the averaged weights, where there is an average."""
         return nullcontext() if self.average is None else self.average.applied(cast(Any, self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms: means over the steps since the last log, over all ranks."""
+        """Add the loss terms: means over the steps since the last log that counted, over all ranks.
+
+        What is not finite is logged as None, which is null in JSON.
+        """
         if "loss" in logs:
-            logs.update(self._pop_loss_terms(training=True, prefix=""))
+            logs.update(self._means.pop())
         elif "eval_loss" in logs:
-            logs.update(self._pop_loss_terms(training=False, prefix="eval_"))
             logs.update({f"eval_{name}": value for name, value in self._generation_scores.items()})
+        odd = {name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
+        if odd:
+            logs = {name: cast(float, None) if name in odd else value for name, value in logs.items()}
         super().log(logs, start_time)
 
-    def _pop_loss_terms(self, *, training: bool, prefix: str) -> dict[str, float]:
-        sums = self._sums[training]
-        self._sums[training] = torch.zeros(0)
-        if not len(sums):
-            return {}
-        if self.args.world_size > 1:
-            sums = sums.clone()
-            dist.all_reduce(sums)
-        if training:
-            count = self.state.global_step - self._logged_step
-            self._logged_step = self.state.global_step
-        else:
-            count = len(self.get_eval_dataloader())
-        values = sums.tolist()
-        metrics = {prefix + name: value / max(count, 1) for name, value in zip(self._terms, values)}
-        metrics[prefix + "token_accuracy"] = values[-2] / max(values[-1], 1.0)
-        return metrics
+    @torch.no_grad()
+    def check_result(self) -> None:
+        """Refuse trained weights that are not finite or give a loss that is not; all ranks must call it alike.
+
+        Raises:
+            TrainingDiverged: they are.
+        """
+        check_weights(cast(Any, self.model), "the trained model", world_size=self.args.world_size)
+        chosen = range(min(len(self.train_dataset), self.args.train_batch_size))
+        inputs: Any = self._prepare_inputs(cast(Any, self.data_collator)([self.train_dataset[i] for i in chosen]))
+        inputs.pop("sample_ids")
+        wrapped: Any = self.model_wrapped if self.shares_weights else self.model
+        wrapped.eval()
+        with self.compute_loss_context_manager():
+            outputs = wrapped(**inputs)
+        if not bool(outputs["loss"].isfinite()):
+            raise TrainingDiverged(
+                f"the trained model must have a finite loss on its first {len(chosen)} training samples, "
+                f"got {float(outputs['loss'])}; {CURE}"
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's.
+
+        Raises:
+            TrainingDiverged: the weights are not finite; nothing is written.
+        """
+        if not _internal_call:
+            check_weights(cast(Any, self.model), "the model", world_size=self.args.world_size)
+        super().save_model(output_dir, _internal_call)
 
     @property
     def _run(self) -> Path:
         return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.skipped_in_row:
+            # The weights may be what makes steps fail: older checkpoints must not make room for them.
+            self._save_due = True
+            return
         folder = self._run / f"checkpoint-{self.state.global_step}"
+        check_weights(cast(Any, self.model), folder.name, world_size=self.args.world_size)
         if self.args.should_save:
             begin(folder)
         self.wait_for_ranks()
+        self._means.save(folder, write=self.is_world_process_zero())
         if self.memory is not None:
             save_memory(self.memory, folder, self.args.process_index)
         if self.average is not None and self.is_world_process_zero():
@@ -327,7 +555,6 @@ class _Epochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._logged_step = state.global_step
         memory = self.trainer.memory
         # A checkpoint of an epoch's very last step was written before that epoch's end.
         while memory is not None and memory.epoch < _epoch(state) + 1:
@@ -344,9 +571,20 @@ class _Epochs(TrainerCallback):
     ) -> None:
         self.trainer.train_dataset.set_epoch(_epoch(state))
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._settle_step()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.average is not None:
-            self.trainer.average.update(cast(Any, self.trainer.model))
+        trainer = self.trainer
+        if trainer._skip_reason is not None:
+            trainer._report_skipped(trainer._skip_reason)
+            return
+        if trainer.average is not None and not trainer.accelerator.optimizer_step_was_skipped:
+            trainer.average.update(cast(Any, trainer.model))
+        if trainer._save_due:
+            control.should_save, trainer._save_due = True, False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{_shortened(path.name)}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -64,7 +65,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{_shortened(path.name)}."))
     try:
         yield temporary
         # mkdtemp makes folders that only their owner can enter.
@@ -136,14 +137,27 @@ def write_text(path: str | Path, text: str) -> None:
     atomic_write(path, text.encode("utf-8"))
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as strict JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON, see `json_text`."""
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object per line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON object per line, see `json_text`."""
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -169,6 +183,11 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+def _shortened(name: str) -> str:
+    """The beginning of a name that may itself be as long as names can be (255 bytes)."""
+    return os.fsencode(name)[:200].decode("utf-8", "ignore")
 
 
 def _umask() -> int:

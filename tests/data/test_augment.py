@@ -205,6 +205,16 @@ def test_wrong_shapes() -> None:
         STILL.apply(np.zeros((8, 8), np.float32), np.zeros((1, 8, 8), np.float32), "", np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("wrong", [None, [[0.0]], np.zeros((1, 8, 8), np.uint8), np.zeros((1, 8, 8), bool)])
+def test_wrong_arrays_are_named(wrong: object) -> None:
+    right = np.zeros((1, 8, 8), np.float32)
+    for name, pair in (("image", (wrong, right)), ("mask", (right, wrong))):
+        with pytest.raises(ValueError, match=rf"^{name} must be a float32 array, got "):
+            STILL.apply(*pair, "", np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"^image must be \[C, S, S\] with C, S >= 1, got \[1, 0, 0\]"):
+        STILL.apply(right[:, :0, :0], right[:, :0, :0], "", np.random.default_rng(0))
+
+
 @pytest.mark.data
 def test_flipped_captions_of_real_xrays_are_captions_again(shared_data: Path) -> None:
     texts = {record.text for record in load_records(shared_data / "cxr_referring")}

@@ -112,6 +112,28 @@ def test_wrong_input_is_named(pred: np.ndarray, truth: np.ndarray, message: str)
         segmentation_metrics(pred, truth)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        "mask",
+        [[[True]]],
+        np.full((2, 4, 4), "x"),
+        np.zeros((2, 4, 4)),
+        torch.zeros(2, 4, 4, dtype=torch.bool, device="meta"),
+    ],
+)
+def test_both_functions_name_what_is_no_mask(wrong: object) -> None:
+    right = np.ones((2, 4, 4), bool)
+    for function in (segmentation_metrics, dice_scores):
+        with pytest.raises(ValueError, match=r"^prediction must be bool \[N, H, W\], got "):
+            function(wrong, right)
+        with pytest.raises(ValueError, match=r"^truth must be bool \[N, H, W\], got "):
+            function(right, wrong)
+        with pytest.raises(ValueError, match=r"^prediction must have the shape of truth, \[1, 4, 4\], got \[2, 4, 4\]"):
+            function(right, right[:1])
+
+
 def test_a_metric_of_the_table_shows_in_every_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     records, bundle, _ = shared()
     precision = Metric(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ntpseg.generation import DecodingOptions, generate_masks
 from ntpseg.generation.decoder import PromptBatch, TargetTemplate
 from ntpseg.generation.greedy import greedy
+from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.generation.sampling import sample
 from ntpseg.losses.dense import from_patches
 from ntpseg.models.heads import NextKHeads
@@ -169,3 +170,12 @@ def test_probabilities_are_within_bounds() -> None:
         assert result.probability.shape == (3, 16, 16) and result.probability.dtype == np.float32
         assert result.probability.min() >= 0 and result.probability.max() <= 1
         assert ((result.confidence > 0) & (result.confidence <= 1)).all()
+
+
+@pytest.mark.parametrize("method", ["greedy", "expected", "refine", "sample"])
+def test_output_that_is_not_finite_is_refused(method: str) -> None:
+    setup = Setup()
+    with torch.no_grad():
+        setup.model.backbone.norm.weight.mul_(1e38)
+    with pytest.raises(NonFiniteOutput, match=r"the model's output must be finite, got nan or inf for 3 of 3 masks"):
+        setup.decode(method=method)

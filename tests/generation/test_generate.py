@@ -161,6 +161,17 @@ def test_wrong_input_is_named(sequence: Any) -> None:
         generate_masks(
             model, make_prompts(sequence, 1), sequence=sequence, options=DecodingOptions(method="speculative")
         )
+    for prompt in (np.zeros((2, 2), np.int64), np.zeros(3), np.zeros(0, np.int64)):
+        with pytest.raises(ValueError, match=r"^prompts must be int64 \[P\] each, P >= 1, got .* at 1$"):
+            generate_masks(model, [*make_prompts(sequence, 1), prompt], sequence=sequence)
+    for token in (-1, sequence.vocabulary.size):
+        with pytest.raises(ValueError, match=r"^prompts must hold ids within \[0, \d+\), got"):
+            generate_masks(model, [np.array([token, 3])], sequence=sequence)
+    for temperature in (0, -1.0, float("nan"), float("inf"), None):
+        with pytest.raises(ValueError, match=rf"^temperature must be a number > 0, got {temperature}"):
+            DecodingOptions(temperature=temperature)
+    with pytest.raises(ValueError, match=r"^mirror must be True or False, got 1"):
+        DecodingOptions(mirror=1)
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         DecodingOptions(batch_size=0)
     with pytest.raises(

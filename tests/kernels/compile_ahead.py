@@ -137,8 +137,10 @@ def _run_around(dtype: torch.dtype) -> None:
     labels = torch.zeros(3, 40, dtype=torch.int64)
     hard = torch.zeros(3, 5, dtype=torch.int64)
     count = torch.ones(())
-    for weights in (None, torch.ones(3, 40, dtype=dtype)):
-        cells = find_supervised(labels, weights, layout)
+    rows = torch.ones(2, dtype=torch.float64)
+    for weights, counts in ((None, (None, None)), (torch.ones(3, 40, dtype=dtype), (rows, rows[0]))):
+        for signed in (False, True):
+            cells = find_supervised(labels, weights, layout, *counts, signed_weights=signed)
         cell, rank = rank_hard_tokens(hard, hard, labels, cells, layout)
         for padded, segments in ((False, False), (True, False), (True, True)):
             for per_head in (None, torch.ones(2)):

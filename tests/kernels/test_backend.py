@@ -112,7 +112,7 @@ def test_any_strides() -> None:
 
 def test_an_empty_batch_gives_zero() -> None:
     weight = torch.randn(17, 8, requires_grad=True)
-    for shape in ((0, 5), (2, 0)):
+    for shape in ((0, 5), (0, 1)):
         hidden = torch.randn(*shape, 2, 8, requires_grad=True)
         for keywords in ({}, {"max_rows": 3}):
             options = LossOptions(backend="triton", **keywords)

@@ -104,13 +104,13 @@ def test_a_label_out_of_range_is_named(label: int) -> None:
     with pytest.raises(ValueError, match=rf"labels must be ignore_index or in \[0, 17\), got {label}$"):
         _both(case, False)
     options = LossOptions(max_rows=18)
-    with pytest.raises(RuntimeError, match="labels must be ignore_index or in the vocabulary"):
+    with pytest.raises(ValueError, match=rf"labels must be ignore_index or in \[0, 17\), got {label}$"):
         compact_triton(case.hidden, Supervision(case.labels), 17, options, per_head_weight=False)
 
 
 def test_more_rows_than_promised_are_an_error() -> None:
     case = draw(dtype=torch.float32, unsupervised=0.0)
-    with pytest.raises(RuntimeError, match="supervised rows"):
+    with pytest.raises(ValueError, match=r"^max_rows must be at least the supervised rows"):
         compact_triton(case.hidden, Supervision(case.labels), 17, LossOptions(max_rows=3), per_head_weight=True)
 
 

@@ -84,7 +84,7 @@ def test_module_refuses(start: str, arguments: dict) -> None:
 
 
 def test_too_many_rows_for_the_promised_bound() -> None:
-    with pytest.raises(RuntimeError, match="max_rows"):
+    with pytest.raises(ValueError, match=r"^max_rows must be at least the supervised rows of every head, got 2:"):
         ntp_loss(HIDDEN, WEIGHT, LABELS, options=LossOptions(max_rows=2, backend="torch"))
 
 

@@ -21,7 +21,7 @@ def arguments(
     weight = case.weight.requires_grad_(weight_grad)
     het = case.tensors["het"]
     rows, number = torch.tensor([9.0, 7.0]), torch.tensor(3.0)
-    tensors = hidden, weight, case.labels, het.position, het.token, None, rows, number
+    tensors = hidden, weight, case.labels, het.position, het.token, None, rows, number, False
     return *tensors, case.options.to_text(), hidden_grad, weight_grad, "", 0, 19
 
 

@@ -144,7 +144,7 @@ def test_expanded_hidden_and_weight_of_a_larger_table(backend: str) -> None:
     assert error(row.grad, row_truth.grad) < 1e-12 and error(table.grad, table_truth.grad) < 1e-12
 
 
-@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("shape", [(0, 7), (0, 1), (1, 1)])
 def test_empty_batches_and_single_rows(backend: str, shape: tuple[int, int]) -> None:
     hidden, weight, labels, bias = operands(*shape)
     labels = labels.clamp_min(0)

@@ -144,8 +144,8 @@ def test_ids_out_of_range(ids: list[int]) -> None:
         (0, torch.tensor([1]), "prediction must be"),
         (0, torch.tensor([1.0, 2.0]), "sample_ids must be an int64"),
         (1, torch.zeros(2, dtype=torch.int64), "prediction must be"),
-        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must have"),
-        (3, torch.zeros(2, 5), "deviation must have"),
+        (2, torch.zeros(2, 3, dtype=torch.int64), "labels must be an int64"),
+        (3, torch.zeros(2, 5), "deviation must be a float"),
     ],
 )
 def test_wrong_arguments_are_named(position: int, wrong: Tensor, message: str) -> None:
@@ -179,3 +179,35 @@ def test_many_threads_on_one_row_agree_with_the_definition() -> None:
         memory.advance()
         result.append(memory.lookup(torch.tensor([0, 1])))
     assert torch.equal(result[0].position, result[1].position) and torch.equal(result[0].token, result[1].token)
+
+
+def test_predictions_must_fit_into_the_rows() -> None:
+    labels, deviation = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3)
+    memory = HardTokenMemory(2, 2)
+    memory.record(torch.tensor([0]), labels + 2**31 - 1, labels, deviation)
+    for token in (2**31, 2**32 + 5):
+        with pytest.raises(ValueError, match=rf"^prediction must be below 2\*\*31, got {token}$"):
+            memory.record(torch.tensor([1]), labels + token, labels, deviation)
+    memory.advance()
+    assert memory.lookup(torch.tensor([0, 1])).token.tolist() == [[2**31 - 1] * 2, [-1, -1]]
+    with pytest.raises(ValueError, match=r"^prediction must be an int64 \[1, T\] tensor, got int32 \[1, 3\]"):
+        memory.record(torch.tensor([0]), labels.int() + 1, labels, deviation)
+
+
+def test_where_looking_would_wait_advance_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: `record` keeps the largest prediction on the device, and an empty batch has none."""
+    monkeypatch.setattr("ntpseg.memory.memory.readable", lambda tensor: False)
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    memory = HardTokenMemory(2, 2)
+    for token in (5, 2**31, 7):
+        memory.record(torch.tensor([0]), labels + token, labels, torch.ones(1, 3))
+    memory.record(torch.zeros(0, dtype=torch.int64), labels[:0], labels[:0], torch.ones(0, 3))
+    with pytest.raises(ValueError, match=r"^prediction must be below 2\*\*31, got 2147483648$"):
+        memory.advance()
+    memory.advance()
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99", 1.5, 2**70])
+def test_a_device_must_be_one(device: object) -> None:
+    with pytest.raises(ValueError, match=r"^device must be one that "):
+        HardTokenMemory(2, 2, device)

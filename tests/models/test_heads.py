@@ -130,6 +130,8 @@ def test_bfloat16_and_autocast() -> None:
         ("hidden must", lambda: make()(torch.zeros(1, 2, 9))),
         ("logits_of must", lambda: make().logits(torch.zeros(1, 8), heads=4)),
         ("vocab_range must", lambda: make().logits(torch.zeros(1, 8), vocab_range=(5, 40))),
+        ("vocab_range must", lambda: make().logits(torch.zeros(1, 8), vocab_range=(None, 7))),
+        ("logits_of must", lambda: make().logits(torch.zeros(1, 8), heads=1.0)),
         ("labels must be given with negatives", lambda: make()(torch.zeros(1, 2, 8), negatives=2)),
     ],
 )

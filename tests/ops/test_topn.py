@@ -129,7 +129,7 @@ def test_inputs_are_left_alone() -> None:
         ((torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool), 1), "deviation must be"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), 1), "is_error must be"),
         ((torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.bool), 1), "is_error must be"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), -1), "n must be >= 0, got -1"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), -1), "n must be an integer >= 0, got -1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[Tensor, Tensor, int], message: str) -> None:

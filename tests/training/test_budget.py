@@ -72,6 +72,31 @@ def test_scheduler_drives_the_optimizer(clock: Clock) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * MIN_FACTOR)
 
 
+def test_all_ranks_follow_the_first_ones_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that stop at different steps would wait for each other for ever."""
+    first = [0.5]
+    ranks = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        broadcast=lambda tensor, source: tensor.fill_(first[0]) if source == 0 else None,
+    )
+    monkeypatch.setattr(module, "dist", ranks)
+    budget = TimeBudget(1.0)
+    control = begin(budget)
+    state = SimpleNamespace(global_step=3, max_steps=100)
+    for own, shared in ((59.0, 0.5), (61.0, 0.75)):
+        clock.now, first[0] = 100.0 + own, shared
+        budget.on_optimizer_step(SimpleNamespace(device="cpu"), state, control)  # type: ignore[arg-type]
+        assert budget.fraction(3) == shared
+        budget.on_step_end(None, state, control)  # type: ignore[arg-type]
+        assert not control.should_training_stop
+    first[0] = 1.0
+    budget.on_optimizer_step(SimpleNamespace(device="cpu"), state, control)  # type: ignore[arg-type]
+    budget.on_step_end(None, state, control)  # type: ignore[arg-type]
+    assert control.should_training_stop
+
+
 def test_refuses_no_time() -> None:
     with pytest.raises(ValueError, match="max_minutes must be a number > 0, got 0"):
         TimeBudget(0)

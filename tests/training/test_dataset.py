@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import torch
 from toy import make_toy, sequence_of
 
 from ntpseg.training import Collator, TokenDataset
-from ntpseg.training.dataset import EpochSampler
+from ntpseg.training.dataset import EpochSampler, ignore_padding
 
 
 def test_variants_depend_on_seed_epoch_and_index_alone() -> None:
@@ -63,3 +65,24 @@ def test_sampler_is_a_permutation_of_its_epoch() -> None:
     assert sorted(first) == list(range(20)) == sorted(set(first)) and list(sampler) == first
     data.set_epoch(1)
     assert list(sampler) != first
+
+
+def test_padding_fills_up_and_counts_nothing() -> None:
+    toy = make_toy(5)
+    data = TokenDataset(toy, sequence_of(toy), seed=1)
+    sampler = EpochSampler(data, 4)
+    indices = list(sampler)
+    assert len(sampler) == len(indices) == 8
+    assert sorted(indices[:5]) == list(range(5)) and indices[5:] == indices[:3]
+    assert [index.padding for index in indices] == [False] * 5 + [True] * 3
+    assert [index.padding for index in EpochSampler(data)] == [False] * 5
+    assert list(EpochSampler(data, shuffle=False)) == list(range(5))
+    few = list(EpochSampler(TokenDataset(make_toy(1), sequence_of(toy)), 4))
+    assert few == [0] * 4 and [index.padding for index in few] == [False, True, True, True]
+    assert [index.padding for index in pickle.loads(pickle.dumps(indices))] == [index.padding for index in indices]
+    batch = Collator(sequence_of(toy))(data.__getitems__(indices[4:]))
+    assert (batch["sample_ids"] < 0).tolist() == [False, True, True, True]
+    before = batch["labels"].clone()
+    ignore_padding(batch)
+    assert batch["sample_ids"].tolist() == indices[4:]
+    assert torch.equal(batch["labels"][0], before[0]) and (batch["labels"][1:] == -100).all()

@@ -110,3 +110,75 @@ def test_resuming_is_exact(tmp_path, every) -> None:
     assert losses(again, *names)[step:] == losses(whole, *names)[step:]
     for one, two in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("every", [{"eval_strategy": "epoch"}, {"eval_strategy": "steps", "eval_steps": 1}])
+def test_evaluation_takes_no_hard_tokens_from_training(tmp_path, every) -> None:
+    """Each step from the second epoch on reads them, and no figure differs from a run that is never evaluated."""
+    names = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm")
+    runs = []
+    for fields in (every, {}):
+        trainer = make_trainer(
+            make_toy(10, variants=1),
+            tmp_path,
+            num_train_epochs=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            evaluate=bool(fields),
+            **fields,
+        )
+        trainer.train()
+        runs.append((losses(trainer, *names), [p.detach().clone() for p in trainer.model.parameters()]))
+    (evaluated, weights), (plain, others) = runs
+    assert len(evaluated) == 12 and all(line[names.index("het")] > 0 for line in evaluated[3:])
+    assert evaluated == plain
+    assert all(map(torch.equal, weights, others))
+
+
+def test_evaluation_is_that_of_all_samples_whatever_the_batches(tmp_path) -> None:
+    """Captions of any length, a last batch of one sample, losses on pixels, heads that see different rows."""
+    toy = make_toy(7)
+    for row, texts in enumerate(toy.texts):
+        toy.texts[row] = [text + "!" * row for text in texts]
+    results = []
+    for size in (7, 3, 2):
+        options = {"dense_loss": {"dice": 0.5, "pixel": 0.0}, "patch_size": 4, "head_weights": [1.0, 0.5, 0.25]}
+        trainer = make_trainer(
+            toy, tmp_path, k=3, model_options=options, evaluate=True, per_device_eval_batch_size=size
+        )
+        trainer.model.readout.set_patches(torch.from_numpy(toy.patches).float().view(-1, 4, 4))
+        metrics = trainer.evaluate()
+        results.append({name: metrics[f"eval_{name}"] for name in ("loss", "ntp", "nktp", "tcl", "dice")})
+        batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(7)])
+        batch.pop("sample_ids")
+    whole = trainer.model.eval()(**batch)
+    for result in results:
+        assert result == pytest.approx({name: float(whole[name]) for name in result}, rel=2e-6)
+
+
+def test_a_log_over_several_steps_survives_a_kill(tmp_path) -> None:
+    """The mean since the last log includes the steps before the checkpoint."""
+    fields = {"num_train_epochs": 3, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(make_toy(8), tmp_path / "whole", **fields)
+    whole.train()
+    again = make_trainer(make_toy(8), tmp_path / "again", **fields)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    names = ("loss", "ntp", "tcl", "token_accuracy")
+    assert len(losses(whole)) == 1 and losses(again, *names) == losses(whole, *names)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_that_outlive_an_epoch_know_the_next_one(tmp_path, workers) -> None:
+    fields = {"dataloader_num_workers": workers, "dataloader_persistent_workers": bool(workers)}
+    trainer = make_trainer(make_toy(4, variants=5), tmp_path, **fields)
+    seen, loader = [], trainer.get_train_dataloader()
+    for epoch in (0, 1):
+        trainer.train_dataset.set_epoch(epoch)
+        seen.append({int(i): row for batch in loader for i, row in zip(batch["sample_ids"], batch["labels"].tolist())})
+    data = trainer.train_dataset
+    for epoch, samples in enumerate(seen):
+        data.set_epoch(epoch)
+        for index, labels in samples.items():
+            expected = data[index]["labels"]
+            assert [x for x in labels if x != -100] == [x for x in expected if x != -100]
+    assert seen[0] != seen[1]

@@ -115,3 +115,17 @@ def test_what_killed_writes_left_is_told_from_the_rest_and_removed(tmp_path: Pat
     (tmp_path / f"{files.TEMPORARY_FOLDER}model.x" / "a").touch()
     files.remove_litter(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml", "mine.tmp"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    """NaN and infinities, which no JSON has, become null wherever they stand."""
+    value = {"a": float("nan"), "b": [1.5, float("inf"), {"c": (-float("inf"), 2)}], "d": "NaN"}
+    files.write_json(tmp_path / "a.json", value)
+    files.write_jsonl(tmp_path / "a.jsonl", [value])
+    for name in ("a.json", "a.jsonl"):
+        text = (tmp_path / name).read_text()
+        assert json.loads(text, parse_constant=pytest.fail) == {
+            "a": None,
+            "b": [1.5, None, {"c": [None, 2]}],
+            "d": "NaN",
+        }

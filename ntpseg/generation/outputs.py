@@ -1,0 +1,130 @@
+"""Where the masks of a prediction go: names, and the refusal of any that would destroy something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ntpseg.data.records import known_suffix
+from ntpseg.generation.folder import Job
+from ntpseg.utils.outputs import (
+    check_distinct,
+    check_file,
+    check_folder,
+    check_name,
+    check_not_inputs,
+    check_path,
+    same_place,
+)
+
+# Masks are exact and overlays are drawings of them: only PNG is written, whatever else could hold them without loss.
+SUFFIX = ".png"
+TABLE = "predictions.csv"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One image to segment, and its files.
+
+    Attributes:
+        job: the image and its sentence.
+        mask: the mask's file.
+        overlay: the overlay's file; None without one.
+    """
+
+    job: Job
+    mask: Path
+    overlay: Path | None
+
+
+def file_target(job: Job, out: Path, overlay: Path | None, inputs: Sequence[Path] = ()) -> Target:
+    """The files of a single image.
+
+    Args:
+        job: the image.
+        out: a ``.png`` file, or a folder: one that exists, or a name without an ending. The mask has the image's name
+            there.
+        overlay: likewise; None: no overlay.
+        inputs: further files that are read.
+
+    Raises:
+        ValueError: another ending, a place that cannot be written to, or a file that is an input or the other output.
+    """
+    mask = _file("--out", job, out)
+    drawn = None if overlay is None else _file("--overlay", job, overlay)
+    for option, path, given in (("--out", mask, out), ("--overlay", drawn, overlay)):
+        if path is None or given is None:
+            continue
+        check_file(option, path, (SUFFIX,))
+        # In a folder of images the name of another image's file is not free either.
+        beside = path != given and same_place(path.parent, job.image.parent) and path.exists()
+        check_not_inputs(option, [path], [job.image, *inputs, *([path] if beside else [])])
+    if drawn is not None:
+        _check_overlay([mask], [drawn])
+    return Target(job, mask, drawn)
+
+
+def folder_targets(
+    jobs: Sequence[Job], images: Path, out: Path, overlay: Path | None, inputs: Sequence[Path] = ()
+) -> list[Target]:
+    """The files of a folder's images: ``NAME.png`` in `out` and in `overlay`, and ``predictions.csv`` in `out`.
+
+    Files of an earlier prediction are replaced, each at once and whole.
+
+    Args:
+        jobs: the images, with names as `folder_jobs` gives them.
+        images: their folder.
+        out: the folder of the masks; made if absent.
+        overlay: the folder of the overlays; None: no overlays.
+        inputs: further files that are read.
+
+    Raises:
+        ValueError: a folder is a file, is the images' or the other one or cannot be written to, or a file is an input.
+    """
+    for option, folder in (("--out", out), ("--overlay", overlay)):
+        if folder is None:
+            continue
+        check_path(option, folder)
+        if folder.is_file() or (not folder.exists() and known_suffix(folder.name)):
+            raise ValueError(f"{option} must be a folder where --image is one, got {folder}, a file's name")
+        if same_place(folder, images):
+            raise ValueError(f"{option} must not be the folder of the images, got {folder}; choose another")
+        check_folder(option, folder)
+    if overlay is not None and same_place(overlay, out):
+        raise ValueError(f"--overlay must not be the folder of the masks, got {overlay}; choose another")
+    targets = []
+    for job in jobs:
+        name = f"{job.name}{SUFFIX}"
+        check_name("--image", name)
+        targets.append(Target(job, out / name, None if overlay is None else overlay / name))
+    masks = [target.mask for target in targets]
+    drawn = [target.overlay for target in targets if target.overlay is not None]
+    for path in [*masks, *drawn, out / TABLE]:
+        if path.is_dir():
+            raise ValueError(f"--out must have no folder of a result's name, got {path}; move it away")
+    read = [*(p for p in images.iterdir() if p.is_file()), *inputs]
+    check_not_inputs("--out", [*masks, out / TABLE], read)
+    check_not_inputs("--overlay", drawn, read)
+    check_distinct("--out", [*masks, out / TABLE])
+    _check_overlay(masks, drawn)
+    return targets
+
+
+def _file(option: str, job: Job, given: Path) -> Path:
+    check_path(option, given)
+    if given.is_dir() or (not given.suffix and not given.exists()):
+        name = f"{job.name}{SUFFIX}"
+        check_name(option, name)
+        return given / name
+    if given.suffix.lower() != SUFFIX:
+        raise ValueError(
+            f"{option} must be a folder or end in {SUFFIX}, which keeps every pixel (JPEG and the like do not), "
+            f"got {given}"
+        )
+    return given
+
+
+def _check_overlay(masks: Sequence[Path], drawn: Sequence[Path]) -> None:
+    check_not_inputs("--overlay", drawn, masks)
+    check_distinct("--overlay", [*masks, *drawn])

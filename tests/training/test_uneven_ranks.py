@@ -1,0 +1,68 @@
+"""Two ranks equal one process whatever the number of samples: what fills up a rank's last batch counts nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from uneven_ranks import BROKEN, SIZES
+
+HERE = Path(__file__).parent
+MODES = ["ddp", "dense", "nan"]
+if importlib.util.find_spec("deepspeed") is not None:
+    MODES += ["zero2", "zero3"]
+CASES = [(mode, pairs) for mode in MODES for pairs in SIZES[mode]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any], Path, Path]:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, output in (([], one), (ranks, two)):
+        command = [sys.executable, *launcher, str(HERE / "uneven_ranks.py"), str(output), *MODES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    first, second = (torch.load(output / "result.pt", weights_only=True) for output in (one, two))
+    return first, second, one, two
+
+
+@pytest.mark.parametrize(("mode", "pairs"), CASES)
+def test_logs_weights_and_hard_tokens(results, mode: str, pairs: int) -> None:
+    """Each training line (loss, terms, norm, accuracy) and each evaluation's, to 1e-6; every hard token alike.
+
+    A NaN on one rank alone is named by all, and they skip its step together.
+    """
+    one, two, first, second = results
+    expected, got = one[mode, pairs], two[mode, pairs]
+    assert len(got["log"]) == len(expected["log"])
+    lines = [line for line in expected["log"] if "loss" in line]
+    assert len([line for line in expected["log"] if "eval_loss" in line]) == 3
+    assert all(line["het"] is None or line["het"] > 0 for line in lines if line["epoch"] > 1)
+    skipped = [line["skipped"] for line in expected["log"] if "skipped" in line]
+    assert [line["loss"] for line in lines].count(None) == len(skipped) == (0 if mode in ("ddp", "dense") else 3)
+    assert all(message.endswith(f"skipped: loss is nan, sample ids {BROKEN}") for message in skipped)
+    for line, other in zip(expected["log"], got["log"], strict=True):
+        # The Trainer's own mean of the run is no figure of ours.
+        line, other = ({k: v for k, v in x.items() if k != "train_loss"} for x in (line, other))
+        assert other.pop("skipped", None) == line.pop("skipped", None)
+        assert [k for k, v in other.items() if v is None] == [k for k, v in line.items() if v is None]
+        line, other = ({k: v for k, v in x.items() if v is not None} for x in (line, other))
+        assert other == pytest.approx(line, rel=1e-6, abs=1e-6), line
+    name = f"{mode}-{pairs}/model/model.safetensors"
+    weights, others = load_file(first / name), load_file(second / name)
+    assert weights.keys() == others.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(others[key], weight, rtol=0, atol=1e-6, msg=key)
+    # Of the last epoch, which nothing follows, each rank still holds its own part.
+    for key, value in expected["memory"]["served"].items():
+        torch.testing.assert_close(got["memory"]["served"][key], value, rtol=1e-4, atol=1e-5, msg=key)
