@@ -59,7 +59,7 @@ def evaluate(
     from ntpseg.data import load_records
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
-    from ntpseg.evaluation.run_directory import data_of, run_directory
+    from ntpseg.evaluation.run_directory import data_of, masks_of, run_directory
     from ntpseg.evaluation.tables import summary_table
     from ntpseg.generation import Segmenter
     from ntpseg.utils.progress import disable_loading_bars, stage_progress
@@ -77,9 +77,11 @@ def evaluate(
     root = run_directory(model)
     if root.is_file() and out is None:
         raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
+    masks = None
     if data is None:
         data, layout = data_of(root)
-    labelled = [r for r in load_records(data, layout, skip_bad=skip_bad) if r.mask is not None]
+        masks = masks_of(root)
+    labelled = [r for r in load_records(data, layout, skip_bad=skip_bad, masks=masks) if r.mask is not None]
     split = split or default_split(labelled)
     records = [r for r in labelled if r.split == split]
     if not records:
