@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.data import read_image, read_mask, resize_mask
+from ntpseg.data import read_image, read_truth, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import COUNTS, concatenate, dice_scores, segmentation_metrics
@@ -89,7 +89,7 @@ class _Evaluator:
                 yield read_image(record.image)
 
         encoded = self.segmenter.encode(images())
-        self.truth = [read_mask(r.mask) for r in self.cases if r.mask is not None]
+        self.truth = [read_truth(r) for r in self.cases]
         generated = self._decode("decoding", encoded, self.texts)
         masks = self._masks(generated, range(len(self.cases)))
         parts = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_conto
 from ntpseg.evaluation.run_directory import splits, training_log
 from ntpseg.evaluation.tables import interval, metric_rows, text_check_rows
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
-from ntpseg.utils.files import write_text
+from ntpseg.utils.files import read_csv, write_text
 
 MAX_GROUPS = 40
 MAX_PAIRED_IMAGES = 4
@@ -75,8 +74,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str, Any]:
     summary = _summary(folder)
-    with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
-        cases = [Case(row, folder, i, grey) for i, row in enumerate(csv.DictReader(file))]
+    cases = [Case(row, folder, i, grey) for i, row in enumerate(read_csv(folder / "cases.csv"))]
     if not (folder / "probability.npy").is_file():
         raise ValueError(
             f"evaluation must hold probability.npy, got {folder} of an older version; run ntpseg eval again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ntpseg.data.records import MaskOptions
 from ntpseg.utils.files import read_jsonl
 
 TRAINING_LOG = "trainer_log.jsonl"
@@ -34,6 +35,15 @@ def data_of(run: Path) -> tuple[Path, str]:
     if not section.get("path"):
         raise ValueError(f"--data must name the data set where {file} has no data.path, got none")
     return Path(section["path"]), str(section.get("layout") or "auto")
+
+
+def masks_of(run: Path) -> MaskOptions:
+    """How the masks of a run's own data set are read: its ``data.keep_empty`` and ``data.mask_value``."""
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.load(run / "config.yaml")
+    section = config.get("data") or {}
+    return MaskOptions(bool(section.get("keep_empty", False)), str(section.get("mask_value") or ""))
 
 
 def training_log(run: Path) -> list[dict[str, Any]]:
