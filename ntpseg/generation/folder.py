@@ -35,8 +35,8 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
             extension) and ``text``. An image may have several rows; images without one are left out.
 
     Raises:
-        ValueError: not exactly one of `text` and `table` is given, the table has no such column, no or a malformed row, a
-            row without a sentence, or it names an image that is not there.
+        ValueError: not exactly one of `text` and `table` is given, the table has no such column, no or a malformed
+            row, a row without a sentence, or it names an image that is not there.
     """
     if (text is None) == (table is None):
         number = "none" if text is None else "both"

@@ -80,7 +80,7 @@ def damage_named(path: Path) -> Any:
 
 
 def content_key(settings: dict[str, Any], dataset: Iterable[Record]) -> str:
-    """Hash of `settings` and of the records' file contents, sentences and mask values in order; names of files do not count."""
+    """Hash of `settings` and of the records' file contents, sentences and mask values in order, without file names."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for content in parallel_map(_record_digest, dataset):
         digest.update(content)
