@@ -12,7 +12,7 @@ import torch
 from ntpseg.data import read_image, read_truth, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
-from ntpseg.evaluation.metrics import COUNTS, concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_groups
 from ntpseg.evaluation.text_check import other_texts
@@ -101,6 +101,7 @@ class _Evaluator:
         per_case["ceiling"] = self._ceiling()
         bootstrap = self.options.bootstrap
         summary = summarise(per_case, self.subjects, bootstrap)
+        summary["empty_masks"] = EMPTY_MASKS
         summary["ceiling"] = float(per_case["ceiling"].mean())
         generator = self.segmenter.generator
         summary["decoding"] = {

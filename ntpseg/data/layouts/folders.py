@@ -171,7 +171,8 @@ class FolderNames:
     def hint(self, name: str) -> str:
         """Where a file of this name is instead, for a message; "" where there is none below the folder."""
         if self._below is None:
-            self._below = {normalise_name(path.name).casefold(): path for path in files_below(self.folder)}
+            below = reversed(list(files_below(self.folder)))
+            self._below = {normalise_name(path.name).casefold(): path for path in below}
         found = self._below.get(normalise_name(name).casefold())
         return "" if found is None else f"; {found.relative_to(self.folder).as_posix()} has this name"
 
