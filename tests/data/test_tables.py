@@ -169,10 +169,8 @@ def test_a_sheet_that_claims_a_million_rows_and_a_zip_bomb(tmp_path: Path) -> No
 
 def test_formulas_with_a_saved_value_are_their_value(tmp_path: Path) -> None:
     path = book(tmp_path / "t.xlsx", ("Image", "Description"), ("a.png", "=A1"))
-    value = b"<v>The lung.</v>"
-    saved = rewritten(
-        path, (b'<c r="B2">', b'<c r="B2" t="str">'), *((v, value) for v in (b"<v></v>", b"<v />", b"<v/>"))
-    )
+    values = [(empty, b"<v>The lung.</v>") for empty in (b"<v></v>", b"<v />", b"<v/>")]
+    saved = rewritten(path, (b'<c r="B2">', b'<c r="B2" t="str">'), *values)
     assert read_table(saved).rows[0]["description"] == "The lung."
 
 
