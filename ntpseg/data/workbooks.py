@@ -69,8 +69,8 @@ def _read_workbook(content: bytes) -> Cells:
     sheet.reset_dimensions()
     # The header says how wide the table is: sheets of a million formatted rows are read in seconds then.
     rows = sheet.iter_rows(max_col=MAX_COLUMNS, values_only=True)
-    header: tuple[Any, ...] = next((row for row in rows if any(value is not None for value in row)), ())
-    width = max((i for i, value in enumerate(header, start=1) if value is not None), default=0)
+    filled = ([i for i, value in enumerate(row, start=1) if str(value or "").strip()] for row in rows)
+    width = max(next((places for places in filled if places), [0]))
     width = min(width + _BEYOND, MAX_COLUMNS)
     empty: Any = None
     for number, row in enumerate(sheet.iter_rows(max_col=width), start=1):
