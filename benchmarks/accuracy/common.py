@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ntpseg.data import Record, load_records, prepare, read_image, read_mask, resize_mask
+from ntpseg.data import Record, load_records, prepare, read_image, read_truth, resize_mask
 from ntpseg.evaluation.metrics import concatenate, segmentation_metrics
 from ntpseg.evaluation.summary import summarise
 from ntpseg.utils.files import write_json
@@ -39,8 +39,7 @@ def arrays(records: Sequence[Record], size: int, channels: int = 1) -> tuple[np.
 
 def true_mask(record: Record) -> np.ndarray:
     """The mask of a record that has one, bool ``[H, W]``."""
-    assert record.mask is not None  # `split` leaves the others out
-    return read_mask(record.mask)
+    return read_truth(record)
 
 
 def score(records: Sequence[Record], predict: Callable[[int], np.ndarray], threshold: float = 0.5) -> dict[str, Any]:

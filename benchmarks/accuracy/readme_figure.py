@@ -9,7 +9,6 @@ quartiles of its Dice. RUN must have been evaluated (``ntpseg eval --model RUN``
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import statistics
 import textwrap
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ntpseg.data import read_image, read_mask
+from ntpseg.utils.files import read_csv
 
 PREDICTION, TRUTH = "#00c8ff", "#5af05a"
 PANEL_INCHES, DPI = 2.6, 140
@@ -71,7 +71,10 @@ def draw(cases: Sequence[dict[str, str]], masks: Path) -> bytes:
         axis.set_axis_off()
     axes[0].set_title("image", fontsize=9)
     for axis, case in zip(axes[1:], cases, strict=True):
-        prediction, truth = read_mask(masks / f"{case['file']}.png"), read_mask(case["mask"])
+        prediction, truth = (
+            read_mask(masks / f"{case['file']}.png"),
+            read_mask(case["mask"], case.get("mask_value", "")),
+        )
         _contour(axis, truth, TRUTH, linewidths=1.0, linestyles="dashed")
         _contour(axis, prediction, PREDICTION, linewidths=1.4)
         axis.contourf(prediction.astype(float), levels=(0.5, 1.5), colors=PREDICTION, alpha=0.3)
@@ -104,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = args.run / "eval" / args.split
     if not (folder / "cases.csv").is_file():
         raise ValueError(f"run must have eval/{args.split}/cases.csv, which ntpseg eval writes, got {args.run}")
-    with (folder / "cases.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "cases.csv")
     cases = choose(rows, args.files)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(draw(cases, folder / "masks"))

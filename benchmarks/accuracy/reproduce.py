@@ -160,9 +160,10 @@ def subset(data: Path, out: Path, cell: Cell) -> Path:
         kept = {id(training[i * len(training) // count]) for i in range(count)}
         rows = [r for r in records if r.split != "train" or id(r) in kept]
         lines = [
-            [str(Path(r.image).resolve()), str(Path(str(r.mask)).resolve()), r.text, r.split, r.subject] for r in rows
+            [str(Path(r.image).resolve()), str(Path(str(r.mask)).resolve()), r.text, r.split, r.subject, r.mask_value]
+            for r in rows
         ]
-        write_csv(path, ["image", "mask", "text", "split", "subject"], lines)
+        write_csv(path, ["image", "mask", "text", "split", "subject", "mask_value"], lines)
     return path
 
 

@@ -13,6 +13,11 @@ data = typer.Typer(name="data", help="Check and count data sets, write the chest
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the data set, or a manifest file.", show_default=False)]
 
+MaskValue = Annotated[
+    str, typer.Option(help="Class of label maps whose table names none: a number, or a colour such as #ff0000.")
+]
+KeepEmpty = Annotated[bool, typer.Option("--keep-empty", help="Cases without a finding are no fault.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
@@ -20,41 +25,56 @@ def register(app: typer.Typer) -> None:
 
 
 @data.command()
-def check(folder: Folder, layout: Layout = "auto") -> None:
+def check(folder: Folder, layout: Layout = "auto", mask_value: MaskValue = "", keep_empty: KeepEmpty = False) -> None:
     """Open every file and report all that is wrong in one table; exit code 1 if anything is."""
     from rich.console import Console
 
-    from ntpseg.data.checks import check_listing
-    from ntpseg.data.loading import list_dataset
+    from ntpseg.data import MaskOptions, inspect_dataset
     from ntpseg.data.problems import problem_table, summary
 
     console = Console()
-    listing = list_dataset(folder, layout)
-    good, file_problems = check_listing(listing)
-    problems = listing.problems + file_problems
-    if problems:
-        # Wide enough for whole file names where the output goes to a file or a pipe.
-        wide = console if console.is_terminal else Console(width=max(console.width, 160))
-        wide.print(problem_table(problems, title=f"What is wrong with {folder}"))
-    console.print(f"{len(good)} usable pairs; {summary(problems)}", highlight=False)
-    if problems or not good:
+    checked = inspect_dataset(folder, layout, masks=MaskOptions(keep_empty, mask_value))
+    # Wide enough for whole file names where the output goes to a file or a pipe.
+    wide = console if console.is_terminal else Console(width=max(console.width, 160))
+    if checked.problems:
+        wide.print(problem_table(checked.problems, title=f"What is wrong with {folder}"))
+    if checked.notes:
+        wide.print(problem_table(checked.notes, title=f"What is worth a look in {folder}"))
+    console.print(f"{len(checked.records)} usable pairs; {summary(checked.problems)}", highlight=False)
+    if checked.negatives:
+        console.print(f"{checked.negatives} of the pairs hold no finding", highlight=False)
+    if checked.notes:
+        console.print(summary(checked.notes, "note"), highlight=False)
+    if checked.windows:
+        low, high = (min(w.low for w in checked.windows.values()), max(w.high for w in checked.windows.values()))
+        console.print(
+            f"{len(checked.windows)} images of more than 8 bits are stretched by their own percentiles 0.5 and 99.5, "
+            f"which lie in {low:g}..{high:g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if checked.problems or not checked.records:
         raise typer.Exit(1)
 
 
 @data.command()
 def stats(
-    folder: Folder, layout: Layout = "auto", captions: Annotated[int, typer.Option(help="Captions to list.")] = 10
+    folder: Folder,
+    layout: Layout = "auto",
+    captions: Annotated[int, typer.Option(help="Captions to list.")] = 10,
+    mask_value: MaskValue = "",
 ) -> None:
     """Count pairs, images, subjects and captions, and the masks' areas, of every split."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from ntpseg.data import MaskOptions
     from ntpseg.data.loading import list_dataset
     from ntpseg.data.stats import common_captions, shared_subjects, split_stats
 
     console = Console()
-    listing = list_dataset(folder, layout)
+    listing = list_dataset(folder, layout, MaskOptions(mask_value=mask_value))
     if not listing.records:
         raise ValueError(f"path must hold a pair of an image, a mask and a sentence, got none in {folder}")
     rows = split_stats(listing.records)
@@ -63,6 +83,7 @@ def stats(
         table.add_column(row.split, justify="right")
     for name in ("pairs", "images", "subjects", "captions"):
         table.add_row(name, *(str(getattr(row, name)) for row in rows))
+    table.add_row("pairs without a finding", *(str(row.negatives) for row in rows))
     table.add_row("captions not in train", *(str(row.unseen) for row in rows))
     table.add_row("words of a caption, median", *(f"{row.words:g}" for row in rows))
     for index, name in enumerate(("25 %", "median", "75 %")):

@@ -62,7 +62,7 @@ def evaluate(
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
     from ntpseg.evaluation.result import check_result_folder
-    from ntpseg.evaluation.run_directory import data_of, run_directory
+    from ntpseg.evaluation.run_directory import data_of, masks_of, run_directory
     from ntpseg.evaluation.tables import summary_table
     from ntpseg.evaluation.truth import truth_records
     from ntpseg.generation import Segmenter
@@ -87,9 +87,11 @@ def evaluate(
     root = run_directory(model)
     if root.is_file() and out is None:
         raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
+    masks = None
     if data is None:
         data, layout = data_of(root)
-    listing = list_dataset(data, layout)
+        masks = masks_of(root)
+    listing = list_dataset(data, layout, masks)
     labelled = [r for r in listing.records if r.mask is not None]
     split = split or default_split(labelled)
     records = [r for r in labelled if r.split == split]

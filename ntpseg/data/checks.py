@@ -5,59 +5,142 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ntpseg.data.images import read_image, read_mask
+from ntpseg.data import problems
+from ntpseg.data.images import Window, read_windowed
 from ntpseg.data.layouts import Listing
-from ntpseg.data.problems import EMPTY_MASK, SIZE_MISMATCH, UNREADABLE, Problem
-from ntpseg.data.records import Record
+from ntpseg.data.masks import MIN_PIXELS, MaskContent, mask_content
+from ntpseg.data.pixels import stored_orientation
+from ntpseg.data.problems import Problem
+from ntpseg.data.records import MaskOptions, Record
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
 
+# A mask that covers more of its image than this may be inverted.
+MOSTLY_FOREGROUND = 0.5
 
-def check_listing(listing: Listing) -> tuple[list[Record], list[Problem]]:
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_listing` found.
+
+    Attributes:
+        records: the records without a fault.
+        problems: the faults of the others.
+        notes: what is worth a look in records that are used.
+        negatives: number of `records` without a finding, which `MaskOptions.keep_empty` kept.
+        windows: of the images of more than 8 bits, by file.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
+    negatives: int = 0
+    windows: dict[Path, Window] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    size: Size
+    window: Window | None
+    orientation: int
+
+
+def check_listing(listing: Listing, masks: MaskOptions | None = None) -> Checked:
     """Open the files of a listing's records.
 
     Args:
         listing: its records are examined; its own problems are not repeated.
+        masks: whether cases without a finding are faults.
 
     Returns:
         The records without a fault, and the faults of the others: unreadable files, an image and a mask
-        of different sizes, empty masks.
+        of different sizes, masks of several classes, empty masks.
     """
-    images = map_files(_image_size, (record.image for record in listing.records))
-    masks = map_files(_mask_size, (record.mask for record in listing.records if record.mask is not None))
+    options = masks or MaskOptions()
+    images = map_files(_image, (record.image for record in listing.records))
+    contents = map_files(mask_content, (record.mask for record in listing.records if record.mask is not None))
     good: list[Record] = []
-    problems: list[Problem] = []
+    faults: list[Problem] = []
+    notes: list[Problem] = []
+    negatives = 0
     for record in listing.records:
-        faults = list(_faults(record, images, masks, listing))
-        problems += faults
-        if not faults:
+        image = images[record.image]
+        content = None if record.mask is None else contents[record.mask]
+        found = list(_faults(record, image, content, listing, options))
+        faults += found
+        if not found and isinstance(image, _Image) and not isinstance(content, str):
             good.append(record)
-    return good, problems
+            notes += _notes(record, image, content, listing)
+            negatives += content is not None and content.area(record.mask_value) < MIN_PIXELS
+    windows = {path: image.window for path, image in images.items() if isinstance(image, _Image) and image.window}
+    return Checked(good, faults, list(dict.fromkeys(notes)), negatives, windows)
 
 
 def _faults(
-    record: Record, images: dict[Path, Size | str], masks: dict[Path, tuple[Size, bool] | str], listing: Listing
+    record: Record, image: _Image | str, content: MaskContent | str | None, listing: Listing, options: MaskOptions
 ) -> Iterable[Problem]:
-    image = images[record.image]
     if isinstance(image, str):
-        yield Problem(UNREADABLE, record.split, listing.short(record.image), image)
-    if record.mask is None:
+        yield Problem(problems.UNREADABLE, record.split, listing.short(record.image), image)
+    if record.mask is None or content is None:
         return
-    mask = masks[record.mask]
     name = listing.short(record.mask)
-    if isinstance(mask, str):
-        yield Problem(UNREADABLE, record.split, name, mask)
+    if isinstance(content, str):
+        yield Problem(problems.UNREADABLE, record.split, name, content)
         return
-    size, nonempty = mask
-    if not isinstance(image, str) and size != image:
-        detail = f"the mask has {size[1]}x{size[0]} pixels, its image {image[1]}x{image[0]}"
-        yield Problem(SIZE_MISMATCH, record.split, name, detail)
-    if not nonempty:
-        yield Problem(EMPTY_MASK, record.split, name, "no pixel is foreground")
+    if not isinstance(image, str) and content.size != image.size:
+        height, width = content.size
+        detail = f"the mask has {width}x{height} pixels, its image {image.size[1]}x{image.size[0]}"
+        yield Problem(problems.SIZE_MISMATCH, record.split, name, detail + _turned(record, image, content))
+    try:
+        area = content.area(record.mask_value)
+    except ValueError as error:
+        yield Problem(problems.SEVERAL_CLASSES, record.split, name, str(error))
+        return
+    if area < MIN_PIXELS and not options.keep_empty:
+        detail = "no pixel is foreground"
+        if area:
+            detail = f"only {area} of its pixels {'is' if area == 1 else 'are'} foreground, fewer than {MIN_PIXELS}"
+        elif record.mask_value:
+            detail = f"no pixel is {record.mask_value}; there is {', '.join(content.classes) or 'nothing else'}"
+        yield Problem(problems.EMPTY_MASK, record.split, name, f"{detail}; keep such cases with data.keep_empty")
+
+
+def _turned(record: Record, image: _Image, content: MaskContent) -> str:
+    if (image.orientation == 1) == (content.orientation == 1):
+        return ""
+    turned = "image" if image.orientation != 1 else "mask"
+    return f"; the EXIF orientation of the {turned} was applied: save both upright"
+
+
+def _notes(record: Record, image: _Image, content: MaskContent | None, listing: Listing) -> Iterable[Problem]:
+    name = listing.short(record.image)
+    if image.window is not None and image.window.nonfinite:
+        detail = f"{image.window.nonfinite} pixels are NaN or infinite; they are read as black"
+        yield Problem(problems.OUTLIERS, record.split, name, detail)
+    if image.window is not None and image.window.has_outliers:
+        window = image.window
+        detail = f"from {window.minimum:g} to {window.maximum:g}; {window} is stretched to 0..255, the rest clipped"
+        yield Problem(problems.OUTLIERS, record.split, name, detail)
+    if content is None or record.mask is None:
+        return
+    if image.orientation != content.orientation:
+        detail = f"EXIF orientation {image.orientation} was applied, {content.orientation} to its mask: do they fit?"
+        yield Problem(problems.ORIENTATION, record.split, name, detail)
+    area = content.area(record.mask_value)
+    mask = listing.short(record.mask)
+    if area > MOSTLY_FOREGROUND * content.size[0] * content.size[1]:
+        share = 100 * area / (content.size[0] * content.size[1])
+        yield Problem(problems.MOSTLY_FOREGROUND, record.split, mask, f"{share:.0f} % is foreground: is it inverted?")
+    if content.note:
+        yield Problem(problems.UNUSUAL_MASK, record.split, mask, content.note)
+    if area < MIN_PIXELS:
+        detail = f"{area} foreground pixels, kept as a case without a finding"
+        yield Problem(problems.NEGATIVE, record.split, mask, detail)
 
 
 def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict[Path, Result | str]:
@@ -69,7 +152,7 @@ def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict
         try:
             return function(path)
         except (OSError, ValueError, MemoryError) as error:
-            return str(error.__cause__ or error).replace(str(path), path.name)
+            return (str(error) or type(error).__name__).replace(str(path), path.name)
 
     # Decoding releases the interpreter's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -85,11 +168,6 @@ def _inode(path: Path) -> tuple[int, int] | Path:
     return (stat.st_dev, stat.st_ino) if stat.st_ino else path
 
 
-def _image_size(path: Path) -> Size:
-    height, width = read_image(path).shape[:2]
-    return height, width
-
-
-def _mask_size(path: Path) -> tuple[Size, bool]:
-    mask = read_mask(path)
-    return (mask.shape[0], mask.shape[1]), bool(mask.any())
+def _image(path: Path) -> _Image:
+    pixels, window = read_windowed(path)
+    return _Image((pixels.shape[0], pixels.shape[1]), window, stored_orientation(path))

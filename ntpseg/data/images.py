@@ -1,100 +1,106 @@
-"""Reading and writing images and masks of every pixel format in use, and bringing them to a model's size."""
+"""Reading and writing images of every pixel format in use, and bringing them to a model's size."""
 
 from __future__ import annotations
 
 import io
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ntpseg.data.pixels import StrPath, open_pixels
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
 
-StrPath = str | PathLike[str]
-
-# Masks whose largest value is at most this are label maps: every label is foreground. Above it they are grey
-# pictures of a mask (0/255, 0/65535, perhaps with JPEG noise): foreground is half of the largest value and more.
-LARGEST_LABEL = 15
+# Percentiles of a deep image's pixels that become black and white, as in nnU-Net's normalisation of CT.
+WINDOW_PERCENTILES = (0.5, 99.5)
 
 
-def _open(path: StrPath) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on broken files
-        raise ValueError(f"{path} must be a readable image file, got: {error}") from error
-    return image
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How an image of more than 8 bits was brought to 8 bits.
 
+    Attributes:
+        low, high: stored values that became 0 and 255; all below and above are clipped.
+        minimum, maximum: of the finite pixels.
+        nonfinite: number of NaN and infinite pixels; they became black.
+    """
 
-def _pixels(path: StrPath) -> np.ndarray:
-    """The first frame's pixels as stored: [H, W] of any dtype, or uint8 [H, W, 3]; transparency is black."""
-    image = _open(path)
-    if image.mode in ("L", "RGB", "F", "I") or image.mode.startswith("I;16"):
-        return np.array(image)
-    if image.mode == "1":
-        return np.array(image.convert("L"))
-    if image.mode == "P" and "transparency" not in image.info:
-        return np.array(image.convert("RGB"))
-    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
-        rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
-        return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
-    return np.array(image.convert("RGB"))
+    low: float
+    high: float
+    minimum: float
+    maximum: float
+    nonfinite: int = 0
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether pixels outside the window reach further than the window is wide, such as a burnt-out pixel."""
+        return self.maximum - self.minimum > 2 * (self.high - self.low)
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}"
 
 
 def read_image(path: StrPath) -> np.ndarray:
-    """Read an image as uint8.
+    """Read an image as uint8, upright (its EXIF orientation is applied).
 
     8-bit pixels are returned as stored; a palette is resolved; transparent pixels become black; grey pictures stored
-    as colour become grey. Deeper pixels (16- or 32-bit, float) have no fixed meaning: the image's own minimum
-    and maximum are stretched to 0..255, unless they fit into 0..255 already.
+    as colour become grey. Deeper pixels (16- or 32-bit, float) have no fixed meaning: the range between the
+    `WINDOW_PERCENTILES` of the image's own pixels is stretched to 0..255 (`read_windowed` tells it), unless
+    integers fit into 0..255 already. NaN and infinite pixels become black.
 
     Args:
-        path: PNG, TIFF, JPEG, BMP or any other format that Pillow reads; the first frame counts.
+        path: PNG, TIFF, JPEG, BMP or another of `ntpseg.data.pixels.FORMATS`, of at most
+            `ntpseg.data.pixels.MAX_PIXELS` pixels.
 
     Returns:
         uint8 [H, W] if grey, [H, W, 3] (RGB) if coloured.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be decoded; the message names it.
+        ValueError: the file cannot be decoded, is too large, or has several pages; the message names it.
     """
-    pixels = _pixels(path)
+    return read_windowed(path)[0]
+
+
+def read_windowed(path: StrPath) -> tuple[np.ndarray, Window | None]:
+    """What `read_image` returns, and the window that was used; None for an image of 8 bits."""
+    stored = open_pixels(path)
+    pixels = stored.pixels if stored.palette is None else stored.palette[stored.pixels]
+    if stored.alpha is not None:
+        opacity = stored.alpha.astype(np.uint16)
+        opacity = opacity if pixels.ndim == 2 else opacity[..., None]
+        pixels = ((pixels * opacity + 127) // 255).astype(np.uint8)
     if pixels.ndim == 3:
         grey = (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
-        return np.ascontiguousarray(pixels[..., 0]) if grey else pixels
+        return np.ascontiguousarray(pixels[..., 0]) if grey else pixels, None
     if pixels.dtype == np.uint8:
-        return pixels
-    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if low >= 0 and high <= 255 and np.issubdtype(pixels.dtype, np.integer):
-        return values.astype(np.uint8)
-    if high == low:
-        return np.zeros(values.shape, np.uint8)
-    return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+        return pixels, None
+    return _to_eight_bits(path, pixels)
 
 
-def read_mask(path: StrPath) -> np.ndarray:
-    """Read a mask as bool [H, W].
-
-    Colour counts by its brightest channel, transparent pixels are background. If the largest value is at most
-    15 the file is a label map and every non-zero pixel is foreground (0/1 masks); otherwise foreground is what reaches
-    half of the largest value (0/255 and 0/65535 masks, also with JPEG noise).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be decoded; the message names it.
-    """
-    pixels = _pixels(path)
-    values = pixels.max(axis=2) if pixels.ndim == 3 else pixels
-    values = np.nan_to_num(values.astype(np.float64), nan=0.0)
-    largest = values.max(initial=0.0)
-    if largest <= LARGEST_LABEL:
-        return values > 0
-    return values * 2 >= largest
+def _to_eight_bits(path: StrPath, pixels: np.ndarray) -> tuple[np.ndarray, Window | None]:
+    values = pixels.astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError(f"{path} must have finite pixels, got NaN or infinity in all of them")
+    inside = values[finite]
+    minimum, maximum = float(inside.min()), float(inside.max())
+    if minimum >= 0 and maximum <= 255 and np.issubdtype(pixels.dtype, np.integer):
+        return values.astype(np.uint8), None
+    # Values that occur, so that a small picture loses none of its range.
+    low = float(np.percentile(inside, WINDOW_PERCENTILES[0], method="lower"))
+    high = float(np.percentile(inside, WINDOW_PERCENTILES[1], method="higher"))
+    if low == high:
+        # Nearly all pixels are equal: what differs is the picture.
+        low, high = minimum, maximum
+    window = Window(low, high, minimum, maximum, int(values.size - inside.size))
+    if low == high:
+        return np.zeros(values.shape, np.uint8), window
+    # Halves, because the difference of two finite numbers may be infinite.
+    scaled = (np.where(finite, values, low).clip(low, high) / 2 - low / 2) / (high / 2 - low / 2)
+    return np.rint(scaled * 255).astype(np.uint8), window
 
 
 def prepare(

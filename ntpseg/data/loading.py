@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from ntpseg.data.checks import check_listing
+from ntpseg.data.checks import Checked, check_listing
 from ntpseg.data.layouts import LAYOUT_NAMES, LAYOUTS, Layout, Listing
 from ntpseg.data.problems import DataProblems, Problem
-from ntpseg.data.records import Record
+from ntpseg.data.records import MaskOptions, Record
 from ntpseg.utils.checks import check_choice
 
 
@@ -25,12 +26,13 @@ def detect_layout(path: Path) -> Layout:
     raise ValueError(f"path must have one of the known layouts {known}, got {path}")
 
 
-def list_dataset(path: str | PathLike[str], layout: str = "auto") -> Listing:
+def list_dataset(path: str | PathLike[str], layout: str = "auto", masks: MaskOptions | None = None) -> Listing:
     """Read a data set's tables and match them with its files, opening no image.
 
     Args:
         path: folder of the data set, or a manifest file.
         layout: the name of one of `LAYOUTS`, or "auto".
+        masks: which class of label maps is read where the tables do not say it.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -40,10 +42,15 @@ def list_dataset(path: str | PathLike[str], layout: str = "auto") -> Listing:
     check_choice("layout", layout, LAYOUT_NAMES)
     if not root.exists():
         raise FileNotFoundError(f"path must be an existing data set, got {root}")
-    return (detect_layout(root) if layout == "auto" else LAYOUTS[layout]).read(root)
+    listing = (detect_layout(root) if layout == "auto" else LAYOUTS[layout]).read(root)
+    if masks is not None and masks.mask_value:
+        listing.records = [r if r.mask_value else replace(r, mask_value=masks.mask_value) for r in listing.records]
+    return listing
 
 
-def load_records(path: str | PathLike[str], layout: str = "auto", *, skip_bad: bool = False) -> list[Record]:
+def load_records(
+    path: str | PathLike[str], layout: str = "auto", *, skip_bad: bool = False, masks: MaskOptions | None = None
+) -> list[Record]:
     """The pairs of a data set, in the order of its tables: train, val, test.
 
     Only tables and folders are read here; `usable_records` opens every file as well.
@@ -52,29 +59,42 @@ def load_records(path: str | PathLike[str], layout: str = "auto", *, skip_bad: b
         path: folder of the data set, or a manifest file.
         layout: the name of one of `LAYOUTS`, or "auto".
         skip_bad: leave bad rows out instead of refusing the data set.
+        masks: how masks are read, see `MaskOptions`.
 
     Raises:
         DataProblems: rows and files do not fit together, and `skip_bad` is False.
         FileNotFoundError, ValueError: see `list_dataset`.
     """
-    listing = list_dataset(path, layout)
+    listing = list_dataset(path, layout, masks)
     if listing.problems and not skip_bad:
         raise DataProblems(path, listing.problems)
     return listing.records
 
 
-def check_records(path: str | PathLike[str], layout: str = "auto") -> list[Problem]:
+def check_records(
+    path: str | PathLike[str], layout: str = "auto", *, masks: MaskOptions | None = None
+) -> list[Problem]:
     """Everything that is wrong with a data set, after opening every file; an empty list if nothing is.
 
     Raises:
         FileNotFoundError, ValueError: see `list_dataset`.
     """
-    listing = list_dataset(path, layout)
-    return listing.problems + check_listing(listing)[1]
+    return inspect_dataset(path, layout, masks=masks).problems
+
+
+def inspect_dataset(path: str | PathLike[str], layout: str = "auto", *, masks: MaskOptions | None = None) -> Checked:
+    """Open every file of a data set: what can be used, what is wrong, and what is worth a look.
+
+    Raises:
+        FileNotFoundError, ValueError: see `list_dataset`.
+    """
+    listing = list_dataset(path, layout, masks)
+    checked = check_listing(listing, masks)
+    return replace(checked, problems=listing.problems + checked.problems)
 
 
 def usable_records(
-    path: str | PathLike[str], layout: str = "auto", *, skip_bad: bool = False
+    path: str | PathLike[str], layout: str = "auto", *, skip_bad: bool = False, masks: MaskOptions | None = None
 ) -> tuple[list[Record], list[Problem]]:
     """The pairs that can be trained on, after opening every file, and what was left out.
 
@@ -82,6 +102,7 @@ def usable_records(
         path: folder of the data set, or a manifest file.
         layout: the name of one of `LAYOUTS`, or "auto".
         skip_bad: leave bad pairs out instead of refusing the data set.
+        masks: how masks are read, and whether cases without a finding are kept.
 
     Returns:
         The good records, and the problems of the others (empty unless `skip_bad`).
@@ -90,13 +111,16 @@ def usable_records(
         DataProblems: something is wrong and `skip_bad` is False; `str()` of it is the table of all problems.
         ValueError: nothing usable is left; or see `list_dataset`.
     """
-    listing = list_dataset(path, layout)
-    records, file_problems = check_listing(listing)
-    problems = listing.problems + file_problems
-    if problems and not skip_bad:
-        raise DataProblems(path, problems)
-    if not records:
+    checked = inspect_dataset(path, layout, masks=masks)
+    require_usable(checked, path, skip_bad=skip_bad)
+    return checked.records, checked.problems
+
+
+def require_usable(checked: Checked, path: str | PathLike[str], *, skip_bad: bool = False) -> None:
+    """Raise what `usable_records` raises."""
+    if checked.problems and not skip_bad:
+        raise DataProblems(path, checked.problems)
+    if not checked.records:
         raise ValueError(
             f"path must hold at least one usable pair of an image, a mask and a sentence, got none in {path}"
         )
-    return records, problems

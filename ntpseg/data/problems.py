@@ -21,6 +21,15 @@ NO_SPLIT = "row in no split"
 UNREADABLE = "unreadable file"
 SIZE_MISMATCH = "size mismatch"
 EMPTY_MASK = "empty mask"
+SEVERAL_CLASSES = "several classes"
+BAD_ROW = "malformed row"
+
+# Worth a look, but nothing that stops training.
+NEGATIVE = "case without a finding"
+MOSTLY_FOREGROUND = "mostly foreground"
+ORIENTATION = "turned image"
+OUTLIERS = "pixels far outside"
+UNUSUAL_MASK = "unusual mask"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,11 +62,11 @@ class DataProblems(ValueError):
         return f"{summary(self.problems)}\n{table}\nRepair the data, or leave these out with --skip-bad."
 
 
-def summary(problems: Sequence[Problem]) -> str:
+def summary(problems: Sequence[Problem], noun: str = "problem") -> str:
     """One line, such as "3 problems: 2 missing mask, 1 empty mask"."""
     counts = Counter(problem.kind for problem in problems)
     parts = ", ".join(f"{number} {kind}" for kind, number in counts.most_common())
-    return f"{len(problems)} problem{'' if len(problems) == 1 else 's'}{': ' if parts else ''}{parts}"
+    return f"{len(problems)} {noun}{'' if len(problems) == 1 else 's'}{': ' if parts else ''}{parts}"
 
 
 def problem_table(problems: Sequence[Problem], title: str, limit: int | None = None) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,26 @@ SUBJECT_PATTERNS = (
 
 
 @dataclass(frozen=True, slots=True)
+class MaskOptions:
+    """How the masks of a data set are read.
+
+    Attributes:
+        keep_empty: keep cases without a finding (masks without foreground) instead of taking them for a fault.
+        mask_value: the class of label maps whose table has no value of its own in a column ``mask_value``: a number or
+            a colour such as "#ff0000"; "" where masks hold one class.
+
+    Raises:
+        ValueError: `mask_value` is neither.
+    """
+
+    keep_empty: bool = False
+    mask_value: str = ""
+
+    def __post_init__(self) -> None:
+        check_mask_value("mask_value", self.mask_value)
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image, one sentence, and the mask of what the sentence refers to.
 
@@ -30,6 +51,8 @@ class Record:
         split: "train", "val" or "test".
         case: name of the pair, unique within its split (the image's name without `mask_` and without extension).
         subject: the patient (see `subject_of`); the case itself where nothing better is known.
+        mask_value: the class of a label map that the sentence refers to (see `ntpseg.data.read_mask`); "": the mask
+            holds one class.
     """
 
     image: Path
@@ -38,6 +61,7 @@ class Record:
     split: str
     case: str
     subject: str
+    mask_value: str = ""
 
 
 def case_of(name: str) -> str:
@@ -72,3 +96,14 @@ def check_masks(records: Sequence[Record]) -> None:
     if without:
         names = ", ".join(map(repr, without[:3])) + (" ..." if len(without) > 3 else "")
         raise ValueError(f"records must all have a mask, got {len(without)} without one: {names}")
+
+
+def check_mask_value(name: str, value: str) -> None:
+    """Raise a `ValueError` unless `value` is "", a number or a colour such as "#ff0000"."""
+    if value and not re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be a number or a colour such as #ff0000, got {value!r}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ntpseg.data.checks import map_files
-from ntpseg.data.images import read_mask
+from ntpseg.data.masks import MIN_PIXELS, MaskContent, mask_content
 from ntpseg.data.records import SPLITS, Record
 
 
@@ -25,7 +24,9 @@ class SplitStats:
         subjects: number of subjects.
         captions: number of different sentences.
         unseen: number of these sentences that training does not have.
-        area: 25 %, 50 % and 75 % quantile of the masks' area as a fraction of their image; NaN without a readable mask.
+        negatives: number of records whose mask holds no finding.
+        area: 25 %, 50 % and 75 % quantile of the masks' area as a fraction of their image; NaN without a readable mask
+            that holds a finding.
         words: median number of words of a sentence.
     """
 
@@ -35,13 +36,14 @@ class SplitStats:
     subjects: int
     captions: int
     unseen: int
+    negatives: int
     area: tuple[float, float, float]
     words: float
 
 
 def split_stats(records: Sequence[Record]) -> list[SplitStats]:
     """Statistics of every split that has records; opens every mask (unreadable ones are left out of the areas)."""
-    areas = map_files(_area, (record.mask for record in records if record.mask is not None))
+    contents = map_files(mask_content, (record.mask for record in records if record.mask is not None))
     known = {record.text for record in records if record.split == "train"}
     stats = []
     for split in SPLITS:
@@ -49,7 +51,8 @@ def split_stats(records: Sequence[Record]) -> list[SplitStats]:
         if not selected:
             continue
         texts = {record.text for record in selected}
-        values = [area for record in selected if record.mask and isinstance(area := areas[record.mask], float)]
+        areas = [_area(contents[record.mask], record.mask_value) for record in selected if record.mask is not None]
+        values = [fraction for pixels, fraction in areas if pixels >= MIN_PIXELS]
         low, middle, high = np.percentile(values, (25, 50, 75)) if values else (np.nan,) * 3
         stats.append(
             SplitStats(
@@ -59,6 +62,7 @@ def split_stats(records: Sequence[Record]) -> list[SplitStats]:
                 subjects=len({record.subject for record in selected}),
                 captions=len(texts),
                 unseen=len(texts - known),
+                negatives=sum(0 <= pixels < MIN_PIXELS for pixels, _ in areas),
                 area=(float(low), float(middle), float(high)),
                 words=float(np.median([len(record.text.split()) for record in selected])),
             )
@@ -78,5 +82,10 @@ def shared_subjects(records: Sequence[Record]) -> dict[tuple[str, str], int]:
     return {(a, b): number for a, b in pairs if (number := len(subjects[a] & subjects[b]))}
 
 
-def _area(path: Path) -> float:
-    return float(read_mask(path).mean())
+def _area(content: MaskContent | str, value: str) -> tuple[int, float]:
+    """Foreground pixels, -1 where the mask cannot be read, and as a fraction of the image."""
+    try:
+        pixels = -1 if isinstance(content, str) else content.area(value)
+    except ValueError:
+        pixels = -1
+    return pixels, 0.0 if isinstance(content, str) else pixels / (content.size[0] * content.size[1])

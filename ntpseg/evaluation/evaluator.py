@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.data import read_image, read_mask, resize_mask
+from ntpseg.data import read_image, read_truth, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
-from ntpseg.evaluation.metrics import COUNTS, concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_findings, summarise_groups
 from ntpseg.evaluation.text_check import other_texts
@@ -86,7 +86,7 @@ class _Evaluator:
         def images() -> Any:
             for i, record in enumerate(self.cases):
                 self.progress("reading", i + 1, len(self.cases))
-                pixels, mask = read_image(record.image), read_mask(record.mask)  # type: ignore[arg-type]  # checked
+                pixels, mask = read_image(record.image), read_truth(record)
                 if mask.shape != pixels.shape[:2]:
                     raise ValueError(
                         f"masks must have their image's size, {list(pixels.shape[:2])}, got {list(mask.shape)} in "
@@ -110,6 +110,7 @@ class _Evaluator:
         summary = summarise(per_case, self.subjects, bootstrap)
         sizes = np.array([truth.size for truth in self.truth], np.int64)
         summary["findings"] = summarise_findings(per_case, sizes, self.subjects, bootstrap)
+        summary["empty_masks"] = EMPTY_MASKS
         summary["ceiling"] = float(per_case["ceiling"].mean())
         generator = self.segmenter.generator
         summary["decoding"] = {

@@ -24,6 +24,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The table above in words, for result files.
+EMPTY_MASKS = "Dice and IoU are 1 where truth and prediction are both empty, 0 where one of them is"
 # Pixels of both masks, of the prediction and of the truth, from which pooled scores are computed.
 COUNTS = ("intersection", "predicted", "true")
 

@@ -49,7 +49,7 @@ class Case:
         """The true mask, bool ``[H, W]``."""
         from ntpseg.data import read_mask
 
-        return read_mask(self.row["mask"])
+        return read_mask(self.row["mask"], self.row.get("mask_value", ""))
 
     def prediction(self, other: bool = False) -> np.ndarray:
         """The predicted mask, bool ``[H, W]``; with `other` the one for another image's text."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_conto
 from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
 from ntpseg.evaluation.tables import finding_rows, interval, metric_rows, text_check_rows
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
-from ntpseg.utils.files import write_text
+from ntpseg.utils.files import read_csv, write_text
 from ntpseg.utils.outputs import check_file, check_not_inputs
 
 MAX_GROUPS = 40
@@ -77,8 +76,7 @@ def _read_files(run: Path) -> list[Path]:
     """The files of a run that a report reads, and the images and masks of its cases."""
     files = [run / "config.yaml", run / TRAINING_LOG, *(p for p in run.glob("eval/*/*") if p.is_file())]
     for table in run.glob("eval/*/cases.csv"):
-        with table.open(newline="", encoding="utf-8") as file:
-            files += [Path(row[key]) for row in csv.DictReader(file) for key in ("image", "mask") if row.get(key)]
+        files += [Path(row[key]) for row in read_csv(table) for key in ("image", "mask") if row.get(key)]
     return files
 
 
@@ -88,8 +86,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str, Any]:
     summary = _summary(folder)
-    with (folder / "cases.csv").open(newline="", encoding="utf-8") as file:
-        cases = [Case(row, folder, i, grey) for i, row in enumerate(csv.DictReader(file))]
+    cases = [Case(row, folder, i, grey) for i, row in enumerate(read_csv(folder / "cases.csv"))]
     if not (folder / "probability.npy").is_file():
         raise ValueError(
             f"evaluation must hold probability.npy, got {folder} of an older version; run ntpseg eval again"

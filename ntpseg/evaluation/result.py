@@ -75,12 +75,20 @@ class Evaluation:
 
     def _table(self, names: list[str]) -> tuple[list[str], list[list[Any]]]:
         scores = [*METRICS, "confidence", "ceiling"]
-        columns = ["case", "subject", "text", "file", "image", "mask", "image_sha1", "height", "width"]
+        columns = ["case", "subject", "text", "file", "image", "mask", "mask_value", "image_sha1", "height", "width"]
         columns += [*scores, *COUNTS, "empty_text_dice", "other_text", "other_text_dice"]
         position = {i: n for n, i in enumerate(self.checked)}
         rows = []
         for i, record in enumerate(self.records):
-            row: list[Any] = [record.case, record.subject, record.text, names[i], record.image, record.mask]
+            row: list[Any] = [
+                record.case,
+                record.subject,
+                record.text,
+                names[i],
+                record.image,
+                record.mask,
+                record.mask_value,
+            ]
             row += [hashlib.sha1(record.image.read_bytes()).hexdigest()[:16], *self.masks[i].shape]
             row += [f"{self.per_case[name][i]:.6g}" for name in scores]
             row += [int(self.per_case[name][i]) for name in COUNTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ntpseg.data.records import MaskOptions
 from ntpseg.utils.files import read_jsonl
 
 TRAINING_LOG = "trainer_log.jsonl"
@@ -43,6 +44,15 @@ def data_of(run: Path) -> tuple[Path, str]:
         relative = "" if found.is_absolute() else f", seen from {Path.cwd()}"
         raise ValueError(f"--data must name the data set where data.path of {file} is gone, got {found}{relative}")
     return found, str(layout or "auto")
+
+
+def masks_of(run: Path) -> MaskOptions:
+    """How the masks of a run's own data set are read: its ``data.keep_empty`` and ``data.mask_value``."""
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.load(run / "config.yaml")
+    section = config.get("data") or {}
+    return MaskOptions(bool(section.get("keep_empty", False)), str(section.get("mask_value") or ""))
 
 
 def training_log(run: Path) -> list[dict[str, Any]]:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ntpseg.data.checks import check_listing
-from ntpseg.data.problems import EMPTY_MASK, Problem
+from ntpseg.data.records import MaskOptions
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
     from ntpseg.data.layouts import Listing
+    from ntpseg.data.problems import Problem
 
 
 def truth_records(listing: Listing, records: Sequence[Record]) -> tuple[list[Record], list[Problem]]:
@@ -25,8 +26,7 @@ def truth_records(listing: Listing, records: Sequence[Record]) -> tuple[list[Rec
         The records that can be scored, an empty mask among them: it is the truth of a case without a finding. And
         what is wrong with the data set's tables and with the files of the others.
     """
-    _, problems = check_listing(replace(listing, records=list(records)))
-    wrong = [problem for problem in problems if problem.kind != EMPTY_MASK]
+    wrong = check_listing(replace(listing, records=list(records)), MaskOptions(keep_empty=True)).problems
     named = {problem.name for problem in wrong}
     good = [
         record

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from ntpseg.data.layouts.folders import FolderNames
 from ntpseg.data.records import known_suffix
+from ntpseg.data.tables import read_table
 from ntpseg.utils.outputs import name_key
 
 
@@ -32,12 +33,12 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
     Args:
         folder: its image files count, not those of folders inside it.
         text: the sentence for every image.
-        table: a CSV file with the columns ``image`` (a file's name, with or without extension) and ``text``. An image
-            may have several rows; images without one are left out.
+        table: a table (CSV or Excel, see `read_table`) with the columns ``image`` (a file's name, with or without
+            extension) and ``text``. An image may have several rows; images without one are left out.
 
     Raises:
-        ValueError: not exactly one of `text` and `table` is given, the table has no such column, or it names an
-            image that is not there.
+        ValueError: not exactly one of `text` and `table` is given, the table has no such column, no or a malformed
+            row, a row without a sentence, or it names an image that is not there.
     """
     if (text is None) == (table is None):
         number = "none" if text is None else "both"
@@ -48,25 +49,32 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
     if table is None:
         pairs = [(file, text or "") for file in files]
     else:
-        known = {file.name: file for file in files}
-        for file in files:
-            known.setdefault(file.stem, file)
-        pairs = []
-        for name, sentence in _rows(table):
-            if name not in known:
-                raise ValueError(f"texts must name images of {folder}, got {name!r}, which is not in it")
-            pairs.append((known[name], sentence))
+        pairs = _rows(table, FolderNames(folder))
     return _name_results(pairs)
 
 
-def _rows(table: Path) -> list[tuple[str, str]]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
-        for wanted in ("image", "text"):
-            if wanted not in columns:
-                raise ValueError(f"texts must have the columns image and text, got no column {wanted!r} in {table}")
-        return [((row[columns["image"]] or "").strip(), (row[columns["text"]] or "").strip()) for row in reader]
+def _rows(path: Path, names: FolderNames) -> list[tuple[Path, str]]:
+    """The images and sentences of a table; a `ValueError` for the first row that cannot be used."""
+    table = read_table(path)
+    for wanted in ("image", "text"):
+        if wanted not in table.columns:
+            raise ValueError(f"texts must have the columns image and text, got no column {wanted!r} in {path}")
+    table.require(("image", "text"))
+    table.refuse_faults()
+    if not table.rows:
+        raise ValueError(f"texts must have at least one row below its header, got none in {path}")
+    pairs = []
+    for row in table.rows:
+        file = names(row["image"])
+        if file is None:
+            raise ValueError(
+                f"texts must name images of {names.folder}, got {row['image']!r}, which is not in it, "
+                f"in row {row.number} of {path}{names.hint(row['image'])}"
+            )
+        if reason := row.missing_text("text"):
+            raise ValueError(f"texts must have a sentence in each row, got row {row.number} of {path}: {reason}")
+        pairs.append((file, row["text"]))
+    return pairs
 
 
 def _name_results(pairs: list[tuple[Path, str]]) -> list[Job]:

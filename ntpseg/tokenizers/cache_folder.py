@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ntpseg.data import Record
 
 _META = "meta.json"
+# To be raised when `ntpseg.data` reads other pixels from the same files.
+_READING = 2
 
 
 def build_cache(directory: Path, key: str, write: Callable[[Path], None]) -> None:
@@ -78,7 +80,7 @@ def damage_named(path: Path) -> Any:
 
 
 def content_key(settings: dict[str, Any], dataset: Iterable[Record]) -> str:
-    """Hash of `settings` and of the records' file contents and sentences in order; names of files do not count."""
+    """Hash of `settings` and of the records' file contents, sentences and mask values in order, without file names."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for content in parallel_map(_record_digest, dataset):
         digest.update(content)
@@ -91,4 +93,6 @@ def _record_digest(record: Record) -> bytes:
         # File by file, so that no byte can move from one to the other unnoticed.
         digest.update(hashlib.sha256(path.read_bytes() if path else b"").digest())
     digest.update(record.text.encode())
+    # The class of a label map, and how pixels are read: a cache of an older reading must not be taken for this one's.
+    digest.update(f"{_READING} {record.mask_value}".encode())
     return digest.digest()

@@ -55,11 +55,11 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], pref
 
 def preprocess(record: Record, size: int, channels: int) -> Pair:
     """Read a record's files and bring them to S = `size` pixels a side and C = `channels`."""
-    from ntpseg.data import prepare, read_image, read_mask
+    from ntpseg.data import prepare, read_image, read_truth
 
     assert record.mask is not None
     try:
-        image, mask = prepare(read_image(record.image), read_mask(record.mask), size, channels)
+        image, mask = prepare(read_image(record.image), read_truth(record), size, channels)
     except ValueError as error:
         raise ValueError(f"record {record.case!r} must have readable files, got: {error}") from error
     assert mask is not None

@@ -142,12 +142,12 @@ def measure(
 
 
 def _reconstruct(vision: VisionTokenizer, records: Sequence[Record]) -> Iterator[Reconstruction]:
-    from ntpseg.data import read_mask, resize_mask
+    from ntpseg.data import read_truth, resize_mask
 
     def load(record: Record) -> tuple[Record, np.ndarray, np.ndarray, np.ndarray]:
         assert record.mask is not None
         image, mask, _ = preprocess(record, vision.image_size, vision.channels)
-        return record, image, mask, read_mask(record.mask)
+        return record, image, mask, read_truth(record)
 
     loaded = parallel_map(load, records, prefetch=2 * _BATCH)
     while batch := list(itertools.islice(loaded, _BATCH)):

@@ -51,6 +51,8 @@ class DataConfig:
             copying the last token, and continue after its own errors; not in the paper. 0 switches it off. With
             ``model.mask_inputs`` it must be 0.
         skip_bad: leave bad pairs out instead of refusing the data.
+        keep_empty: keep cases without a finding (empty masks) in training and evaluation instead of refusing them.
+        mask_value: class of label maps whose table names none, see `ntpseg.data.MaskOptions`; null: masks hold one.
         cache: folder of the token cache; the run's own by default.
     """
 
@@ -62,6 +64,8 @@ class DataConfig:
     variants: int = 0
     mask_noise: float = 0.0
     skip_bad: bool = False
+    keep_empty: bool = False
+    mask_value: str | None = None
     cache: str | None = None
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntpseg.data import Augmentation, Record, problem_table, usable_records
+from ntpseg.data import Augmentation, MaskOptions, Record, inspect_dataset, problem_table
+from ntpseg.data.checks import Checked
+from ntpseg.data.loading import require_usable
 from ntpseg.data.problems import Problem, summary
+from ntpseg.data.records import check_mask_value
 from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
@@ -163,10 +166,23 @@ def _cache_folder(config: RunConfig, run: Path) -> Path:
 def _records(config: RunConfig, run: Path) -> list[Record]:
     if config.data.path is None:
         raise ValueError("data.path must be the folder of a data set, got null")
-    records, problems = usable_records(config.data.path, config.data.layout, skip_bad=config.data.skip_bad)
-    if problems:
-        _report_left_out(problems, run)
+    check_mask_value("data.mask_value", config.data.mask_value or "")
+    masks = MaskOptions(config.data.keep_empty, config.data.mask_value or "")
+    checked = inspect_dataset(config.data.path, config.data.layout, masks=masks)
+    require_usable(checked, config.data.path, skip_bad=config.data.skip_bad)
+    _report_notes(checked)
+    records = checked.records
+    if checked.problems:
+        _report_left_out(checked.problems, run)
     return [r for r in records if r.mask is not None]
+
+
+def _report_notes(checked: Checked) -> None:
+    """Say on standard error what `ntpseg data check` lists."""
+    if checked.negatives:
+        print(f"{checked.negatives} of {len(checked.records)} pairs hold no finding and are kept", file=sys.stderr)
+    if checked.notes:
+        print(f"{summary(checked.notes, 'note')} (ntpseg data check lists them)", file=sys.stderr)
 
 
 def _report_left_out(problems: Sequence[Problem], run: Path) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -177,12 +178,54 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a comma-separated table with a header line."""
+    """Write a comma-separated table with a header line.
+
+    A text that a spreadsheet program would take for a formula gets an apostrophe in front, see `safe_cell`; `read_csv`
+    takes it away again.
+    """
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow([safe_cell(name) for name in columns])
+    writer.writerows([safe_cell(cell) for cell in row] for row in rows)
     write_text(path, buffer.getvalue())
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a table of `write_csv`, by column name."""
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        return [{original_cell(k): original_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+# What spreadsheet programs take for the beginning of a formula, perhaps after apostrophes of `safe_cell`.
+_FORMULA = re.compile(r"'*\s*[=+\-@\t\r＝＋－＠]")  # noqa: RUF001 - full-width signs count too
+
+
+def safe_cell(cell: Any) -> Any:
+    """`cell` as spreadsheet programs show it without computing anything (CWE-1236).
+
+    A text that begins with ``=``, ``+``, ``-``, ``@``, tab or carriage return gets an apostrophe in front, unless it is
+    a number; anything but a text or a path is left alone.
+    """
+    if not isinstance(cell, (str, os.PathLike)):
+        return cell
+    text = str(cell)
+    return f"'{text}" if _FORMULA.match(text) and not _is_number(text) else text
+
+
+def original_cell(text: Any) -> Any:
+    """The inverse of `safe_cell`."""
+    if isinstance(text, str) and text.startswith("'") and _FORMULA.match(text[1:]) and not _is_number(text[1:]):
+        return text[1:]
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    # float() takes a line break beside a number, a spreadsheet program may not.
+    return text == text.strip()
 
 
 def _shortened(name: str) -> str:

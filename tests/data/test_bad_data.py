@@ -103,7 +103,7 @@ FAULTS = [
     (empty_mask, "empty mask", "Train_Folder/labelcol/mask_a.png", "no pixel is foreground", 1),
     (duplicate_row, "duplicate row", "mask_b.png", "more than once", 2),
     (empty_caption, "image without caption", "Train_Folder/img/a.png", "its caption is empty", 1),
-    (row_without_image, "caption without image", "row 2 of the train rows", "its image is empty", 2),
+    (row_without_image, "caption without image", "row 3 of the train rows", "its image is empty", 2),
     (twin_files, "duplicate row", "Train_Folder/img/a.png", "a.jpg has the same name", 2),
     (missing_table, "missing table", "Train_Folder", "Train_text.xlsx", 0),
 ]

@@ -87,11 +87,6 @@ def test_subject_column_has_precedence(good: Path) -> None:
     assert {record.subject for record in load_records(good) if record.split == "train"} == {"p1"}
 
 
-def test_captions_that_look_like_missing_values_are_text(good: Path) -> None:
-    table(good / "Test_Folder" / "Test_text.xlsx", [{"Image": "mask_c.png", "Description": "None"}])
-    assert by_case(load_records(good))["c"].text == "None"
-
-
 @pytest.mark.parametrize("place", ["", "Train_Folder"])
 @pytest.mark.parametrize("images", ["one folder", "two folders"])
 def test_train_val_table_with_id_lists(tmp_path: Path, place: str, images: str) -> None:

@@ -13,11 +13,15 @@ from pathlib import Path
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
 from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, find_subfolder
-from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_unmatched
+from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_faults, report_unmatched
 from ntpseg.data.tables import Rows, read_columns
 
 TRAIN_FRACTION = 0.8
-TABLES = {"train": ("train.csv",), "val": ("val.csv", "valid.csv", "validation.csv"), "test": ("test.csv",)}
+_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+TABLES = {
+    split: tuple(f"{name}{suffix}" for suffix in (".csv", ".xlsx", ".tsv") for name in names)
+    for split, names in _NAMES.items()
+}
 FOLDERS = {
     "train": ("train", "train set", "train_folder", "train_set"),
     "val": ("val", "valid", "val set", "val_folder", "val_set", "validation"),
@@ -50,9 +54,12 @@ def read_languide(root: Path) -> Listing:
         if path is None:
             continue
         try:
-            rows[split] = read_columns(path, ("image", "description"))
+            table = read_columns(path, ("image", "description"))
         except ValueError as error:
             listing.report(problems.UNREADABLE, split, path, str(error.__cause__ or error))
+        else:
+            rows[split] = table.rows
+            report_faults(split, table, listing)
     folders = {split: SplitFolder.open(path) for split in TABLES if (path := _folder(root, split))}
     if not any((prompt / name).is_file() for name in TABLES["val"]) and "train" in rows:
         cut = int(TRAIN_FRACTION * len(rows["train"]))

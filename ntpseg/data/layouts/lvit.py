@@ -15,12 +15,15 @@ from pathlib import Path
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
 from ntpseg.data.layouts.folders import find_subfolder, normalise_name
-from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_unmatched
+from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_faults, report_unmatched
 from ntpseg.data.records import SPLITS, case_of
 from ntpseg.data.tables import Rows, read_columns
 
 BOTH = "train_val"
-TEXT_TABLE = re.compile(r"(train[ _-]?val|train|val|test)[ _-]?text.*\.(xlsx|csv|tsv)", re.IGNORECASE)
+TEXT_TABLE = re.compile(r"(train[ _-]?val|train|val|test)[ _-]?text.*\.(xlsx|xlsm|csv|tsv)", re.IGNORECASE)
+OTHER_TABLE = re.compile(
+    r"(train[ _-]?val|train|val|test)[ _-]?text.*\.(xls|xlsb|ods|txt|docx?|json|html?|numbers|gz|zip)", re.IGNORECASE
+)
 ID_TABLE = re.compile(r"(train|val|test)[ _-]?ids?\.(xlsx|csv|tsv)", re.IGNORECASE)
 
 
@@ -52,7 +55,9 @@ def read_lvit(root: Path) -> Listing:
         split_folders = [folders[split]] if split in folders else []
         if split_folders and not rows:
             tables = f"{split.capitalize()}_text.xlsx" + ("" if split == "test" else " or Train_Val_text.xlsx")
-            listing.report(problems.MISSING_TABLE, split, paths[split], f"no {tables} has a row for it")
+            others = sorted(path.name for place in (root, *paths.values()) for path in _other_tables(place, split))
+            hint = f"; {', '.join(others)} is not read: save it as .xlsx, or as CSV in UTF-8" if others else ""
+            listing.report(problems.MISSING_TABLE, split, paths[split], f"no {tables} has a row for it{hint}")
         # The ID lists may split images that all lie in Train_Folder.
         other_folders = [folder for name, folder in folders.items() if name != split]
         if split in ids or not split_folders:
@@ -65,6 +70,12 @@ def read_lvit(root: Path) -> Listing:
     return listing
 
 
+def _other_tables(folder: Path, split: str) -> list[Path]:
+    """Files in `folder` that would be the table of `split` if they were of a kind that is read."""
+    found = ((path, OTHER_TABLE.fullmatch(path.name)) for path in folder.iterdir())
+    return [path for path, match in found if match and split in match.group(1).lower()]
+
+
 def _tables(root: Path, folders: Iterable[Path], listing: Listing) -> tuple[dict[str, Rows], dict[str, set[str]]]:
     """The rows of every text table, and the cases of every ID list, by the split in the file's name."""
     texts: dict[str, Rows] = {}
@@ -75,9 +86,13 @@ def _tables(root: Path, folders: Iterable[Path], listing: Listing) -> tuple[dict
             if text:
                 split = text.group(1).lower()
                 split = split if split in SPLITS else BOTH
-                texts.setdefault(split, []).extend(read_columns(path, ("image", "description")))
+                table = read_columns(path, ("image", "description"))
+                texts.setdefault(split, []).extend(table.rows)
+                report_faults("" if split == BOTH else split, table, listing)
             elif listed:
-                names = (row["image"] for row in read_columns(path, ("image",)))
+                table = read_columns(path, ("image",))
+                report_faults("", table, listing)
+                names = (row["image"] for row in table.rows)
                 ids.setdefault(listed.group(1).lower(), set()).update(case_of(normalise_name(name)) for name in names)
         except ValueError as error:
             listing.report(problems.UNREADABLE, "", path, str(error.__cause__ or error))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
-from ntpseg.data.layouts.folders import normalise_name
+from ntpseg.data.layouts.folders import FolderNames
+from ntpseg.data.layouts.pairing import mask_value_fault, report_faults
 from ntpseg.data.records import SPLITS, Record, case_of, known_suffix, subject_of
-from ntpseg.data.tables import Rows, read_table
+from ntpseg.data.tables import Row, Rows, Table, read_table
 
 # Other names of a column that are in use.
 ALIASES = {
@@ -21,6 +22,7 @@ ALIASES = {
     "split": ("split", "set", "fold"),
     "subject": ("subject", "subject_id", "patient", "patient_id"),
     "case": ("case", "case_id", "id"),
+    "mask_value": ("mask_value",),
 }
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAMES = ("manifest.csv", "manifest.tsv", "manifest.xlsx")
@@ -56,18 +58,21 @@ def read_manifest(path: Path) -> Listing:
     if table is None:
         raise ValueError(f"path must be a manifest (CSV), or a folder with manifest.csv in it, got {path}")
     listing = Listing(table.parent)
-    rows = _rename(table, read_table(table))
-    keys = [(row["image"], row["mask"], row["text"]) for row in rows]
+    content = read_table(table)
+    rows = _rename(content)
+    report_faults("", content, listing)
+    keys = [(row["image"], row["mask"], row["text"], row.get("mask_value", "")) for row in rows]
     distinct = {key: row for key, row in reversed(list(zip(keys, rows)))}
     cases = dict(zip(distinct, _cases(list(distinct.values()))))
     subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
     assigned = None if rows and "split" in rows[0] else split_subjects(subjects)
-    seen: dict[tuple[str, str, str], int] = {}
-    listed: dict[Path, dict[str, Path]] = {}
-    for number, (row, key, subject) in enumerate(zip(rows, keys, subjects), start=2):
+    seen: dict[tuple[str, ...], int] = {}
+    files = _Files(table.parent)
+    for row, key, subject in zip(rows, keys, subjects):
         split = assigned[subject] if assigned is not None else SPLIT_NAMES.get(row["split"].lower(), "")
-        name = f"{table.name}:{number} {row['image'] or row['mask']}"
-        image, mask = (_resolve(table.parent, row[kind], listed) for kind in ("image", "mask"))
+        name = f"{table.name}:{row.number} {row['image'] or row['mask']}"
+        image, mask = (files.find(row[kind]) for kind in ("image", "mask"))
+        value = row.get("mask_value", "")
         if not split:
             listing.report(
                 problems.NO_SPLIT, "", name, f"split must be one of {', '.join(SPLITS)}, got {row['split']!r}"
@@ -75,15 +80,19 @@ def read_manifest(path: Path) -> Listing:
         elif key in seen:
             listing.report(problems.DUPLICATE, split, name, f"the same as row {seen[key]}, which counts")
         elif image is None:
-            listing.report(problems.MISSING_IMAGE, split, name, "there is no such image")
-        elif not row["text"]:
-            listing.report(problems.MISSING_TEXT, split, name, "its text is empty")
+            listing.report(problems.MISSING_IMAGE, split, name, f"there is no such image{files.hint(row['image'])}")
+        elif reason := row.missing_text("text"):
+            listing.report(problems.MISSING_TEXT, split, name, reason.replace("its caption", "its text"))
         elif mask is None:
-            reason = f"there is no {row['mask']}" if row["mask"] else "its mask is empty"
+            reason = f"there is no {row['mask']}{files.hint(row['mask'])}" if row["mask"] else "its mask is empty"
             listing.report(problems.MISSING_MASK, split, name, reason)
+        elif mask == image:
+            listing.report(problems.MISSING_MASK, split, name, "its mask is the image itself")
+        elif reason := mask_value_fault(value):
+            listing.report(problems.BAD_ROW, split, name, reason)
         else:
-            listing.records.append(Record(image, mask, row["text"], split, cases[key], subject))
-        seen.setdefault(key, number)
+            listing.records.append(Record(image, mask, row["text"], split, cases[key], subject, value))
+        seen.setdefault(key, row.number)
     listing.records.sort(key=lambda record: SPLITS.index(record.split))
     return listing
 
@@ -99,26 +108,53 @@ def split_subjects(subjects: list[str]) -> dict[str, str]:
     }
 
 
-def _rename(table: Path, rows: Rows) -> Rows:
-    if not rows:
-        raise ValueError(f"manifest {table} must have at least one row, got none")
-    names = {key: next((alias for alias in aliases if alias in rows[0]), None) for key, aliases in ALIASES.items()}
-    if missing := [key for key in ("image", "mask", "text") if names[key] is None]:
-        raise ValueError(f"manifest {table} must have the column {', '.join(missing)}, got {', '.join(rows[0])}")
-    return [{key: row[name] for key, name in names.items() if name is not None} for row in rows]
+def _rename(table: Table) -> Rows:
+    if not table.rows and not table.faults:
+        raise ValueError(f"manifest {table.path} must have at least one row, got none")
+    names = {key: next((a for a in aliases if a in table.columns), None) for key, aliases in ALIASES.items()}
+    table.require([names[key] or key for key in ("image", "mask", "text")])
+    table.require([name for name in names.values() if name is not None])
+    return [
+        Row(
+            {key: row[name] for key, name in names.items() if name is not None},
+            row.number,
+            {key: row.reasons[name] for key, name in names.items() if name in row.reasons},
+        )
+        for row in table.rows
+    ]
 
 
-def _resolve(folder: Path, name: str, listed: dict[Path, dict[str, Path]]) -> Path | None:
-    """The file of that name, in whichever Unicode form it is stored; `listed` caches the folders already read."""
-    if not name:
-        return None
-    path = folder / Path(name.replace("\\", "/")).expanduser()
-    if path.is_file():
-        return path
-    if path.parent not in listed:
-        entries = path.parent.iterdir() if path.parent.is_dir() else ()
-        listed[path.parent] = {normalise_name(entry.name): entry for entry in entries}
-    return listed[path.parent].get(normalise_name(path.name))
+class _Files:
+    """The files that a manifest's paths name.
+
+    Args:
+        root: folder that paths are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._listed: dict[Path, FolderNames] = {}
+
+    def find(self, name: str) -> Path | None:
+        """The file `name`, in whichever Unicode form it is stored; else the only one that it can mean."""
+        if not name:
+            return None
+        try:
+            path = self._root / Path(name.replace("\\", "/")).expanduser()
+            if path.is_file():
+                return path
+            if path.parent not in self._listed:
+                self._listed[path.parent] = FolderNames(path.parent)
+        except (OSError, ValueError, RuntimeError):  # too long, or no such user in ~user
+            return None
+        found = self._listed[path.parent](path.name)
+        return found if found is not None and found.is_file() else None
+
+    def hint(self, name: str) -> str:
+        """Where a file of this name is, for a message; "" where there is none below the manifest."""
+        if self._root not in self._listed:
+            self._listed[self._root] = FolderNames(self._root)
+        return self._listed[self._root].hint(_file_name(name))
 
 
 def _file_name(path: str) -> str:
@@ -136,14 +172,22 @@ def _subject(image: str) -> str:
     return subject if (subject := subject_of(case)) != case else _stem(image)
 
 
+def _value(row: Row) -> str:
+    return f"__{row['mask_value'].lstrip('#')}" if row.get("mask_value") else ""
+
+
+def _digest(row: Row) -> str:
+    return hashlib.sha256(row["text"].encode()).hexdigest()[:6]
+
+
 def _cases(rows: Rows) -> list[str]:
     """A name for every row: its own, else the image's, made longer only where two rows would share it."""
     choices = [
         (
             row.get("case") or case_of(_file_name(row["image"])),
             _stem(row["image"]),
-            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}",
-            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}__{hashlib.sha256(row['text'].encode()).hexdigest()[:6]}",
+            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}{_value(row)}",
+            f"{_stem(row['image'])}__{case_of(_file_name(row['mask']))}{_value(row)}__{_digest(row)}",
         )
         for row in rows
     ]

@@ -9,8 +9,8 @@ from pathlib import Path
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Listing
 from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, FolderIndex, find_subfolder, normalise_name
-from ntpseg.data.records import MASK_PREFIX, Record, case_of, subject_of
-from ntpseg.data.tables import Rows
+from ntpseg.data.records import MASK_PREFIX, Record, case_of, check_mask_value, subject_of
+from ntpseg.data.tables import Rows, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,10 @@ class SplitFolder:
     @classmethod
     def open(cls, folder: Path) -> SplitFolder:
         """List the image and the mask folder inside `folder`."""
-        images, masks = find_subfolder(folder, IMAGE_FOLDERS), find_subfolder(folder, MASK_FOLDERS)
-        return cls(FolderIndex(images, masks=False), FolderIndex(masks, masks=True))
+        images = FolderIndex(find_subfolder(folder, IMAGE_FOLDERS), masks=False)
+        masks = FolderIndex(find_subfolder(folder, MASK_FOLDERS), masks=True)
+        masks.adopt(images.cases())
+        return cls(images, masks)
 
 
 def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: Listing) -> set[tuple[str, str]]:
@@ -37,7 +39,8 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
 
     Args:
         split: the rows' split.
-        rows: the image column may hold the image's or the mask's name, with another extension or none.
+        rows: the image column may hold the image's or the mask's name, with another extension or none; a column
+            mask_value names the class of a label map.
         folders: where to look, the split's own first.
         listing: receives the records and the problems.
 
@@ -46,30 +49,58 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
     """
     seen: set[str] = set()
     described: set[tuple[str, str]] = set()
-    for number, row in enumerate(rows, start=1):
-        name, text = row["image"], row["description"]
+    for row in rows:
+        name = row["image"]
         if not name:
-            listing.report(problems.MISSING_IMAGE, split, f"row {number} of the {split} rows", "its image is empty")
+            where = f"row {row.number} of the {split} rows"
+            listing.report(problems.MISSING_IMAGE, split, where, f"its image is empty{row.reasons.get('image', '')}")
             continue
-        case = case_of(normalise_name(name))
+        image = _first(folder.images.find(name.removeprefix(MASK_PREFIX)) for folder in folders)
+        # The file's own name, where the table spells it in another way.
+        case = case_of(normalise_name(name if image is None else image.name))
         if case in seen:
             listing.report(problems.DUPLICATE, split, name, "the table names it more than once; the first row counts")
             continue
         seen.add(case)
-        image = _first(folder.images.find(name.removeprefix(MASK_PREFIX)) for folder in folders)
-        mask = _first(folder.masks.find(name) for folder in folders)
+        # A mask of exactly this name, else the one that belongs to the image.
+        mask = _first(folder.masks.find(wanted) for wanted in dict.fromkeys((name, case)) for folder in folders)
+        value = row.get("mask_value", "")
         if image is not None:
             described.add((str(image.parent), case))
         if image is None:
-            listing.report(problems.MISSING_IMAGE, split, name, "the table names it, but there is no such image")
-        elif not text:
-            listing.report(problems.MISSING_TEXT, split, image, "its caption is empty")
+            hint = _first_text(folder.images.hint(name) for folder in folders)
+            reason = f"the table names it in row {row.number}, but there is no such image{hint}"
+            listing.report(problems.MISSING_IMAGE, split, name, reason)
+        elif reason := row.missing_text("description"):
+            listing.report(problems.MISSING_TEXT, split, image, f"{reason} (row {row.number})")
         elif mask is None:
-            listing.report(problems.MISSING_MASK, split, image, f"no mask of this name{_location(folders, listing)}")
+            hint = _first_text(folder.masks.hint(case) for folder in folders)
+            listing.report(
+                problems.MISSING_MASK, split, image, f"no mask of this name{_location(folders, listing)}{hint}"
+            )
+        elif reason := mask_value_fault(value):
+            listing.report(problems.BAD_ROW, split, f"row {row.number} of the {split} rows", reason)
         else:
             subject = row.get("subject") or subject_of(case)
-            listing.records.append(Record(image, mask, text, split, case, subject))
+            listing.records.append(Record(image, mask, row["description"], split, case, subject, value))
     return described
+
+
+def mask_value_fault(value: str) -> str:
+    """What is wrong with a cell of the column ``mask_value``; "" where nothing is."""
+    try:
+        check_mask_value("mask_value", value)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def report_faults(split: str, table: Table, listing: Listing) -> None:
+    """Report the malformed rows of a table, and a table without rows."""
+    for number, reason in table.faults:
+        listing.report(problems.BAD_ROW, split, f"{listing.short(table.path)} row {number}", reason)
+    if not table.rows and not table.faults:
+        listing.report(problems.UNREADABLE, split, table.path, "it has a header and no row")
 
 
 def report_unmatched(
@@ -100,6 +131,10 @@ def report_unmatched(
 
 def _first(paths: Iterable[Path | None]) -> Path | None:
     return next((path for path in paths if path is not None), None)
+
+
+def _first_text(texts: Iterable[str]) -> str:
+    return next((text for text in texts if text), "")
 
 
 def _location(folders: Sequence[SplitFolder], listing: Listing) -> str:

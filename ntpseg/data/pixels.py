@@ -1,0 +1,150 @@
+"""Opening image files that anyone may have made: what is read, what is refused, and which way up it is."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+StrPath = str | PathLike[str]
+
+# A picture of 8192 x 8192; decoded it takes up to 256 MiB. A file says its size before anything of it is decoded.
+MAX_PIXELS = 2**26
+# Raster formats that Pillow decodes itself: not EPS, for which it starts another program.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "WEBP", "PPM", "JPEG2000", "TGA")
+_ORIENTATION = 274  # EXIF tag
+
+# Pillow's own limits are above MAX_PIXELS, so whatever they would warn of is refused here in one line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A decoded file.
+
+    Attributes:
+        pixels: as stored, but upright: [H, W] of any dtype (palette indices of a palette image), or uint8 [H, W, 3].
+        alpha: uint8 [H, W], 0 where transparent; None where the file knows no transparency.
+        palette: uint8 [N, 3], the colours of the indices; None for all other images.
+        orientation: EXIF orientation that was applied, 1 where there was none to apply.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    palette: np.ndarray | None = None
+    orientation: int = 1
+
+
+def open_pixels(path: StrPath) -> Stored:
+    """Decode an image file; the turn that its EXIF orientation asks for is applied.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not an image, damaged, larger than `MAX_PIXELS`, or has several pages; the message names it.
+    """
+    image, orientation = _open(Path(path))
+    mode = image.mode
+    if mode in ("L", "RGB", "F", "I") or mode.startswith("I;16"):
+        stored = Stored(np.array(image), None, None, orientation)
+        return stored if "transparency" not in image.info else _with_alpha(image, stored)
+    if mode == "1":
+        return Stored(np.array(image.convert("L")), None, None, orientation)
+    if mode == "P":
+        colours = np.array(image.getpalette("RGB") or [0, 0, 0], np.uint8).reshape(-1, 3)
+        # A file may use indices that its palette does not have; Pillow paints these black.
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: len(colours)] = colours[:256]
+        stored = Stored(np.array(image), None, palette, orientation)
+        return stored if "transparency" not in image.info else _with_alpha(image, stored)
+    if mode in ("PA", "LA", "La", "RGBA", "RGBa"):
+        rgba = np.array(image.convert("RGBA"))
+        return Stored(np.ascontiguousarray(rgba[..., :3]), rgba[..., 3].copy(), None, orientation)
+    return Stored(np.array(image.convert("RGB")), None, None, orientation)
+
+
+def stored_orientation(path: StrPath) -> int:
+    """The EXIF orientation of a readable image file that `open_pixels` applies, 1 where there is none to apply."""
+    with Image.open(path, formats=FORMATS) as image:
+        return _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _with_alpha(image: Image.Image, stored: Stored) -> Stored:
+    if image.mode not in ("L", "RGB", "P"):
+        return stored
+    alpha = np.array(image.convert("RGBA"))[..., 3].copy()
+    return Stored(stored.pixels, alpha if (alpha < 255).any() else None, stored.palette, stored.orientation)
+
+
+def _open(path: Path) -> tuple[Image.Image, int]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} must be an image file, got none of that name")
+    if not path.is_file():
+        raise ValueError(f"{path} must be an image file, got a folder or a device")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} must be a readable image file, got an empty one (0 bytes); copy it again")
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} must be a readable image file, got {_described(path)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path} must have at most {MAX_PIXELS:,} pixels, got more; shrink or cut it") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {width}x{height}; shrink or cut it")
+    try:
+        with image:
+            if _has_pages(image):
+                raise ValueError("several pages or frames; save the one that counts as a file of its own")
+            image.load()
+            orientation = _orientation(image)
+            return (ImageOps.exif_transpose(image) if orientation != 1 else image), orientation
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... on broken files
+        raise _unreadable(path, error) from error
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether there is a second picture of the same size; a thumbnail or a smaller level of a pyramid is none."""
+    # A JPEG's second picture (MPO) is a preview or the other eye's view.
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return False
+    size = image.size
+    try:
+        image.seek(1)
+        return image.size == size
+    finally:
+        image.seek(0)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__
+    return ValueError(f"{path} must be a readable image file, got: {reason}")
+
+
+def _described(path: Path) -> str:
+    """What a file that is no image is instead."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"one that cannot be opened ({error.strerror})"
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"<":
+        return "a web page or XML: a download that failed?"
+    if start[128:132] == b"DICM":
+        return "DICOM: export it as PNG or TIFF"
+    if start[:2] == b"\x1f\x8b" or start[344:347] in (b"n+1", b"ni1"):
+        return "a compressed file or NIfTI: export its slices as PNG or TIFF"
+    if start[:2] == b"%!":
+        return "PostScript, which is not read: export it as PNG"
+    return "something else (cannot identify an image in it)"
