@@ -151,7 +151,7 @@ def compact(
     if device.type != "cpu":  # on the CPU they were looked at when they came
         bad += [(NUM_ITEMS, bad_counts(count)) for count in counts if count is not None]
     checked = None if supervision.signed_weights else token_weights
-    refuse(bad, options, lambda: raise_first(labels, checked, counts, options, classes))
+    refuse(bad, options, lambda: raise_first(labels, checked, counts, options, classes, work))
     head_weights = filled(options.head_weights or (1.0,) * heads, work, device)
     num_rows = supervision.num_rows
     num_rows = (count_rows(labels, heads, token_weights, options) if num_rows is None else num_rows).to(work)

@@ -114,7 +114,7 @@ def _sizes(
     def explain() -> None:
         checked = None if supervision.signed_weights else supervision.token_weights
         counts = [supervision.num_rows, supervision.num_het]
-        raise_first(supervision.labels, checked, counts, options, layout.classes)
+        raise_first(supervision.labels, checked, counts, options, layout.classes, torch.float32)
 
     head_cells = layout.cells // layout.heads
     ends = cells.prefix_sum[head_cells - 1 :: head_cells]

@@ -135,11 +135,7 @@ def checked_range(value: Any, classes: int | None = None) -> tuple[int, int]:
         ValueError: it is no pair of integers with 0 <= lo < hi (<= V).
     """
     bounds = _items(value)
-    if (
-        len(bounds) == 2
-        and all([isinstance(bound, int | Integral) for bound in bounds])
-        and bool not in map(type, bounds)
-    ):
+    if len(bounds) == 2 and all([_is_integer(bound) for bound in bounds]):
         low, high = int(bounds[0]), int(bounds[1])
         if classes is not None and 0 <= low < high > classes:
             raise ValueError(f"vocab_range must end within the {classes} classes, got {brief(value)}")
@@ -158,6 +154,10 @@ def _head_weights(value: Any) -> tuple[float, ...]:
     if not all([is_count(weight) for weight in weights]) or not 0 < sum(weights) <= LARGEST:
         raise ValueError(f"head_weights must be finite numbers >= 0, not all zero, got {brief(value)}")
     return tuple([float(weight) for weight in weights])
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | Integral) and type(value) is not bool
 
 
 def _items(value: Any) -> tuple[Any, ...]:

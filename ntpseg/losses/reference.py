@@ -41,7 +41,7 @@ def reference_loss(
     labels, token_weights = supervision.labels, supervision.token_weights
     if has_data(labels):
         checked = None if supervision.signed_weights else token_weights
-        raise_first(labels, checked, [supervision.num_rows, supervision.num_het], options, weight.shape[-2])
+        raise_first(labels, checked, [supervision.num_rows, supervision.num_het], options, weight.shape[-2], work)
 
     if weight.dim() == 2:
         logits = torch.einsum("btkd,vd->btkv", hidden, weight).to(work)

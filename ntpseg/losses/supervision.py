@@ -80,7 +80,7 @@ def count_items(
     if readable(labels):
         check_labels(labels, options, None)
         if token_weights is not None:
-            check_token_weights(token_weights, labels, options)
+            check_token_weights(token_weights, labels, options, torch.float64)
     entries = torch.zeros((), dtype=torch.float64, device=labels.device)
     if het is not None:
         entries = counted_entries(labels, het.position, het.token, options).sum(dtype=torch.float64)

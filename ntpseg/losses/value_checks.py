@@ -40,17 +40,18 @@ def check_labels(labels: Tensor, options: LossOptions, classes: int | None) -> N
         raise ValueError(f"labels must be ignore_index or {wanted}, got {int(seen[bad][0])}")
 
 
-def check_token_weights(token_weights: Tensor, labels: Tensor, options: LossOptions) -> None:
+def check_token_weights(token_weights: Tensor, labels: Tensor, options: LossOptions, work: torch.dtype) -> None:
     """Raise a `ValueError` for the first token weight that is negative or not finite and has a label to weigh.
 
     Args:
         token_weights: ``[B, T]`` float.
         labels: ``[B, T]`` integer.
         options: reads ignore_index and shift.
+        work: the dtype in which they weigh, and must be finite.
     """
     step = int(options.shift)
     seen = token_weights.detach()[:, step:]
-    bad = ~((seen >= 0) & (seen < torch.inf)) & (labels[:, step:] != options.ignore_index)
+    bad = ~((seen >= 0) & (seen.to(work) < torch.inf)) & (labels[:, step:] != options.ignore_index)
     if bool(bad.any()):
         raise ValueError(f"{TOKEN_WEIGHTS}, got {float(seen[bad][0]):g}")
 
@@ -67,12 +68,17 @@ def bad_counts(counts: Tensor) -> Tensor:
 
 
 def raise_first(
-    labels: Tensor, token_weights: Tensor | None, counts: list[Any], options: LossOptions, classes: int
+    labels: Tensor,
+    token_weights: Tensor | None,
+    counts: list[Any],
+    options: LossOptions,
+    classes: int,
+    work: torch.dtype,
 ) -> None:
     """Say what a backend has found wrong, the labels first."""
     check_labels(labels, options, classes)
     if token_weights is not None:
-        check_token_weights(token_weights, labels, options)
+        check_token_weights(token_weights, labels, options, work)
     for count in counts:
         if count is not None:
             check_counts("num_items", count)

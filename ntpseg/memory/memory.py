@@ -359,5 +359,5 @@ def _check_options(
     check_integer("ignore_index", ignore_index, -(2**63))
     check_choice("storage", kind, storage.KINDS)
     check_choice("deviation", deviation, deviations.KINDS)
-    if (path is not None) != (kind == "mapped"):
+    if not (isinstance(path, str | Path) if kind == "mapped" else path is None):
         raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {brief(path)}")

@@ -186,7 +186,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-@fuzz_settings(80)
+@fuzz_settings(50)
 @given(call=calls(), backend=st.sampled_from(["torch", *BACKENDS]))
 def test_right_arguments_agree_with_float64(call: dict[str, Any], backend: str) -> None:
     before = peak()
@@ -203,7 +203,7 @@ def test_right_arguments_agree_with_float64(call: dict[str, Any], backend: str) 
     assert peak() - before < MEMORY_KIB
 
 
-@fuzz_settings(250)
+@fuzz_settings(200)
 @given(case=wrong_calls(), backend=st.sampled_from(BACKENDS))
 def test_a_wrong_argument_ends_in_one_line_that_names_it(case: tuple[dict[str, Any], str], backend: str) -> None:
     call, name = case

@@ -127,6 +127,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for v in (NAN, INF, -INF, -1.0)
         for d in (torch.float32, torch.bfloat16, torch.float64)
     ),
+    ({"token_weights": put(WEIGHTS.double(), 1e300)}, f"{BAD_WEIGHT}, got 1e+300"),
     ({"token_weights": WEIGHTS[:, :4]}, "token_weights must be a float [2, 5] tensor, got float32 [2, 4]"),
     ({"token_weights": LABELS}, "token_weights must be a float [2, 5] tensor, got int64 [2, 5]"),
     ({"token_weights": [1.0]}, "token_weights must be a float [2, 5] tensor, got a list"),

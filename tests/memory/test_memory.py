@@ -207,6 +207,12 @@ def test_where_looking_would_wait_advance_says_so(monkeypatch: pytest.MonkeyPatc
     memory.advance()
 
 
+@pytest.mark.parametrize("path", [None, 3, b"x", True])
+def test_a_mapped_memory_needs_a_folder(path: object) -> None:
+    with pytest.raises(ValueError, match=r"^path must be a folder for storage 'mapped' and None for any other, got "):
+        HardTokenMemory(2, 2, storage="mapped", path=path)
+
+
 @pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99", 1.5, 2**70])
 def test_a_device_must_be_one(device: object) -> None:
     with pytest.raises(ValueError, match=r"^device must be one that "):
