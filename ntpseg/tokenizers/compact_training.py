@@ -61,13 +61,16 @@ def train_compact_vq(
             mixed = patches[(mean > 0) & (mean < 1)]
             _fit_codebook(model.mask, mixed if len(mixed) else patches, constant, options, generator, advance)
             _fit_decoder(model.mask, masks, _mask_loss, options, generator, advance)
-    name = non_finite_tensor(model)
-    if name is not None:
+    model.eval().requires_grad_(False)
+    pixels = [model.mask.decode(model.mask.encode(masks[:1]))]
+    if model.image is not None:
+        pixels.append(model.image.decode(model.image.encode(images[:1])))
+    if non_finite_tensor(model) is not None or not all(bool(decoded.isfinite().all()) for decoded in pixels):
         raise ValueError(
-            f"the vision tokenizer must have finite weights after its training, got nan or inf in {name!r}; "
+            "the vision tokenizer must decode finite pixels after its training, got nan or inf; "
             f"lower vision.learning_rate ({options.learning_rate:g})"
         )
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _check(images: Tensor, masks: Tensor) -> None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -276,7 +277,14 @@ def survive(kills: int, seed: int, folder: Path, fresh: float = 0.0) -> dict[str
             fail(f"{kind} differs from an unbroken run in {wrong}", history)
         shutil.rmtree(run)
         runs += 1
-    return {"kills": sum(deaths.values()), "by": dict(deaths), "runs": runs, "seconds": time.monotonic() - began}
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "kills": sum(deaths.values()),
+        "by": dict(deaths),
+        "runs": runs,
+        "seconds": time.monotonic() - began,
+        "processor_seconds": children.ru_utime + children.ru_stime,
+    }
 
 
 def main() -> None:

@@ -232,7 +232,7 @@ def test_a_vision_tokenizer_that_diverges_is_not_saved(data, tmp_path) -> None:
     result = CliRunner().invoke(app, ["train", "tiny", *arguments])
     assert isinstance(result.exception, ValueError)
     message = str(result.exception)
-    assert "the vision tokenizer must have finite weights after its training" in message
+    assert "the vision tokenizer must decode finite pixels after its training" in message
     assert message.endswith("lower vision.learning_rate (1e+30)")
     assert not list(run.rglob("*.safetensors"))
 

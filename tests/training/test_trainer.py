@@ -153,7 +153,7 @@ def test_evaluation_is_that_of_all_samples_whatever_the_batches(tmp_path) -> Non
         batch.pop("sample_ids")
     whole = trainer.model.eval()(**batch)
     for result in results:
-        assert result == pytest.approx({name: float(whole[name]) for name in result}, rel=2e-6)
+        assert result == pytest.approx({name: whole[name].item() for name in result}, rel=2e-6)
 
 
 def test_a_log_over_several_steps_survives_a_kill(tmp_path) -> None:

@@ -1,0 +1,242 @@
+"""`StepTrainer`: steps and evaluations that are the same however they are cut, and steps that must not be taken."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from ntpseg.losses import NumItems, count_items
+from ntpseg.memory import HardTokenMemory, HardTokens
+from ntpseg.training.checkpoint import last_checkpoint
+from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
+from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge_step
+from ntpseg.training.loss_means import EvaluationMeans, LossMeans
+
+LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
+# Only of models that have losses on pixels.
+DENSE_TERMS = ("dice", "pixel", "soft")
+
+
+class StepTrainer(Trainer):
+    """The part of `NTPSegTrainer` that says what a step and an evaluation count, and whether a step counts at all.
+
+    Args:
+        memory: where hard error tokens are kept; None switches HET off.
+        max_skipped_steps: so many skipped steps in a row end training.
+        **kwargs: see `transformers.Trainer`.
+    """
+
+    train_dataset: EpochDataset
+
+    def __init__(
+        self, *args: Any, memory: HardTokenMemory | None = None, max_skipped_steps: int = 5, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # With the filter the Trainer logs a loss of 0 in place of NaN.
+        self.args.logging_nan_inf_filter = False
+        config = cast(Any, self.model).config
+        dense = getattr(config, "dense_loss", None) or {}
+        used = tuple(name for name in DENSE_TERMS if dense.get(name))
+        self._terms = LOSS_TERMS + used
+        self.memory = memory
+        weights = {"nktp": 1.0, "tcl": config.tcl_weight, "het": config.het_weight, **{n: dense[n] for n in used}}
+        self._means = LossMeans(self._terms, self.args.world_size)
+        self._evaluation_means = EvaluationMeans(weights, used, self.args.world_size)
+        self._evaluating = False
+        self.max_skipped_steps, self.skipped_in_row = max_skipped_steps, 0
+        self._step: list[MicroBatch] = []
+        self._step_sums = torch.zeros(0)
+        self._supervised = torch.zeros(())
+        self._gradient_norm: Tensor | float | None = None
+        self._steps_counted, self._moved = 0, False
+        self._skip_reason: str | None = None
+        self._save_due = False
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, EpochDataset):
+            return super()._get_train_sampler(dataset)
+        return EpochSampler(dataset, self._samples_of_ranks(self._train_batch_size))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not isinstance(eval_dataset, EpochDataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return EpochSampler(eval_dataset, self._samples_of_ranks(self.args.eval_batch_size), shuffle=False)
+
+    def _samples_of_ranks(self, batch_size: int) -> int:
+        """Of what the samples must be a multiple, so that none is repeated to give each rank as many batches."""
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return 1
+        return batch_size if self.accelerator.split_batches else batch_size * self.args.world_size
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a training step and their counts; the Trainer calls it for training alone."""
+        self._step, self._step_sums, self._gradient_norm = [], torch.zeros(0), None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way.
+
+        Whose step it is decides, not the mode of the model: that is still evaluation's in the step after one.
+        """
+        if not batch_samples or self._evaluating:
+            return None
+        model: Any = self.model
+        config, heads = model.config, model.config.num_heads_k
+        counts = torch.zeros(heads + 2, dtype=torch.float64, device=device)
+        for batch in batch_samples:
+            ignore_padding(batch)
+            het = None
+            if self.memory is not None:
+                het = self.memory.lookup(batch["sample_ids"])
+                batch["het_position"], batch["het_token"] = het.position, het.token
+                het = HardTokens(het.position.to(device), het.token.to(device))
+            rows, entries, images = self._count(batch["labels"].to(device), het)
+            counts[:heads] += rows
+            counts[heads] += entries
+            counts[heads + 1] += images
+        if self.args.world_size > 1:
+            dist.all_reduce(counts)
+        if config.dense_loss is not None:
+            for batch in batch_samples:
+                batch["num_images"] = counts[heads + 1].to(torch.float32)
+        self._supervised = counts[:heads].sum()
+        return NumItems(counts[:heads], counts[heads])
+
+    def _count(self, labels: Tensor, het: HardTokens | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``[k]``, hard tokens and images of a batch, float64."""
+        config = cast(Any, self.model).config
+        span = None if config.vocab_range is None else tuple(config.vocab_range)
+        items = count_items(labels, config.num_heads_k, het=het, vocab_range=span)
+        return cast(Tensor, items.rows), cast(Tensor, items.het), (labels != -100).any(1).sum().double()
+
+    # ---- loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one micro-batch: its part of the whole step's, or in evaluation its own."""
+        inputs = dict(inputs)
+        sample_ids = inputs.pop("sample_ids")
+        outputs = model(**inputs, num_items=num_items_in_batch)
+        self._collect(sample_ids, inputs["labels"], outputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # Ranks average their gradients, and the counts are those of all ranks together.
+            loss = loss * self.args.world_size
+            if self._optimizer_skips:
+                # DeepSpeed and a loss scaler skip a step of which any gradient is not finite, and nothing else.
+                usable = loss.detach().isfinite() & (self._supervised > 0)
+                loss = loss * torch.where(usable, 1.0, math.nan)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _optimizer_skips(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.args.fp16)
+
+    @torch.no_grad()
+    def _collect(self, sample_ids: Tensor, labels: Tensor, outputs: Any) -> None:
+        """Keep what logs and the hard-token memory take from a micro-batch."""
+        prediction = outputs["prediction"]
+        supervised = prediction >= 0
+        correct = (supervised & (prediction == labels)).sum()
+        if self._evaluating:
+            rows, entries, images = self._count(labels)
+            weights = cast(Any, self.model).config.head_weights or [1.0] * len(rows)
+            total = (rows * rows.new_tensor(weights)).sum()
+            counts = {"ntp": rows[0], "nktp": total, "tcl": total, "het": entries} | dict.fromkeys(DENSE_TERMS, images)
+            terms = {name: outputs[name] for name in self._terms}
+            self._evaluation_means.add(terms, counts, correct, supervised.sum())
+            return
+        values = torch.stack([outputs[name].double() for name in ("loss", *self._terms)])
+        row = torch.cat([values, torch.stack([correct, supervised.sum()]).double()])
+        self._step_sums = self._step_sums + row if len(self._step_sums) else row
+        self._step.append(MicroBatch(sample_ids, labels, prediction, outputs["nll"], outputs["margin"], values))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; of a loss that is not finite nothing enters its own sum, which ours replace in the logs."""
+        loss = super().training_step(*args, **kwargs)
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._gradient_norm
+
+    def _settle_step(self) -> None:
+        """Count the step whose gradient is ready, or have it skipped."""
+        # A loss scaler expects gradients that overflow and finds its scale by them.
+        norm = None if self.args.fp16 else self._gradient_norm
+        reason = judge_step(self._step, self._means.names, norm, self._supervised, world_size=self.args.world_size)
+        self._skip_reason = reason
+        if reason is None:
+            self.skipped_in_row = 0
+            self._steps_counted += 1
+            self._moved |= any(group["lr"] > 0 for group in cast(Any, self.optimizer).param_groups)
+            self._means.steps += 1
+            self._means.add(self._step_sums)
+            if self.memory is not None:
+                for batch in self._step:
+                    self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
+        else:
+            self.skipped_in_row += 1
+            if not self._optimizer_skips:
+                # Without gradients optimizers leave weights and their own state alone, decay included.
+                cast(Any, self.model).zero_grad(set_to_none=True)
+        self._step = []
+
+    def _report_skipped(self, reason: str) -> None:
+        step = self.state.global_step
+        message = f"step {step} skipped: {reason}"
+        due = self.control.should_log
+        self.log({"skipped": message})  # type: ignore[dict-item]  # callbacks know texts too
+        # That was not the log of figures, which the step may still be due.
+        self.control.should_log = due
+        self._warn(message)
+        if self.skipped_in_row >= self.max_skipped_steps:
+            last = last_checkpoint(Path(str(self.args.output_dir)))
+            raise TrainingDiverged(
+                f"training stopped after {self.skipped_in_row} skipped steps in a row, the last of them step {step}: "
+                f"{reason}; {CURE}; last checkpoint: {'none' if last is None else last.name}"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(f"ntpseg: {message}", file=sys.stderr)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the loss and its terms over all samples instead of the mean of the batches."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._evaluation_means.pop()
+        self._evaluating = True
+        try:
+            output: Any = super().evaluation_loop(*args, **kwargs)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means.pop().items()})
+        finally:
+            self._evaluating = False
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, on a batch whose padding has no labels."""
+        inputs = dict(inputs)
+        ignore_padding(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Nothing compares as better than a NaN, which would stay the best for ever.
+        if all(math.isfinite(value) for value in metrics.values() if isinstance(value, float)):
+            return super()._determine_best_metric(metrics, trial)
+        return False
