@@ -79,7 +79,7 @@ def load_text_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             "text tokenizer directory must hold a Hugging Face tokenizer (tokenizer.json, or vocab.json with "
-            f"merges.txt), got {str(path)!r}, which cannot be loaded ({error})"
+            f"merges.txt), got {str(path)!r}, which cannot be loaded ({' '.join(str(error).split())})"
         ) from error
 
 
