@@ -38,7 +38,6 @@ HONOURED: dict[str, Any] = {
     "save_steps": 23,
     "save_total_limit": 9,
     "full_determinism": True,
-    "dataloader_drop_last": True,
     "dataloader_num_workers": 2,
     "dataloader_in_order": False,
     "ddp_timeout": 60,
