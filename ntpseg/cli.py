@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 
 import typer
@@ -27,17 +29,28 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        typer.secho(f"ntpseg: {_described(error)}", fg="red", err=True)
-        sys.exit(2)
+        _end(error)
+    except Exception as error:
+        # safetensors wraps what the operating system says, and PyTorch's writer only sees that its file is too short.
+        if not any(words in _chain(error) for words in ("No space left on device", "unexpected pos")):
+            raise
+        _end(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
-def _described(error: Exception) -> str:
-    """What an error says; the operating system's own also says what to do."""
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
-        return str(error)
-    from ntpseg.utils.outputs import cure
+def _end(error: Exception) -> None:
+    """Print what an error says, of the operating system's own also what to do, and end the program."""
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        from ntpseg.utils.outputs import cure
 
-    return f"{error.filename}: {error.strerror}; {cure(error)}"
+        message = f"{error.filename or 'a file could not be written'}: {error.strerror}; {cure(error)}"
+    typer.secho(f"ntpseg: {message}", fg="red", err=True)
+    sys.exit(2)
+
+
+def _chain(error: BaseException | None) -> str:
+    """The messages of an error and of those that led to it."""
+    return "" if error is None else f"{error} {_chain(error.__cause__ or error.__context__)}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from ntpseg.data.images import encode_png
 from ntpseg.evaluation.metrics import COUNTS, METRICS
-from ntpseg.utils.files import atomic_folder, atomic_open, remove_folder, write_csv, write_json
+from ntpseg.utils.files import atomic_folder, atomic_open, naming, remove_folder, write_csv, write_json
 from ntpseg.utils.outputs import check_file, check_folder, check_not_inputs, is_inside, name_key, same_place
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Evaluation:
 def _write_masks(folder: Path, masks: dict[str, np.ndarray]) -> None:
     with atomic_folder(folder) as building:
         for name, mask in masks.items():
-            (building / f"{name}.png").write_bytes(encode_png(mask))
+            with naming(folder / f"{name}.png"):
+                (building / f"{name}.png").write_bytes(encode_png(mask))
 
 
 def check_result_folder(directory: Path, records: Sequence[Record], inputs: Sequence[Path] = ()) -> None:

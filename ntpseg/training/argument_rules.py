@@ -139,7 +139,6 @@ ACCEPTED: dict[str, Check] = {
     "greater_is_better": optional(_switch),
     "full_determinism": _switch,
     "use_cpu": _switch,
-    "dataloader_drop_last": _switch,
     "dataloader_num_workers": integer(0, 1024),
     "dataloader_pin_memory": _switch,
     "dataloader_prefetch_factor": optional(integer(1)),
@@ -209,6 +208,7 @@ REFUSED: dict[str, str] = {
     "restore_callback_states_from_checkpoint": _RESUME,
     "accelerator_config": "how batches are divided between ranks is fixed, or ranks would change the result",
     "parallelism_config": "use deepspeed or training.fsdp",
+    "dataloader_drop_last": "the last batch counts by its size, and fewer pairs than a batch would train nothing",
     "dataloader_persistent_workers": "workers that outlive an epoch would repeat its augmentation",
     "remove_unused_columns": "the model's inputs are chosen here",
     "label_names": "the model's inputs are chosen here",
@@ -246,11 +246,7 @@ def check_training(fields: Mapping[Any, Any]) -> None:
         ValueError: a field that is overridden or ignored here, that transformers does not have, or whose value is of
             the wrong kind or out of range.
     """
-    import dataclasses
-
-    import transformers
-
-    known = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
+    known, release = _fields()
     for name, value in fields.items():
         why = REFUSED.get(name) if name in known else _FORMER.get(name)
         if why is not None:
@@ -262,10 +258,19 @@ def check_training(fields: Mapping[Any, Any]) -> None:
             raise ValueError(f"training must hold fields of transformers.TrainingArguments, got {shown(name)}{hint}")
         if name not in ACCEPTED:
             raise ValueError(
-                f"training.{name} must not be set (it is new in transformers {transformers.__version__} and has no "
+                f"training.{name} must not be set (it is new in transformers {release} and has no "
                 f"effect that this version of ntpseg knows), got {shown(value)}"
             )
         ACCEPTED[name](f"training.{name}", value)
+
+
+def _fields() -> tuple[list[str], str]:
+    """The names of the fields that the installed transformers has, and its release."""
+    import dataclasses
+
+    import transformers
+
+    return [field.name for field in dataclasses.fields(transformers.TrainingArguments)], transformers.__version__
 
 
 def check_combinations(fields: Mapping[str, Any], *, max_minutes: float | None, optimizer: str, ema: float) -> None:

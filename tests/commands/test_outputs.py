@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tiny_segmenter import shared
 from typer.testing import CliRunner
 
-from ntpseg.cli import app
+from ntpseg.cli import app, main
 from ntpseg.evaluation import EvaluationOptions, evaluate
 from ntpseg.evaluation.report import write_report
 from ntpseg.generation import Segmenter
@@ -101,3 +102,38 @@ def test_a_configuration_of_the_users_is_not_replaced(tmp_path: Path) -> None:
     mine.write_text(dump_config(load_config("tiny", ["data.path=nowhere"])))
     result: Any = CliRunner().invoke(app, ["train", "tiny", f"output={tmp_path}", "data.path=nowhere"])
     assert isinstance(result.exception, FileNotFoundError), "what an earlier attempt left can be tried again"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a/model"),
+            "runs/a/model: No space left on device; free",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "runs: Permission denied; choose another folder"),
+        (FileNotFoundError("path must be an existing data set, got x"), "path must be an existing data set, got x"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device; free space"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"), "No space left on device"),
+    ],
+)
+def test_failing_files_end_in_one_line_with_the_cure(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("ntpseg.cli.app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    message = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and words in message and "\n" not in message
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr("ntpseg.cli.app", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        main()

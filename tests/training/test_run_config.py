@@ -197,9 +197,9 @@ def test_the_environment_is_used_but_not_saved_or_shown(tmp_path, monkeypatch) -
         load_config(saved)
 
 
-def test_the_program_ends_in_one_line_without_a_traceback(tmp_path) -> None:
+def test_the_program_ends_in_one_line_without_a_traceback() -> None:
     command = [sys.executable, "-m", "ntpseg.cli", "train", "tiny", "training.learning_rate=nan"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "ntpseg: training.learning_rate must be a number >= 0 and <= 3.4e+38, got 'nan'"
 
