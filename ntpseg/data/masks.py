@@ -20,6 +20,8 @@ MIN_PIXELS = 4
 LARGEST_LABEL = 15
 # A lossless mask has few values, a grey picture with JPEG noise or smooth shades has more.
 FEW_VALUES = 32
+# With at most so many values none of them is noise.
+_NOISELESS = 5
 _LISTED = 8
 
 
@@ -244,10 +246,15 @@ def _is_picture_of_a_mask(values: np.ndarray, found: np.ndarray, few: bool) -> b
     if few:
         for value in found[(found > 0) & (found < found[-1])]:
             at = values == value
-            flat = (highest[at] == lowest[at]).sum()
-            between = ((lowest[at] < levels[at]) & (levels[at] < highest[at])).sum()
+            area, flat = int(at.sum()), int((highest[at] == lowest[at]).sum())
+            if len(found) > _NOISELESS and min(value, largest - value) <= largest / 16:
+                # Noise of JPEG beside edges; a class so near to black or white has an inside.
+                if 4 * flat >= area and area >= MIN_PIXELS:
+                    return False
+                continue
+            between = int(((lowest[at] < levels[at]) & (levels[at] < highest[at])).sum())
             # A class has an inside, or is more than the shade between a darker and a lighter side.
-            if flat or (at.sum() >= MIN_PIXELS and 2 * between < at.sum()):
+            if flat or (area >= MIN_PIXELS and 2 * between < area):
                 return False
         return True
     bright = max(int((levels >= largest / 2).sum()), 1)

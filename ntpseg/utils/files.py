@@ -196,9 +196,11 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
     takes it away again.
     """
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([safe_cell(name) for name in columns])
-    writer.writerows([safe_cell(cell) for cell in row] for row in rows)
+    # A lone carriage return ends a row for readers, but the writer quotes only what its own rows end with.
+    plain, quoted = (csv.writer(buffer, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in (columns, *rows):
+        cells = [safe_cell(cell) for cell in row]
+        (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
     write_text(path, buffer.getvalue())
 
 

@@ -35,6 +35,8 @@ LABELS = np.zeros((24, 24), np.uint8)
 LABELS[2:10, 2:10] = 1
 LABELS[12:20, 3:8] = 2
 LABELS[12:16, 14:22] = 3
+# Seven values with the labels, all near to black.
+NOISE = np.eye(24, dtype=np.uint8) * 9 + 3
 
 
 def palette(pixels: np.ndarray, colours: list[int]) -> Image.Image:
@@ -58,6 +60,10 @@ def write(path: Path, image: Image.Image) -> Path:
         (Image.fromarray(LABELS), "1 (64 pixels), 2 (40 pixels), 3 (32 pixels)"),
         (Image.fromarray(LABELS * 85), "85 (64 pixels), 170 (40 pixels), 255 (32 pixels)"),
         (Image.fromarray(np.where(LABELS == 2, 255, LABELS % 2).astype(np.uint8)), "1 (96 pixels), 255 (40 pixels)"),
+        (
+            Image.fromarray(np.where(LABELS == 3, 255, LABELS + np.eye(24, dtype=np.uint8) * 9 + 3).astype(np.uint8)),
+            "3 (",
+        ),
         (Image.fromarray(LABELS.astype(np.uint16) * 1000), "1000 (64 pixels), 2000 (40 pixels)"),
         (Image.fromarray(LABELS.astype(np.float32)), "1 (64 pixels), 2 (40 pixels)"),
         (Image.fromarray(LABELS.astype(np.int32) - 1), "-1 (440 pixels)"),
@@ -95,7 +101,7 @@ def test_palette_masks_are_read_by_index_whatever_the_colours(tmp_path: Path) ->
         np.testing.assert_array_equal(read_mask(path), mask)
 
 
-@pytest.mark.parametrize("quality", [30, 75, 95])
+@pytest.mark.parametrize("quality", [30, 75, 90, 95, 99])
 def test_one_structure_with_smooth_or_compressed_edges_is_one_class(tmp_path: Path, quality: int) -> None:
     rows, columns = np.mgrid[:256, :256]
     disc = (rows - 120) ** 2 + (columns - 130) ** 2 < 60**2
@@ -106,7 +112,7 @@ def test_one_structure_with_smooth_or_compressed_edges_is_one_class(tmp_path: Pa
 
 
 def test_a_compressed_label_map_and_a_photograph_are_refused(tmp_path: Path) -> None:
-    labels = (LABELS % 3).repeat(8, 0).repeat(8, 1) * 127
+    labels = (LABELS % 3).repeat(9, 0).repeat(9, 1) * 127
     Image.fromarray(labels).save(tmp_path / "l.jpg", quality=80)
     photograph = Image.fromarray(picture(64)).resize((256, 256), Image.Resampling.BICUBIC)
     for path in (tmp_path / "l.jpg", write(tmp_path / "photo.png", photograph)):
