@@ -20,6 +20,9 @@ app = typer.Typer(
 # Each module defines `register(app)`; heavy imports happen inside its command functions.
 COMMANDS = ("env", "data", "tokenizer", "train", "evaluate", "predict", "report", "pack", "bench", "reproduce")
 
+# How PyTorch's allocators of the CPU and of CUDA begin, and C++.
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
+
 for _name in COMMANDS:
     importlib.import_module(f"ntpseg.commands.{_name}").register(app)
 
@@ -30,7 +33,11 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         _end(error)
+    except ImportError as error:
+        _end(ValueError(f"a package is missing or does not fit ({error}); install it, or choose a setting without it"))
     except Exception as error:
+        if isinstance(error, MemoryError) or any(words in _chain(error) for words in _OUT_OF_MEMORY):
+            _end(ValueError(f"{_first_line(error)}; make the batch, the model or the images smaller"))
         # safetensors wraps what the operating system says, and PyTorch's writer only sees that its file is too short.
         if not any(words in _chain(error) for words in ("No space left on device", "unexpected pos")):
             raise
@@ -46,6 +53,11 @@ def _end(error: Exception) -> None:
         message = f"{error.filename or 'a file could not be written'}: {error.strerror}; {cure(error)}"
     typer.secho(f"ntpseg: {message}", fg="red", err=True)
     sys.exit(2)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says before its details."""
+    return next(iter(str(error).splitlines()), "") or "memory ran out"
 
 
 def _chain(error: BaseException | None) -> str:

@@ -97,6 +97,8 @@ def make_trainer(
     set_seed(config.seed)
     training, validation = prepared.training, prepared.validation
     data = make_datasets(config, prepared)
+    if validation is None and args.load_best_model_at_end:
+        raise ValueError("training.load_best_model_at_end must be false without a validation split, got true")
     if validation is None and args.eval_strategy != IntervalStrategy.NO:
         print("the data set has no validation split: there will be no evaluation while training", file=sys.stderr)
         args.eval_strategy = IntervalStrategy.NO

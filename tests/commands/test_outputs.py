@@ -114,6 +114,12 @@ def test_a_configuration_of_the_users_is_not_replaced(tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "runs"), "runs: Permission denied; choose another folder"),
         (FileNotFoundError("path must be an existing data set, got x"), "path must be an existing data set, got x"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device; free space"),
+        (ModuleNotFoundError("No module named 'galore_torch'"), "No module named 'galore_torch'); install it"),
+        (MemoryError(), "memory ran out; make the batch"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8\nstack"),
+            "can't allocate memory: 8;",
+        ),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"), "No space left on device"),
     ],
 )

@@ -85,7 +85,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 # An evaluation that was due at an epoch's end and cut off by a kill is not made up.
-ALL_EVALUATIONS = False
+ALL_EVALUATIONS = True
 EVENTS = (
     "on_epoch_begin",
     "on_step_begin",

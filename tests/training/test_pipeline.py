@@ -179,6 +179,9 @@ def test_bad_data_is_refused_with_a_table(tmp_path) -> None:
     left = [json.loads(line)["kind"] for line in (run / "left_out.jsonl").read_text().splitlines()]
     assert sorted(left) == ["missing mask", "unreadable file"]
     assert json.loads((run / "prepared.json").read_text())["pairs"] == {"training": 4, "validation": 0}
+    best = ["training.load_best_model_at_end=true", "training.eval_strategy=epoch", "training.save_strategy=epoch"]
+    with pytest.raises(ValueError, match="load_best_model_at_end must be false without a validation split, got true"):
+        train(load_config(run, [*best, f"output={tmp_path / 'best'}"]), progress=False)
     assert (run / "model" / "model.safetensors").is_file()
 
 
