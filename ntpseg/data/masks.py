@@ -21,7 +21,7 @@ LARGEST_LABEL = 15
 # A lossless mask has few values, a grey picture with JPEG noise or smooth shades has more.
 FEW_VALUES = 32
 # With at most so many values none of them is noise.
-_NOISELESS = 5
+_NOISELESS = 3
 _LISTED = 8
 
 
