@@ -7,15 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ntpseg.commands.options import Layout
+from ntpseg.commands.options import Layout, MaskValue
 
 data = typer.Typer(name="data", help="Check and count data sets, write the chest CT demo.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the data set, or a manifest file.", show_default=False)]
-
-MaskValue = Annotated[
-    str, typer.Option(help="Class of label maps whose table names none: a number, or a colour such as #ff0000.")
-]
 KeepEmpty = Annotated[bool, typer.Option("--keep-empty", help="Cases without a finding are no fault.")]
 
 

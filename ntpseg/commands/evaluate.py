@@ -13,6 +13,7 @@ from ntpseg.commands.options import (
     Device,
     Dtype,
     Layout,
+    MaskValue,
     Method,
     Mirror,
     Passes,
@@ -40,6 +41,7 @@ def evaluate(
         str | None, typer.Option(help="train, val or test; by default test, or val if there is none.")
     ] = None,
     layout: Layout = "auto",
+    mask_value: MaskValue = "",
     out: Annotated[Path | None, typer.Option(help="Result folder; RUN/eval/SPLIT by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
     text_check: Annotated[int, typer.Option(help="Cases decoded again with an empty and a wrong text.", min=0)] = 256,
@@ -56,7 +58,7 @@ def evaluate(
     """Decode a split, score it, and write summary.json, cases.csv and the masks."""
     from rich.console import Console
 
-    from ntpseg.data import problem_table
+    from ntpseg.data import MaskOptions, problem_table
     from ntpseg.data.loading import list_dataset
     from ntpseg.data.problems import DataProblems
     from ntpseg.evaluation import EvaluationOptions
@@ -87,10 +89,10 @@ def evaluate(
     root = run_directory(model)
     if root.is_file() and out is None:
         raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
-    masks = None
+    masks = MaskOptions(mask_value=mask_value)
     if data is None:
         data, layout = data_of(root)
-        masks = masks_of(root)
+        masks = masks if mask_value else masks_of(root)
     listing = list_dataset(data, layout, masks)
     labelled = [r for r in listing.records if r.mask is not None]
     split = split or default_split(labelled)

@@ -16,6 +16,9 @@ def choices(names: tuple[str, ...]) -> str:
 
 
 Layout = Annotated[str, typer.Option(help=choices(LAYOUT_NAMES))]
+MaskValue = Annotated[
+    str, typer.Option(help="Class of label maps whose table names none: a number, or a colour such as #ff0000.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad pairs out, and list them.")]
 BatchSize = Annotated[int, typer.Option(help="Images decoded together.")]

@@ -12,7 +12,7 @@ from ntpseg.commands.options import BatchSize, Device, Dtype, Method, Mirror, Pa
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ntpseg.generation import Prediction
+    from ntpseg.generation.writing import Written
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +85,7 @@ def predict(
         written = write_predictions(segmenter, targets)
         for _, reason in written.failed:
             raise ValueError(reason)
-        _describe(console, targets[0].mask, written.last)
+        _describe(console, targets[0].mask, written)
         return
     with stage_progress(console) as progress:
         written = write_predictions(segmenter, targets, counter(progress, "decoding", len(targets)), table=out)
@@ -100,12 +100,14 @@ def predict(
         raise typer.Exit(1)
 
 
-def _describe(console: Console, mask: Path, prediction: Prediction | None) -> None:
+def _describe(console: Console, mask: Path, written: Written) -> None:
+    prediction = written.last
     assert prediction is not None
     height, width = prediction.mask.shape
     area, confidence = 100 * prediction.mask.mean(), prediction.confidence.mean()
     console.print(
-        f"{mask}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {confidence:.2f}",
+        f"{mask}: {width} x {height} pixels, {area:.1f} % foreground, mean confidence {confidence:.2f}"
+        + ("" if written.window is None else f", grey levels {written.window} of the image stretched to 0..255"),
         highlight=False,
         soft_wrap=True,
     )

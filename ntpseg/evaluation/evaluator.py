@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntpseg.data import read_image, read_truth, resize_mask
+from ntpseg.data import read_truth, read_windowed, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, segmentation_metrics
@@ -22,6 +22,7 @@ from ntpseg.utils.progress import StageCallback, counter
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
+    from ntpseg.data.images import Window
     from ntpseg.generation import Generated, Segmenter
     from ntpseg.generation.segmenter import EncodedImages
 
@@ -86,16 +87,18 @@ class _Evaluator:
         def images() -> Any:
             for i, record in enumerate(self.cases):
                 self.progress("reading", i + 1, len(self.cases))
-                pixels, mask = read_image(record.image), read_truth(record)
+                (pixels, window), mask = read_windowed(record.image), read_truth(record)
                 if mask.shape != pixels.shape[:2]:
                     raise ValueError(
                         f"masks must have their image's size, {list(pixels.shape[:2])}, got {list(mask.shape)} in "
                         f"{record.mask} of case {record.case!r}"
                     )
                 self.truth.append(mask)
+                self.windows.append(window)
                 yield pixels
 
         self.truth: list[np.ndarray] = []
+        self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())
         generated = self._decode("decoding", encoded, self.texts)
         masks = self._masks(generated, range(len(self.cases)))
@@ -127,6 +130,7 @@ class _Evaluator:
         }
         probability = np.stack([np.rint(p * 255).astype(np.uint8) for p in self.segmenter.probabilities(generated)])
         result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, probability)
+        result.windows = self.windows
         if self.options.text_check:
             self._text_check(encoded, result)
         summary["grouped_by"], groups = group_cases(self.cases)

@@ -18,6 +18,7 @@ from ntpseg.utils.outputs import check_file, check_folder, check_not_inputs, is_
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
+    from ntpseg.data.images import Window
 
 MAX_NAME = 200
 
@@ -36,6 +37,7 @@ class Evaluation:
         probability: uint8 ``[N, S, S]``, the foreground probability of every pixel at the model's size times 255.
         checked: indices of the cases of the text check; `empty_dice`, `other_dice`, `other_text` and `other_masks`
             belong to them.
+        windows: how each image of more than 8 bits was brought to 8 bits, see `read_windowed`; None for the others.
     """
 
     records: list[Record]
@@ -49,6 +51,7 @@ class Evaluation:
     other_dice: np.ndarray | None = None
     other_text: list[str] = field(default_factory=list)
     other_masks: list[np.ndarray] = field(default_factory=list)
+    windows: Sequence[Window | None] = ()
 
     def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``cases.csv``, two arrays and the masks, in place of an earlier result's.
@@ -75,7 +78,8 @@ class Evaluation:
 
     def _table(self, names: list[str]) -> tuple[list[str], list[list[Any]]]:
         scores = [*METRICS, "confidence", "ceiling"]
-        columns = ["case", "subject", "text", "file", "image", "mask", "mask_value", "image_sha1", "height", "width"]
+        columns = ["case", "subject", "text", "file", "image", "mask", "mask_value", "image_sha1", "window"]
+        columns += ["height", "width"]
         columns += [*scores, *COUNTS, "empty_text_dice", "other_text", "other_text_dice"]
         position = {i: n for n, i in enumerate(self.checked)}
         rows = []
@@ -89,7 +93,9 @@ class Evaluation:
                 record.mask,
                 record.mask_value,
             ]
-            row += [hashlib.sha1(record.image.read_bytes()).hexdigest()[:16], *self.masks[i].shape]
+            window = self.windows[i] if self.windows else None
+            row += [hashlib.sha1(record.image.read_bytes()).hexdigest()[:16], "" if window is None else str(window)]
+            row += self.masks[i].shape
             row += [f"{self.per_case[name][i]:.6g}" for name in scores]
             row += [int(self.per_case[name][i]) for name in COUNTS]
             n = position.get(i)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ntpseg.data import read_image, write_png
+from ntpseg.data import read_windowed, write_png
 from ntpseg.generation.outputs import TABLE, Target
 from ntpseg.generation.overlay import draw
 from ntpseg.utils.files import write_csv
 from ntpseg.utils.outputs import cure
 
 if TYPE_CHECKING:
+    from ntpseg.data.images import Window
     from ntpseg.generation.segmenter import Prediction, Segmenter
 
-COLUMNS = ("image", "text", "mask", "area_fraction", "mean_confidence")
+COLUMNS = ("image", "text", "mask", "area_fraction", "mean_confidence", "window")
 # Images held at a time; a multiple of the batch, so that batches are full.
 CHUNK = 256
 
@@ -32,11 +33,13 @@ class Written:
         rows: of ``predictions.csv``, one for each mask, see `COLUMNS`.
         failed: file name and reason of each image that could not be read.
         last: the prediction that was written last.
+        window: of the image of `last`, see `read_windowed`.
     """
 
     rows: list[list[str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     last: Prediction | None = None
+    window: Window | None = None
 
 
 def write_predictions(
@@ -78,10 +81,10 @@ def write_predictions(
 def _write_chunk(
     segmenter: Segmenter, targets: Sequence[Target], progress: Callable[[int], None] | None, written: Written
 ) -> None:
-    readable: list[tuple[Target, np.ndarray]] = []
+    readable: list[tuple[Target, np.ndarray, Window | None]] = []
     for target in targets:
         try:
-            readable.append((target, read_image(target.job.image)))
+            readable.append((target, *read_windowed(target.job.image)))
         except Exception as error:  # decoders of broken files raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             written.failed.append((printable(target.job.image.name), reason))
@@ -89,15 +92,15 @@ def _write_chunk(
                 progress(1)
     if not readable:
         return
-    predictions = segmenter.segment_all([p for _, p in readable], [t.job.text for t, _ in readable], progress)
-    for (target, pixels), prediction in zip(readable, predictions, strict=True):
+    predictions = segmenter.segment_all([p for _, p, _ in readable], [t.job.text for t, _, _ in readable], progress)
+    for (target, pixels, window), prediction in zip(readable, predictions, strict=True):
         write_png(target.mask, prediction.mask)
         if target.overlay is not None:
             write_png(target.overlay, draw(pixels, prediction.mask))
         area, confidence = f"{prediction.mask.mean():.6f}", f"{prediction.confidence.mean():.4f}"
         names = printable(target.job.image.name), target.job.text, printable(target.mask.name)
-        written.rows.append([*names, area, confidence])
-        written.last = prediction
+        written.rows.append([*names, area, confidence, "" if window is None else str(window)])
+        written.last, written.window = prediction, window
 
 
 def printable(name: str) -> str:

@@ -1,12 +1,11 @@
 """Damaged and strange files end in one of our errors, or are read; never in another exception.
 
-Runs for about 10 s. For more examples: ``NTPSEG_FUZZ_EXAMPLES=100000 pytest -n 0 tests/data/test_fuzz_loaders.py``.
+In the suite they are shared out by what an example of each costs; see `fuzz_settings` for more.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_files import picture, square
-from hypothesis import HealthCheck, given, settings
+from fuzz_settings import fuzz_settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openpyxl import Workbook
 from PIL import Image
@@ -23,19 +23,6 @@ from PIL import Image
 from ntpseg.data import DataProblems, MaskOptions, check_records, read_image, read_mask, usable_records
 from ntpseg.data.tables import read_table
 from ntpseg.generation.folder import folder_jobs
-
-# Shared out among the tests by what an example of each costs.
-EXAMPLES = int(os.environ.get("NTPSEG_FUZZ_EXAMPLES", "1200"))
-
-
-def fuzz(share: float) -> settings:
-    return settings(
-        max_examples=max(1, int(share * EXAMPLES)),
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize="NTPSEG_FUZZ_EXAMPLES" not in os.environ,
-        database=None,
-    )
 
 
 def encoded(pixels: np.ndarray, suffix: str, mode: str | None = None, **options: object) -> bytes:
@@ -121,7 +108,7 @@ def survives(function: Callable[[], object], name: str) -> bool:
     return True
 
 
-@fuzz(0.5)
+@fuzz_settings(600)
 @given(content=mutated(IMAGES), suffix=st.sampled_from(["png", "tif", "jpg", "gif"]))
 def test_images_and_masks(place: Path, content: bytes, suffix: str) -> None:
     path = place / f"fuzz.{suffix}"
@@ -138,7 +125,7 @@ def test_the_unchanged_images_are_read(place: Path, content: bytes) -> None:
     assert survives(lambda: read_image(path), path.name)
 
 
-@fuzz(0.4)
+@fuzz_settings(480)
 @given(content=mutated(TABLES), suffix=st.sampled_from(["csv", "tsv", "xlsx", "xls"]))
 def test_tables(place: Path, content: bytes, suffix: str) -> None:
     path = place / f"fuzz.{suffix}"
@@ -149,7 +136,7 @@ def test_tables(place: Path, content: bytes, suffix: str) -> None:
     survives(lambda: folder_jobs(place / "images", None, path), "")
 
 
-@fuzz(0.05)
+@fuzz_settings(60)
 @given(member=st.sampled_from(["xl/workbook.xml", "xl/worksheets/sheet1.xml", "[Content_Types].xml"]), data=st.data())
 def test_workbooks_with_damage_inside(place: Path, member: str, data: st.DataObject) -> None:
     buffer = io.BytesIO()
@@ -162,7 +149,7 @@ def test_workbooks_with_damage_inside(place: Path, member: str, data: st.DataObj
     survives(lambda: read_table(path), path.name)
 
 
-@fuzz(0.05)
+@fuzz_settings(60)
 @given(
     layout=st.sampled_from(["lvit", "languide", "manifest"]),
     table=st.one_of(st.sampled_from(TABLES), mutated(TABLES)),

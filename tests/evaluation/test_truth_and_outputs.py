@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.data import Record
+from ntpseg.data.images import WINDOW_PERCENTILES
 from ntpseg.evaluation import EvaluationOptions, evaluate, segmentation_metrics
 from ntpseg.evaluation.result import file_names
 from ntpseg.evaluation.run_directory import data_of
@@ -24,6 +25,7 @@ from ntpseg.evaluation.summary import summarise_findings
 from ntpseg.evaluation.tables import finding_rows
 from ntpseg.generation import Segmenter
 from ntpseg.training.config import dump_config, load_config
+from ntpseg.utils.files import read_csv
 
 
 def invoke(*arguments: object) -> Any:
@@ -114,6 +116,29 @@ def test_bad_cases_can_be_left_out(dataset: tuple[Path, list[Record]], tmp_path:
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["cases"] == 3
     assert "30x20" in result.stderr
+
+
+def test_a_class_of_label_maps_is_chosen_and_windows_are_recorded(
+    dataset: tuple[Path, list[Record]], tmp_path: Path
+) -> None:
+    manifest, records = dataset
+    for record in records:
+        labels = np.zeros_like(np.asarray(Image.open(record.mask)))  # type: ignore[arg-type]
+        labels[:8, :8], labels[10:20, :8] = 1, 2
+        Image.fromarray(labels).save(record.mask)  # type: ignore[arg-type]
+    deep = np.asarray(Image.open(records[0].image).convert("L")).astype(np.uint16) * 16
+    Image.fromarray(deep).save(records[0].image)
+    common = ("eval", "--model", shared()[2], "--data", manifest, "--out", tmp_path / "out")
+    assert "several classes" in refused(*common)
+    result = invoke(*common, "--mask-value", "2")
+    assert result.exit_code == 0, result.output
+    rows = {row["case"]: row for row in read_csv(tmp_path / "out" / "cases.csv")}
+    for record in records:
+        row = rows[record.case]
+        assert int(row["true"]) == 80, "the pixels of class 2"
+        assert (row["window"] == "") == (record is not records[0])
+    low, high = map(float, rows[records[0].case]["window"].split(".."))
+    assert (low, high) == tuple(np.percentile(deep, WINDOW_PERCENTILES))
 
 
 def test_the_function_refuses_a_mask_of_another_size(dataset: tuple[Path, list[Record]]) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from ntpseg.cli import app, main
 from ntpseg.generation import Segmenter
 from ntpseg.generation.folder import folder_jobs
+from ntpseg.utils.files import read_csv
 
 
 def invoke(*arguments: object) -> Any:
@@ -102,6 +103,22 @@ def test_other_inputs_are_no_outputs(images: Path, tmp_path: Path) -> None:
     arguments = ["--image", str(images / "a.png"), "--text", "x", "--out", str(tmp_path / "config.png")]
     result = CliRunner().invoke(app, ["predict", "--model", str(run), *arguments])
     assert "must not replace what is read" in str(result.exception)
+
+
+def test_the_window_of_a_deep_image_is_recorded(images: Path, tmp_path: Path) -> None:
+    """One burnt-out pixel does not flatten the picture: the mask is that of the picture without it."""
+    picture = np.asarray(Image.open(images / "a.png").convert("L")).astype(np.uint16) * 16
+    Image.fromarray(picture).save(images / "a.png")
+    picture[0, 0] = 65535
+    Image.fromarray(picture).save(images / "b.png")
+    result = invoke("--image", images, "--text", TEXTS[0], "--out", tmp_path / "o")
+    assert result.exit_code == 0, result.output
+    windows = {row["image"]: row["window"] for row in read_csv(tmp_path / "o" / "predictions.csv")}
+    assert windows["a.png"] == windows["b.png"] != "" and windows["c.png"] == ""
+    masks = [np.asarray(Image.open(tmp_path / "o" / name)) for name in ("a.png", "b.png")]
+    assert np.mean(masks[0] != masks[1]) < 0.01
+    single = invoke("--image", images / "b.png", "--text", TEXTS[0], "--out", tmp_path / "b.png")
+    assert f"grey levels {windows['b.png']} of the image" in " ".join(single.output.split())
 
 
 def test_every_image_gets_a_mask_of_its_own(images: Path, tmp_path: Path) -> None:

@@ -1,23 +1,20 @@
 """Configurations that nobody would write: all of them end in one line, or load and can be saved and read again.
 
-``NTPSEG_FUZZ_EXAMPLES`` sets how many of each kind are drawn.
+See `fuzz_settings` for how many of each kind are drawn.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from fuzz_settings import fuzz_settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ntpseg.training.config import dump_config, load_config
-
-EXAMPLES = int(os.environ.get("NTPSEG_FUZZ_EXAMPLES", "50"))
-bounded = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 SECTIONS: dict[str, list[str]] = {
     "data": ["path", "layout", "size", "channels", "augment", "variants", "mask_noise", "skip_bad", "cache"],
@@ -76,7 +73,7 @@ def from_file(content: bytes) -> None:
         refused_or_loaded(path, [])
 
 
-@bounded
+@fuzz_settings(50)
 @given(st.lists(st.tuples(st.sampled_from([*KEYS, *DEEP]), values), min_size=1, max_size=3))
 def test_a_value_of_any_kind_at_any_key(pairs: list[tuple[str, Any]]) -> None:
     content: dict[str, Any] = {}
@@ -92,7 +89,7 @@ def test_a_value_of_any_kind_at_any_key(pairs: list[tuple[str, Any]]) -> None:
     from_file(yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
 
-@bounded
+@fuzz_settings(50)
 @given(st.binary(max_size=60) | st.lists(words, max_size=30).map(lambda parts: "".join(parts).encode()))
 @example(b"")
 @example(b"\xff\xfe\x00")
@@ -104,7 +101,7 @@ def test_files_that_are_no_configuration(content: bytes) -> None:
     from_file(content)
 
 
-@bounded
+@fuzz_settings(50)
 @given(
     st.lists(
         st.one_of(
