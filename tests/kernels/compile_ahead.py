@@ -37,6 +37,7 @@ from ntpseg.kernels.workspace import LossWeights, RowStats
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
     torch.int16: "*i16",

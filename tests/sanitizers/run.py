@@ -94,7 +94,19 @@ def main() -> int:
             )
     library = build(BUILD)
     tests = sys.argv[1:] or [*TESTS, *(f"--ignore={name}" for name in LEFT_OUT)]
-    command = [sys.executable, "-m", "pytest", "-p", "sanitized_extension", "-n", "0", "--timeout=0", *tests]
+    # a report goes to file descriptor 2 and ends the process: captured, it would be lost
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "sanitized_extension",
+        "-n",
+        "0",
+        "--timeout=0",
+        "--capture=sys",
+        *tests,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(library))
     print("sanitizers: no report" if done.returncode == 0 else f"sanitizers: FAILED with exit code {done.returncode}")
     return done.returncode
