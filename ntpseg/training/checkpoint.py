@@ -102,7 +102,7 @@ def fault(checkpoint: Path) -> str | None:
     """Why training cannot go on from a checkpoint, in one line; None where it can.
 
     Checked are the size and hash of every file, that no part of the state is missing, and what its pickles call. A
-    checkpoint of a release before 0.3 has no manifest; that its files can be read is checked then.
+    checkpoint of a release before 0.2 has no manifest; that its files can be read is checked then.
     """
     if (checkpoint / MANIFEST).is_file():
         wrong = damage(checkpoint)

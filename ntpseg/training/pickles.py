@@ -42,7 +42,7 @@ _INDEX_NAMES = (
     ("collections", "OrderedDict"),
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-# Written by releases before 0.3, and never read.
+# Written by releases before 0.2, and never read.
 NEVER_READ = "training_args.bin"
 
 

@@ -84,7 +84,7 @@ def check_folder(what: str, folder: Path, cure: str, name: str = MANIFEST) -> No
 
 def _read(path: Path) -> tuple[dict[str, int], dict[str, str] | None]:
     saved: Any = json.loads(path.read_text(encoding="utf-8"))
-    # Before version 0.3 the manifest of a cache held sizes alone.
+    # Before version 0.2 the manifest of a cache held sizes alone.
     if not isinstance(saved, dict) or set(saved) not in ({"bytes"}, {"bytes", _HASH}):
         raise ValueError(f"manifest must hold bytes and {_HASH}")
     sizes, hashes = saved["bytes"], saved.get(_HASH)

@@ -57,7 +57,7 @@ def test_damage_of_any_file_is_refused(run, name, how) -> None:
     else:
         path.write_bytes(damaged)
     if (name, how) == ("manifest.json", "missing"):
-        assert Bundle.from_pretrained(run), "a model of a release before 0.3 has none"
+        assert Bundle.from_pretrained(run), "a model of a release before 0.2 has none"
         return
     assert name in refused(run)
 
