@@ -14,6 +14,7 @@ import pytest
 from tiny_segmenter import shared
 
 import ntpseg
+from ntpseg.utils.manifest import write_manifest
 
 PACKAGE = Path(ntpseg.__file__).parent
 # Classes of this package, which read a directory by themselves and load Hugging Face's parts as tested here.
@@ -43,7 +44,7 @@ def refuses_code(call: ast.Call) -> bool:
 
 def test_every_load_of_the_package_refuses_code() -> None:
     found = [(path, call) for path in PACKAGE.rglob("*.py") for call in loads(path.read_text(encoding="utf-8"))]
-    assert len(found) >= 6, "the calls are looked for in the wrong place"
+    assert len(found) >= 5, "the calls are looked for in the wrong place"
     assert not [f"{path.name}:{call.lineno}" for path, call in found if not refuses_code(call)]
     for bad in ("AutoTokenizer.from_pretrained(x)", "AutoConfig.from_pretrained(x, trust_remote_code=t)"):
         assert [refuses_code(call) for call in loads(bad)] == [False]
@@ -63,6 +64,8 @@ def planted(tmp_path: Path) -> tuple[Path, Path]:
     # With no class that transformers knows, the planted one is all that could be loaded.
     settings = run / "model" / "text" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "Planted"}))
+    # Who plants a module can write the hashes anew, too.
+    write_manifest(run / "model")
     return run, mark
 
 
