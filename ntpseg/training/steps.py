@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
@@ -178,8 +179,15 @@ class StepTrainer(Trainer):
 
     def _settle_step(self) -> None:
         """Count the step whose gradient is ready, or have it skipped."""
-        # A loss scaler expects gradients that overflow and finds its scale by them.
-        norm = None if self.args.fp16 else self._gradient_norm
+        norm = self._gradient_norm
+        if norm is None and not self._optimizer_skips:
+            # The Trainer computes none where it clips none.
+            grads = [p.grad for p in cast(Any, self.model).parameters() if p.grad is not None]
+            total: Any = torch.nn.utils.get_total_norm(grads)
+            norm = total.full_tensor() if isinstance(total, DTensor) else total
+        if self.args.fp16:
+            # A loss scaler expects gradients that overflow and finds its scale by them.
+            norm = None
         reason = judge_step(self._step, self._means.names, norm, self._supervised, world_size=self.args.world_size)
         self._skip_reason = reason
         if reason is None:

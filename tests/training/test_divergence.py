@@ -97,10 +97,11 @@ def test_a_broken_sample_costs_its_steps_alone(tmp_path, capsys) -> None:
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("part", ["loss", "gradient"])
-def test_hard_tokens_of_a_skipped_step_are_not_recorded(tmp_path, part) -> None:
+@pytest.mark.parametrize(("part", "clipped"), [("loss", 1.0), ("gradient", 1.0), ("gradient", 0.0)])
+def test_hard_tokens_of_a_skipped_step_are_not_recorded(tmp_path, part, clipped) -> None:
     states = States()
-    trainer = make_trainer(make_toy(8), tmp_path, callbacks=[states], num_train_epochs=2, logging_steps=2)
+    options = {"num_train_epochs": 2, "logging_steps": 2, "max_grad_norm": clipped}
+    trainer = make_trainer(make_toy(8), tmp_path, callbacks=[states], **options)
     states.trainer = trainer
     calls = []
 
