@@ -12,6 +12,8 @@ from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import MaskOptions, Record
 from ntpseg.utils.checks import check_choice
 
+_SEARCHED = 20  # folders for a hint
+
 
 def detect_layout(path: Path) -> Layout:
     """Recognise the layout of a data set by its files and folders.
@@ -23,7 +25,25 @@ def detect_layout(path: Path) -> Layout:
         if layout.matches(path):
             return layout
     known = ", ".join(f"{layout.name} ({layout.describe})" for layout in LAYOUTS.values())
-    raise ValueError(f"path must have one of the known layouts {known}, got {path}")
+    deeper = "".join(f"; {folder} has one: give that" for folder in _folders_below(path) if _matches(folder))
+    raise ValueError(f"path must have one of the known layouts {known}, got {path}{deeper}")
+
+
+def _matches(path: Path) -> bool:
+    return any(layout.matches(path) for layout in LAYOUTS.values())
+
+
+def _folders_below(path: Path) -> list[Path]:
+    """Some folders in `path`, and in those: archives unpack into a folder of their own, and downloads into another."""
+    first = _folders(path)[:_SEARCHED]
+    return first + [folder for outer in first for folder in _folders(outer)][:_SEARCHED]
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(folder for folder in path.iterdir() if folder.is_dir())
+    except OSError:
+        return []
 
 
 def list_dataset(path: str | PathLike[str], layout: str = "auto", masks: MaskOptions | None = None) -> Listing:

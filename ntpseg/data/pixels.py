@@ -141,6 +141,8 @@ def _described(path: Path) -> str:
         return f"one that cannot be opened ({error.strerror})"
     if start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"<":
         return "a web page or XML: a download that failed?"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of the file: run git lfs pull"
     if start[128:132] == b"DICM":
         return "DICOM: export it as PNG or TIFF"
     if start[:2] == b"\x1f\x8b" or start[344:347] in (b"n+1", b"ni1"):

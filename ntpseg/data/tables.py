@@ -68,9 +68,11 @@ class Table:
         columns = tuple(columns)
         if missing := [name for name in columns if name not in self.columns]:
             found = _short(", ".join(self.columns))
-            raise ValueError(f"{self.path} must have the column {', '.join(missing)}, got {found} in its first row")
+            reason = f"must have the column {', '.join(missing)}, got {found} in its first row; name its columns there"
+            raise ValueError(f"{self.path} {reason}") from ValueError(f"it {reason}")
         if twice := [name for name in columns if self.columns.count(name) > 1]:
-            raise ValueError(f"{self.path} must have the column {', '.join(twice)} once, got it twice; rename one")
+            reason = f"must have the column {', '.join(twice)} once, got it twice; rename one"
+            raise ValueError(f"{self.path} {reason}") from ValueError(f"it {reason}")
 
     def refuse_faults(self) -> None:
         """Raise a `ValueError` that names the rows with a fault, if there are any."""
@@ -140,6 +142,8 @@ def _read_table(path: Path) -> Table:
     text = _decode(content)
     if text.lstrip()[:1] == "<":
         raise ValueError("a web page or XML: a download that failed? download it again, or save it as .xlsx or CSV")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a Git LFS pointer instead of the file; run git lfs pull")
     if path.suffix.lower() == ".xls":
         raise ValueError("text under the name of an old Excel file (.xls), which is not read; name it .csv")
     return _table(path, _read_text(text))

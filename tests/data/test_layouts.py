@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from dataset_files import picture, save, square, table
 
-from ntpseg.data import Record, case_of, load_records, read_image, read_mask, subject_of
+from ntpseg.data import Record, case_of, check_records, load_records, read_image, read_mask, subject_of
+from ntpseg.generation.folder import folder_jobs
 
 
 def by_case(records: list[Record]) -> dict[str, Record]:
@@ -66,6 +67,28 @@ def test_lvit_naming(lvit: Callable, names: tuple[str, str, str]) -> None:
     assert record.mask is not None and record.mask.name == names[1]
     assert (record.split, record.case, record.text) == ("train", case_of(names[0]), f"Text of {names[2]}.")
     assert read_image(record.image).shape == read_mask(record.mask).shape
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "listed", "hint"),
+    [
+        ("001.png", "001.png", "1", "is 001.png meant? the table lost the zeros in front"),
+        ("a.png", "a.png", "img/a.png", "is a.png meant? write the name without its folder"),
+        ("a.png", "a.png", "C:\\data\\a.png", "is a.png meant? write the name without its folder"),
+        ("a.png", "a_seg.png", "a.png", "is a_seg.png meant? name it a.png"),
+        ("left_12.png", "left_12.png", "lft_12.png", "is left_12.png meant?"),
+    ],
+)
+def test_names_that_do_not_fit_are_told_what_is_there(
+    lvit: Callable, tmp_path: Path, image: str, mask: str, listed: str, hint: str
+) -> None:
+    root = lvit({"Train": [(image, mask, listed)]})
+    assert any(hint in problem.detail for problem in check_records(root)), check_records(root)
+    texts = tmp_path / "texts.csv"
+    texts.write_text(f"image,text\n{listed},The left lung.\n", encoding="utf-8")
+    if image == mask and "? " in hint:
+        with pytest.raises(ValueError, match=re.escape(hint)):
+            folder_jobs(root / "Train_Folder" / "img", None, texts)
 
 
 def test_table_and_file_names_in_different_unicode_forms(lvit: Callable) -> None:
@@ -234,6 +257,16 @@ def test_unknown_layouts(tmp_path: Path) -> None:
     for layout, needed in (("lvit", "Train_Folder"), ("languide", "prompt"), ("manifest", r"manifest\.csv")):
         with pytest.raises(ValueError, match=needed):
             load_records(tmp_path, layout)
+
+
+@pytest.mark.parametrize("deeper", ["QaTa", "archive/QaTa"])
+def test_a_data_set_in_a_folder_of_its_own_is_found_and_named(lvit: Callable, tmp_path: Path, deeper: str) -> None:
+    root = lvit({"train": [("a.png", "a.png", "The left lung.")]})
+    outer = tmp_path / "unpacked"
+    (outer / deeper).parent.mkdir(parents=True)
+    root.rename(outer / deeper)
+    with pytest.raises(ValueError, match=re.escape(f"{outer / deeper} has one: give that")):
+        load_records(outer)
 
 
 def test_manifest_without_the_needed_columns(tmp_path: Path) -> None:

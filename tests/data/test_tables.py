@@ -65,11 +65,12 @@ REFUSED = {
     "two open quotes": (HEADER.encode() + b'a.png,"T.\nb.png,T."\n', "row 2", "close it"),
     "text beside a quote": (HEADER.encode() + b'a.png,"left" lung\n', "row 2", "double quotes"),
     "html": (b"<!DOCTYPE html><html><table>", "", "web page"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "", "git lfs pull"),
     "old excel": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "", "save it as .xlsx"),
     "nothing": (b"", "", "empty file (0 bytes)"),
     "blanks": (b"\n\n", "", "no row"),
     "two of a column": (b"Image,Description,Description\na.png,x,y\n", "", "rename one"),
-    "no header": (b"a.png,The left lung.\n", "first row", "must have the column image, description"),
+    "no header": (b"a.png,The left lung.\n", "first row", "; name its columns there"),
     "header only": (HEADER.encode(), "", "header and no row"),
 }
 
@@ -80,6 +81,7 @@ def test_faults_name_row_and_cure(pair: Callable, name: str, content: bytes, row
     if name.endswith("xlsx") and b"\0" in content[:512] and not content.startswith(b"\xd0"):
         pytest.skip("a damaged workbook")
     shown = [f"{p.name} {p.detail}" for p in check_records(pair(content, name))]
+    assert all(text.count(name) == 1 for text in shown if cure in text), shown
     assert any(name in text and row in text and cure in text for text in shown), shown
 
 
@@ -94,7 +96,7 @@ def test_faults_are_the_same_for_predict(tmp_path: Path, content: bytes, row: st
     assert "t.csv" in message and "\n" not in message
     if cure == "header and no row":
         assert "at least one row" in message
-    elif "must have the column" in cure:
+    elif "name its columns" in cure:
         assert "columns image and text" in message
     else:
         assert row in message and cure in message

@@ -86,8 +86,10 @@ class FolderIndex:
             place = path.relative_to(self.folder.parent).as_posix()
             return f"; {place} has this name: files must lie in {self.folder.name} itself, not in a folder inside"
         self._hinted += 1
-        close = difflib.get_close_matches(name, self._names, 1, 0.8) if self._hinted <= _HINTED else []
-        return f"; is {close[0]} meant?" if close else ""
+        if self._hinted > _HINTED:
+            return ""
+        close = difflib.get_close_matches(name, self._names, 1, 0.8)
+        return _meant(name, self._names) or (f"; is {close[0]} meant?" if close else "")
 
     def cases(self) -> set[str]:
         """The cases of all files here."""
@@ -154,6 +156,7 @@ class FolderNames:
         self._by_name = NameMatcher(self._names, (str.casefold,))
         self._by_stem = NameMatcher(self._stems, (str.casefold, plain_number))
         self._below: dict[str, Path] | None = None
+        self._hinted = 0
 
     def __call__(self, name: str) -> Path | None:
         """The file `name`, or of this name without extension (the first of several); else the only one that differs
@@ -169,12 +172,37 @@ class FolderNames:
         return None if meant is None else self._names[meant]
 
     def hint(self, name: str) -> str:
-        """Where a file of this name is instead, for a message; "" where there is none below the folder."""
+        """What is there instead of `name`, for a message; "" where nothing like it is."""
         if self._below is None:
             below = reversed(list(files_below(self.folder)))
             self._below = {normalise_name(path.name).casefold(): path for path in below}
         found = self._below.get(normalise_name(name).casefold())
-        return "" if found is None else f"; {found.relative_to(self.folder).as_posix()} has this name"
+        if found is not None:
+            return f"; {found.relative_to(self.folder).as_posix()} has this name"
+        self._hinted += 1
+        return _meant(name, self._names) if self._hinted <= _HINTED else ""
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    """Which of `names` is meant by a `name` that is none, for a message; "" where none or several may be."""
+    files = list(names)
+    stem = _stem(re.split(r"[/\\]", normalise_name(name))[-1])
+    if found := _only(file for file in files if _stem(file) == stem):
+        return f"; is {found} meant? write the name without its folder"
+    if stem.isdecimal() and (found := _only(f for f in files if _stem(f).lstrip("0") == stem.lstrip("0"))):
+        return f"; is {found} meant? the table lost the zeros in front: make its column text"
+    if found := _only(file for file in files if re.match(rf"{re.escape(stem)}[^0-9a-z]", _stem(file))):
+        return f"; is {found} meant? name it {stem}{known_suffix(found)}"
+    return ""
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(known_suffix(name)).casefold()
+
+
+def _only(names: Iterable[str]) -> str:
+    found = list(names)
+    return found[0] if len(found) == 1 else ""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
