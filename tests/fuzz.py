@@ -57,15 +57,30 @@ class Count:
 
 def count_tests(files: list[str], arguments: list[str]) -> int:
     """How many tests there are to share the inputs, found by a process of its own: importing them fixes their share."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", *COMMON, *arguments, *files]
+    command = [sys.executable, str(Path(__file__)), "--count", *arguments, *files]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         sys.exit(f"the fuzz tests must be there to be collected, got\n{found.stdout[-2000:]}{found.stderr[-2000:]}")
-    return sum("::" in line for line in found.stdout.splitlines())
+    return int(found.stdout.splitlines()[-1])
+
+
+class Collected:
+    """A pytest plugin that counts the tests to which hypothesis gives inputs."""
+
+    tests = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Leaves out what stands in the same files without inputs."""
+        self.tests = sum(hasattr(getattr(item, "obj", None), "hypothesis") for item in session.items)
 
 
 def main() -> int:
     """Run them."""
+    if sys.argv[1] == "--count":
+        collected = Collected()
+        code = pytest.main(["--collect-only", *COMMON, *sys.argv[2:]], plugins=[collected])
+        print(collected.tests)
+        return int(code)
     asked, arguments = int(sys.argv[1]), sys.argv[2:]
     files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_fuzz_*.py"))]
     share = -(-asked // max(count_tests(files, arguments), 1))

@@ -46,6 +46,7 @@ def predict(
     """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
     from rich.console import Console
 
+    from ntpseg.data.tables import is_sentence
     from ntpseg.generation import Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
     from ntpseg.generation.outputs import file_target, folder_targets
@@ -69,6 +70,8 @@ def predict(
     for option, path in (("--image", image), ("--model", model), ("--texts", texts)):
         if path is not None:
             check_path(option, path)
+    if text is not None and not is_sentence(text):
+        raise ValueError(f"text must be a sentence that says what to segment, got {text!r}")
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     read = [*bundle_files(model), *([texts] if texts else [])]
@@ -91,7 +94,9 @@ def predict(
         written = write_predictions(segmenter, targets, counter(progress, "decoding", len(targets)), table=out)
     if written.rows:
         console.print(
-            f"{len(written.rows)} masks and predictions.csv written to {out}", highlight=False, soft_wrap=True
+            f"{len(written.rows)} mask{'s' * (len(written.rows) > 1)} and predictions.csv written to {out}",
+            highlight=False,
+            soft_wrap=True,
         )
     for name, reason in written.failed:
         typer.secho(f"{name}: {reason}", fg="red", err=True)

@@ -39,9 +39,12 @@ class Row(dict[str, str]):
         text = self[column]
         if not text:
             return f"its caption is empty{self.reasons.get(column, '')}"
-        if text.casefold() in _NO_TEXT or not any(letter.isalpha() for letter in text):
-            return f"its caption is {_short(text)!r}, not a sentence"
-        return ""
+        return "" if is_sentence(text) else f"its caption is {_short(text)!r}, not a sentence"
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a text is more than blanks, a placeholder such as nan, or signs without a letter."""
+    return text.strip().casefold() not in _NO_TEXT and any(letter.isalpha() for letter in text)
 
 
 Rows = list[Row]

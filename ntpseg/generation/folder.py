@@ -43,7 +43,9 @@ def folder_jobs(folder: Path, text: str | None, table: Path | None) -> list[Job]
     if (text is None) == (table is None):
         number = "none" if text is None else "both"
         raise ValueError(f"exactly one of text and texts must be given for a folder, got {number}")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and known_suffix(p.name) and not p.name.startswith("."))
+    # A link to nothing is listed with the images that cannot be read.
+    found = (p for p in folder.iterdir() if p.is_file() or (p.is_symlink() and not p.exists()))
+    files = sorted(p for p in found if known_suffix(p.name) and not p.name.startswith("."))
     if not files:
         raise ValueError(f"image must be a folder with at least one image, got {folder}, a folder without images")
     if table is None:

@@ -124,7 +124,7 @@ def checked_counts(num_items: NumItems | float | Tensor | None, hidden: Tensor) 
             raise ValueError(f"num_items.het must be one number, got {brief_numbers(num_items.het)}")
     else:
         het = _count("num_items", num_items, hidden)
-        if het.numel() != 1:
+        if het.numel() != 1 or isinstance(num_items, list | tuple):
             raise ValueError(f"num_items must be a NumItems or one number, got {brief_numbers(num_items)}")
         rows = het.reshape(1).expand(heads)
     return rows.contiguous(), None if het is None else het.reshape(())

@@ -239,6 +239,10 @@ _FORMER = {
 }
 
 
+# Fields of a run's configuration that are easily looked for in this section.
+_ELSEWHERE = ("max_minutes", "max_skipped_steps", "clock", "output")
+
+
 def check_training(fields: Mapping[Any, Any]) -> None:
     """Check the names and values of a configuration's ``training`` section.
 
@@ -253,6 +257,10 @@ def check_training(fields: Mapping[Any, Any]) -> None:
             got = "a value" if "token" in name else shown(value)  # a token of the hub is a secret
             raise ValueError(f"training.{name} must not be set ({why}), got {got}")
         if name not in known:
+            if name in _ELSEWHERE:
+                raise ValueError(
+                    f"training.{name} must not be set (it stands outside of training: {name}=...), got {shown(value)}"
+                )
             near = difflib.get_close_matches(str(name), ACCEPTED, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"training must hold fields of transformers.TrainingArguments, got {shown(name)}{hint}")

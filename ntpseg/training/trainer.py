@@ -114,7 +114,10 @@ class NTPSegTrainer(StepTrainer):
                 f"training must take at least one step, got none (num_train_epochs={self.args.num_train_epochs:g}, "
                 f"max_steps={self.args.max_steps})"
             )
-        if self._steps_counted and not self._moved:
+        if not self._steps_counted:
+            step, last = self.state.global_step, self.state.max_steps
+            self._warn(f"no step was left to train: the checkpoint is of step {step}, and training ends with {last}")
+        elif not self._moved:
             self._warn("every step had a learning rate of 0: the weights are those of the start")
         if self.budget is not None and self.state.global_step < self.state.max_steps and (self.state.epoch or 0) < 1:
             self._warn(

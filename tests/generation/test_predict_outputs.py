@@ -105,6 +105,20 @@ def test_other_inputs_are_no_outputs(images: Path, tmp_path: Path) -> None:
     assert "must not replace what is read" in str(result.exception)
 
 
+@pytest.mark.usefixtures("no_decoding")
+@pytest.mark.parametrize("text", ["", "  ", "nan", "N/A", "-"])
+def test_a_sentence_is_one(images: Path, tmp_path: Path, text: str) -> None:
+    for image in (images, images / "a.png"):
+        assert "text must be a sentence" in refused("--image", image, "--text", text, "--out", tmp_path / "o.png")
+
+
+def test_a_link_to_nothing_is_listed(images: Path, tmp_path: Path) -> None:
+    (images / "d.png").symlink_to(tmp_path / "nowhere.png")
+    result = invoke("--image", images, "--text", TEXTS[0], "--out", tmp_path / "o")
+    assert result.exit_code == 1 and "d.png" in result.stderr
+    assert {p.name for p in (tmp_path / "o").glob("*.png")} == {"a.png", "b.png", "c.png"}
+
+
 def test_the_window_of_a_deep_image_is_recorded(images: Path, tmp_path: Path) -> None:
     """One burnt-out pixel does not flatten the picture: the mask is that of the picture without it."""
     picture = np.asarray(Image.open(images / "a.png").convert("L")).astype(np.uint16) * 16

@@ -106,6 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"num_items": v}, "num_items must be finite and >= 0, got ")
         for v in (-1, NAN, INF, HUGE, True, "3", {"rows": 3}, torch.tensor(-1), torch.tensor(NAN), torch.tensor(True))
     ),
+    ({"num_items": [1]}, "num_items must be a NumItems or one number, got [1"),
     ({"num_items": torch.ones(2)}, "num_items must be a NumItems or one number, got [1.0, 1.0]"),
     ({"num_items": torch.tensor(2.0, device="meta")}, "num_items must be finite and >= 0, got float32 [] on meta"),
     ({"num_items": NumItems([1, 2], 0)}, "num_items.rows must hold 3 numbers, one per head, got [1, 2]"),

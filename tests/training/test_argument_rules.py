@@ -45,6 +45,11 @@ HONOURED: dict[str, Any] = {
 }
 
 
+def test_a_setting_of_the_run_is_told_where_it_stands() -> None:
+    with pytest.raises(ValueError, match=r"max_skipped_steps must not be set \(it stands outside"):
+        check_training({"max_skipped_steps": 1})
+
+
 def test_every_field_has_one_rule() -> None:
     assert not set(ACCEPTED) & set(REFUSED)
     new = set(FIELDS) - set(ACCEPTED) - set(REFUSED)
