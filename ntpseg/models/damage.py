@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
 from ntpseg.models.bundle import bundle_files
+from ntpseg.utils.manifest import unreadable
 
 # A sharded model has an index in place of its one file of weights.
 _NEEDED = ("config.json", "sequence.json", "vision/config.json", "vision/model.safetensors")
@@ -21,7 +21,7 @@ def damaged_file(directory: str | Path) -> str | None:
     if not folder.is_dir():
         return f"{folder} is not there"
     for file in sorted(bundle_files(path)):
-        reason = _reason(file)
+        reason = unreadable(file)
         if reason:
             return f"{file} is damaged: {reason}"
     for name in _NEEDED:
@@ -39,17 +39,3 @@ def _archive(path: Path) -> str | None:
     except Exception as error:  # zlib, struct and zipfile have errors of their own
         return f"{path} is no whole archive: {error}"
     return None if name is None else f"{path} is damaged at its entry {name}"
-
-
-def _reason(file: Path) -> str | None:
-    from safetensors import safe_open
-
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            with safe_open(file, "pt"):
-                pass
-    except Exception as error:  # OSError, ValueError, SafetensorError
-        return " ".join(str(error).split())
-    return None

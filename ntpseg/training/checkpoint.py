@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ntpseg.training.pickles import NEVER_READ, find_unsafe
 from ntpseg.utils.files import atomic_open, fsync_path, remove_folder, write_json
-from ntpseg.utils.manifest import MANIFEST, damage, write_manifest
+from ntpseg.utils.manifest import MANIFEST, damage, unreadable, write_manifest
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokenMemory
@@ -233,16 +232,13 @@ def _unreadable(checkpoint: Path) -> str | None:
     """The first file of a checkpoint without a manifest that cannot be read to its end."""
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint).as_posix()
+        if (reason := unreadable(path)) is not None:
+            return f"{name} cannot be read ({reason})"
         try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.suffix in (".pt", ".pth", ".bin") and path.name != NEVER_READ:
+            if path.suffix in (".pt", ".pth", ".bin") and path.name != NEVER_READ:
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip() is not None:
                         return f"{name} is damaged"
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             return f"{name} cannot be read ({error})"
     return None if _json(checkpoint / _STATE) is not None else f"{_STATE} is missing"

@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import fsync_path, write_json
 
 MANIFEST = "manifest.json"
@@ -80,6 +83,19 @@ def check_folder(what: str, folder: Path, cure: str, name: str = MANIFEST) -> No
     """
     if (folder / name).is_file() and (wrong := damage(folder, name)) is not None:
         raise ValueError(f"{what} must be whole, got {str(folder)!r}, where {wrong}; {cure}")
+
+
+def unreadable(file: Path) -> str | None:
+    """Why a JSON or safetensors file cannot be read, in one line; None where it can, and of files of other kinds."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        return one_line(error)
+    return None
 
 
 def _read(path: Path) -> tuple[dict[str, int], dict[str, str] | None]:
