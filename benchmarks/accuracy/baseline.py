@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks.accuracy.common import arrays, score, split, write
 from benchmarks.accuracy.networks import ImageDynUNet, Sentences, TextUNet, WordAttentionUNet
-from ntpseg.data import Augmentation
+from ntpseg.data import Augmentation, swap_laterality
 from ntpseg.evaluation.metrics import dice_scores
-from ntpseg.training.decoding_choice import THRESHOLDS
+from ntpseg.training.decoding_choice import GAIN_PER_PASS, THRESHOLDS
 from ntpseg.training.ema import WeightAverage
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.muon import Muon
@@ -75,6 +75,11 @@ class Trainer:
                 logits = self.network(pixels, self.code(texts[i : i + 32]))
                 probabilities.append(logits[:, 0].float().sigmoid().cpu().numpy())
         return np.concatenate(probabilities)
+
+    def predict_both(self, images: np.ndarray, texts: list[str]) -> np.ndarray:
+        """The mean of what `predict` gives for the images and for their mirror images, sides exchanged in the text."""
+        mirrored = self.predict(np.ascontiguousarray(images[..., ::-1]), [swap_laterality(text) for text in texts])
+        return (self.predict(images, texts) + mirrored[..., ::-1]) / 2
 
     def batch(self, chosen: np.ndarray, seed: int) -> tuple[Tensor, Tensor, list[str]]:
         """Augmented images, masks and sentences."""
@@ -208,13 +213,19 @@ def main() -> None:
     for name in ("val", "test") if args.test else ("val",):
         records = split(args.data, name)
         images, truth = arrays(records, args.size, args.channels)
-        started = time.perf_counter()
-        probability = trainer.predict(images, [r.text for r in records])
-        result["images_per_second"] = len(records) / (time.perf_counter() - started)
+        texts = [r.text for r in records]
         if name == "val":
             # As for this package's model, so that both read out at their best.
-            by_threshold = {t: float(dice_scores(probability >= t, truth).mean()) for t in THRESHOLDS}
-            result["threshold"] = max(THRESHOLDS, key=lambda t: (by_threshold[t], -abs(t - 0.5)))
+            scores: dict[tuple[bool, float], float] = {}
+            for mirror in (False, True) if trainer.augmentation.flip else (False,):
+                probability = trainer.predict_both(images, texts) if mirror else trainer.predict(images, texts)
+                for t in THRESHOLDS:
+                    scores[mirror, t] = float(dice_scores(probability >= t, truth).mean())
+            best = max(scores, key=lambda key: (scores[key] - GAIN_PER_PASS * key[0], -abs(key[1] - 0.5)))
+            result["mirror"], result["threshold"] = best
+        started = time.perf_counter()
+        probability = (trainer.predict_both if result["mirror"] else trainer.predict)(images, texts)
+        result["images_per_second"] = len(records) / (time.perf_counter() - started)
         result[name] = score(records, probability.__getitem__, result["threshold"])
     write(args.out, result)
 

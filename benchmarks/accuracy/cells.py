@@ -85,8 +85,10 @@ ABLATION: dict[str, dict[str, str]] = {
 }
 # Sampling is slow, so these are scored on some validation cases.
 DECODE_CASES = 400
+_PLAIN = {"method": "refine", "no-mirror": ""}
+ONE_PASS = "one pass, then 0 refinements"
 DECODING: dict[str, dict[str, str]] = {
-    **{f"one pass, then {r} refinements": {"method": "refine", "passes": str(r)} for r in (0, 1, 2, 4)},
+    **{f"one pass, then {r} refinements": {**_PLAIN, "passes": str(r)} for r in (0, 1, 2, 4)},
     "one pass and its mirror image": {"method": "refine", "passes": "0", "mirror": ""},
     "token by token, nearest to the expected patch": {"method": "expected"},
     "mean of 8 samples": {"method": "sample", "samples": "8"},

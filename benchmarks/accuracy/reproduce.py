@@ -139,7 +139,7 @@ def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dic
         options += ["--threads", str(threads), _bf16(), "--augment", json.dumps(AUGMENT), "--out", str(path)]
         call("benchmarks.accuracy.baseline", str(data), *options, *(["--test"] if cell.final else []))
     result = json.loads(path.read_text(encoding="utf-8"))
-    kept = ("val", "test", "threshold", "steps", "parameters", "curve", "images_per_second")
+    kept = ("val", "test", "threshold", "mirror", "steps", "parameters", "curve", "images_per_second")
     return {key: result[key] for key in kept if key in result}
 
 

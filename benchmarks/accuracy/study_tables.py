@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cells import GROUPS
+from benchmarks.accuracy.cells import GROUPS, ONE_PASS
 from ntpseg.utils.files import write_text
 
 # Dice and IoU in percent as their papers print them; which family a paper means is what its code computes.
@@ -77,11 +77,7 @@ def _decoding_table(cells: Sequence[dict[str, Any]]) -> list[str]:
         "| decoding | seeds | cases | val Dice per image | val pooled | tokens per second | times one pass |",
         "|---|---|---|---|---|---|---|",
     ]
-    fastest = {
-        cell["seed"]: cell["decoding"]["seconds"]
-        for cell in cells
-        if cell["settings"] == {"method": "refine", "passes": "0"}
-    }
+    fastest = {cell["seed"]: cell["decoding"]["seconds"] for cell in cells if cell["label"] == ONE_PASS}
     for label in dict.fromkeys(cell["label"] for cell in cells):
         seeds = [cell for cell in cells if cell["label"] == label]
         speed = statistics.median(cell["decoding"]["tokens_per_second"] for cell in seeds)

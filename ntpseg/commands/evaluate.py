@@ -50,7 +50,7 @@ def evaluate(
     passes: Passes = None,
     samples: Samples = None,
     threshold: Threshold = None,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     dtype: Dtype = "auto",
     device: Device = None,
     skip_bad: SkipBad = False,
@@ -79,7 +79,7 @@ def evaluate(
         "passes": passes,
         "samples": samples,
         "threshold": threshold,
-        "mirror": mirror or None,
+        "mirror": mirror,
         "dtype": dtype,
     }
     checks = EvaluationOptions(text_check=text_check)

@@ -28,6 +28,9 @@ Passes = Annotated[int | None, typer.Option(help="refine: how often the draft of
 Samples = Annotated[int | None, typer.Option(help="sample: masks that are averaged.", min=1)]
 Threshold = Annotated[float | None, typer.Option(help="Probability from which a pixel is foreground.")]
 Mirror = Annotated[
-    bool, typer.Option("--mirror", help="Average with the mirrored image, left and right exchanged in the sentence.")
+    bool | None,
+    typer.Option(
+        "--mirror/--no-mirror", help="Average with the mirrored image, left and right exchanged in the sentence."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -39,7 +39,7 @@ def predict(
     passes: Passes = None,
     samples: Samples = None,
     threshold: Threshold = None,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -62,7 +62,7 @@ def predict(
         "passes": passes,
         "samples": samples,
         "threshold": threshold,
-        "mirror": mirror or None,
+        "mirror": mirror,
         "dtype": dtype,
     }
     console = Console()

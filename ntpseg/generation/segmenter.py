@@ -184,6 +184,17 @@ class Segmenter:
             mirrored = EncodedImages(np.concatenate(codes[True]) if has_codes else None, turned)
         return EncodedImages(np.concatenate(codes[False]) if has_codes else None, own, mirrored)
 
+    def encode_prepared(self, pixels: np.ndarray) -> EncodedImages:
+        """What `encode` gives, of images that `ntpseg.data.prepare` made, float32 ``[N, C, S, S]``."""
+        own = self._encoded(pixels)
+        turned = self._encoded(np.ascontiguousarray(pixels[..., ::-1])) if self.options.mirror else None
+        return EncodedImages(own.codes, own.pixels, turned)
+
+    def _encoded(self, pixels: np.ndarray) -> EncodedImages:
+        with torch.inference_mode():
+            codes = None if self.bundle.sequence.image_grid is None else self.image_codes(pixels)
+        return EncodedImages(codes, None if self.bundle.model.front_end is None else pixels)
+
     def image_codes(self, pixels: np.ndarray) -> np.ndarray:
         """The image tokens, int64 ``[N, h, w]``, of prepared images float32 ``[N, C, S, S]``."""
         vision, grid = self.bundle.vision, self.bundle.sequence.image_grid

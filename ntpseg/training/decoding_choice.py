@@ -1,4 +1,4 @@
-"""How a trained model decodes by default: passes and threshold chosen on the validation split, never on test."""
+"""How a trained model decodes by default: passes, threshold and mirror, chosen on validation and never on test."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ PASSES = (0, 1, 2)
 THRESHOLDS = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
 # What one more pass over the mask has to add to the mean Dice to be worth its time.
 GAIN_PER_PASS = 0.001
+# Whether the mirror image is decoded too, passes, and threshold.
+Candidate = tuple[bool, int, float]
 
 
 @dataclass(frozen=True)
@@ -27,37 +29,48 @@ class DecodingChoice:
 
     Attributes:
         options: fields of `DecodingOptions` that differ from their defaults.
-        dice: mean Dice per image by (passes, threshold); empty where there was nothing to choose.
+        dice: mean Dice per image by (mirror, passes, threshold); empty where there was nothing to choose.
         cases: validation cases that were decoded.
     """
 
     options: dict[str, Any]
-    dice: dict[tuple[int, float], float]
+    dice: dict[Candidate, float]
     cases: int
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the options, and a list of the candidates."""
-        tried = [{"passes": p, "threshold": t, "dice": round(d, 5)} for (p, t), d in self.dice.items()]
+        tried = [
+            {"mirror": mirror, "passes": passes, "threshold": threshold, "dice": round(dice, 5)}
+            for (mirror, passes, threshold), dice in self.dice.items()
+        ]
         return {"options": self.options, "cases": self.cases, "tried": tried}
 
 
 def choose_decoding(
-    bundle: Bundle, validation: PixelCache, default: DecodingOptions, *, cases: int = CASES, progress: bool = True
+    bundle: Bundle,
+    validation: PixelCache,
+    default: DecodingOptions,
+    *,
+    mirrored: bool = False,
+    cases: int = CASES,
+    progress: bool = True,
 ) -> DecodingChoice:
     """Decode validation cases with each number of refinement passes and take the best threshold of each.
 
-    The score is the mean Dice per image at the model's size. A method without a read-out of expected patches has
+    The score is the mean Dice per image at the model's size. The mean with the mirror image is tried with the passes
+    that were best without it, and counts as so many passes again. A method without a read-out of expected patches has
     nothing to choose and is kept.
 
     Args:
         bundle: the trained model.
         validation: its validation split.
         default: the method, and the options that are not chosen here.
+        mirrored: whether the model was trained on mirrored images, so that it may read them.
         cases: at most so many, spread evenly over the split.
         progress: show a progress bar.
     """
     from ntpseg.evaluation.metrics import dice_scores
-    from ntpseg.generation.segmenter import EncodedImages, Segmenter
+    from ntpseg.generation.segmenter import Segmenter
     from ntpseg.utils.progress import progress_bar
 
     if default.method != "refine":
@@ -71,15 +84,32 @@ def choose_decoding(
     inputs = bundle.model.config.mask_inputs or {}
     # Without a share of replaced inputs the model has never read a draft.
     passes_tried: Sequence[int] = PASSES if inputs.get("replaced") and inputs.get("draft") else (0,)
-    scores: dict[tuple[int, float], float] = {}
-    with progress_bar("choosing the decoding", count * len(passes_tried), enabled=progress) as advance:
-        for passes in passes_tried:
-            segmenter = Segmenter(bundle, replace(default, passes=passes))
-            codes = None if bundle.sequence.image_grid is None else segmenter.image_codes(pixels)
-            generated = segmenter.decode(EncodedImages(codes, pixels), texts, advance)
+    scores: dict[Candidate, float] = {}
+    tries_mirror = mirrored and not default.mirror
+    with progress_bar("choosing the decoding", count * (len(passes_tried) + tries_mirror), enabled=progress) as advance:
+
+        def score(mirror: bool, passes: int) -> None:
+            segmenter = Segmenter(bundle, replace(default, mirror=mirror, passes=passes))
+            generated = segmenter.decode(segmenter.encode_prepared(pixels), texts, advance)
             probability = np.stack(list(segmenter.probabilities(generated)))
             for threshold in THRESHOLDS:
-                scores[passes, threshold] = float(dice_scores(probability >= threshold, truth).mean())
-    # Ties go to fewer passes and to the threshold nearest to 0.5.
-    best = max(scores, key=lambda key: (round(scores[key] - GAIN_PER_PASS * key[0], 6), -abs(key[1] - 0.5)))
-    return DecodingChoice({"method": default.method, "passes": best[0], "threshold": best[1]}, scores, count)
+                scores[mirror, passes, threshold] = float(dice_scores(probability >= threshold, truth).mean())
+
+        for passes in passes_tried:
+            score(default.mirror, passes)
+        if tries_mirror:
+            score(True, _best(scores)[1])
+    mirror, passes, threshold = _best(scores)
+    options = {"method": default.method, "passes": passes, "threshold": threshold}
+    return DecodingChoice({**options, "mirror": True} if mirror else options, scores, count)
+
+
+def _best(scores: dict[Candidate, float]) -> Candidate:
+    """The best after the cost of its passes; ties go to fewer passes and to the threshold nearest to 0.5."""
+
+    def worth(candidate: Candidate) -> tuple[float, float]:
+        mirror, passes, threshold = candidate
+        more = (passes + 1) * (2 if mirror else 1) - 1
+        return round(scores[candidate] - GAIN_PER_PASS * more, 6), -abs(threshold - 0.5)
+
+    return max(scores, key=worth)

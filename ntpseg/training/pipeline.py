@@ -74,7 +74,8 @@ def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> Non
         trainer = make_trainer(config, prepared, args, run, progress=shown)
         checkpoint = last_checkpoint(run) if resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save(trainer, prepared, run, default_decoding(config), progress=shown)
+        mirrored = bool(config.data.augment.get("flip"))
+        _save(trainer, prepared, run, default_decoding(config), mirrored=mirrored, progress=shown)
     finally:
         end_processes()
 
@@ -189,7 +190,13 @@ def _clear(run: Path, keep: Sequence[str]) -> None:
 
 
 def _save(
-    trainer: NTPSegTrainer, prepared: Prepared, run: Path, decoding: DecodingOptions, *, progress: bool = True
+    trainer: NTPSegTrainer,
+    prepared: Prepared,
+    run: Path,
+    decoding: DecodingOptions,
+    *,
+    mirrored: bool = False,
+    progress: bool = True,
 ) -> None:
     """Write the bundle under another name first, so that ``model/`` is always complete."""
     partial, final = run / "model.part", run / "model"
@@ -207,7 +214,7 @@ def _save(
         bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
         # Where ranks share the weights, this one cannot decode alone.
         if isinstance(prepared.validation, PixelCache) and not trainer.shares_weights:
-            choice = choose_decoding(bundle, prepared.validation, decoding, progress=progress)
+            choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
             bundle.decoding = choice.options
             write_json(run / "decoding_choice.json", choice.to_dict())
     (partial / "training_args.bin").unlink(missing_ok=True)

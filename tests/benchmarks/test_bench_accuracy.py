@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_segmenter import shared
@@ -92,3 +93,20 @@ def test_sentences() -> None:
     assert list(sentences.names) == ["a", "b", "a b", "c", "b c"] and len(sentences) == 5
     assert sentences.multi_hot(["b, C!", "x"]).tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]]
     assert sentences.ids(["a x c", ""]).tolist() == [[0, 5, 3], [5, 5, 5]]
+
+
+def test_the_mirror_of_a_baseline_is_the_mean_of_two_readings() -> None:
+    """The mirror image is read with the sides exchanged in the sentence, and turned back."""
+    from benchmarks.accuracy.baseline import Trainer
+
+    trainer = Trainer.__new__(Trainer)
+    read: list[str] = []
+
+    def predict(images: np.ndarray, texts: list[str]) -> np.ndarray:
+        read.extend(texts)
+        return images[:, 0] * (1 if texts[0].startswith("left") else 3)
+
+    trainer.predict = predict  # type: ignore[method-assign]
+    image = np.arange(8, dtype=np.float32).reshape(1, 1, 2, 4)
+    np.testing.assert_array_equal(trainer.predict_both(image, ["left lung"]), 2 * image[:, 0])
+    assert sorted(read) == ["left lung", "right lung"]

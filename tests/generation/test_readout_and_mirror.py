@@ -11,7 +11,7 @@ import torch
 from tiny_decoders import make_feature_model
 from tiny_segmenter import SIDE, TEXTS, shared
 
-from ntpseg.data import resize_mask, swap_laterality
+from ntpseg.data import prepare, resize_mask, swap_laterality
 from ntpseg.generation import DecodingOptions, Segmenter
 from ntpseg.models import Bundle
 from ntpseg.tokenizers.sequence import SequenceFormat
@@ -103,7 +103,11 @@ def test_images_are_taken_by_index(image: np.ndarray) -> None:
     encoded = segmenter.encode(pictures)
     assert len(encoded) == 3
     taken, own = encoded.take([2, 0]), segmenter.encode([pictures[2], pictures[0]])
-    for a, b in ((taken, own), (taken.mirrored, own.mirrored)):
+    vision = segmenter.bundle.vision
+    prepared = segmenter.encode_prepared(
+        np.stack([prepare(pictures[i], None, vision.image_size, vision.channels)[0] for i in (2, 0)])
+    )
+    for a, b in ((taken, own), (taken.mirrored, own.mirrored), (prepared, own), (prepared.mirrored, own.mirrored)):
         np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.pixels, b.pixels)
     assert torch.is_grad_enabled()

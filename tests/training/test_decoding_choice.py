@@ -16,6 +16,7 @@ from ntpseg.training.decoding_choice import THRESHOLDS, choose_decoding
 
 SIDE, COUNT = 8, 7
 REFINE = DecodingOptions(method="refine", mirror=True)
+PLAIN = DecodingOptions(method="refine")
 
 
 class Cache:
@@ -48,6 +49,9 @@ def decode(monkeypatch):
                 self.options = options
                 seen.append(options)
 
+            def encode_prepared(self, pixels: np.ndarray) -> Any:
+                return SimpleNamespace(pixels=pixels)
+
             def decode(self, images: Any, texts: list[str], progress: Any) -> list[np.ndarray]:
                 progress(len(texts))
                 rows = [int(image[0, 0, 0]) for image in images.pixels]
@@ -63,8 +67,8 @@ def decode(monkeypatch):
     return install
 
 
-def choose(made: Any = None, **options: Any) -> Any:
-    return choose_decoding(made or bundle(), Cache(), REFINE, progress=False, **options)  # type: ignore[arg-type]
+def choose(made: Any = None, default: DecodingOptions = REFINE, **options: Any) -> Any:
+    return choose_decoding(made or bundle(), Cache(), default, progress=False, **options)  # type: ignore[arg-type]
 
 
 def test_it_is_the_best_of_the_table(decode) -> None:
@@ -77,17 +81,17 @@ def test_it_is_the_best_of_the_table(decode) -> None:
     seen = decode(noisy)
     choice = choose()
     assert [options.passes for options in seen] == [0, 1, 2] and all(options.mirror for options in seen)
-    assert set(choice.dice) == {(passes, t) for passes in (0, 1, 2) for t in THRESHOLDS}
-    for (passes, threshold), dice in choice.dice.items():
+    assert set(choice.dice) == {(True, passes, t) for passes in (0, 1, 2) for t in THRESHOLDS}
+    for (_, passes, threshold), dice in choice.dice.items():
         naive = []
         for index in range(COUNT):
             truth = Cache().pair(index).mask[0] > 0
             mask = noisy(passes, truth * 1.0) >= threshold
             naive.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
         assert dice == pytest.approx(np.mean(naive), abs=1e-9)
-    best = max(choice.dice, key=lambda key: choice.dice[key] - 0.001 * key[0])
-    assert (choice.options["passes"], choice.options["threshold"]) == best
-    assert choice.options["method"] == "refine" and choice.cases == COUNT
+    best = max(choice.dice, key=lambda key: choice.dice[key] - 0.001 * (2 * key[1] + 1))
+    assert choice.options == {"method": "refine", "passes": best[1], "threshold": best[2], "mirror": True}
+    assert choice.cases == COUNT
     table = choice.to_dict()
     assert table["options"] == choice.options and len(table["tried"]) == len(choice.dice)
 
@@ -96,7 +100,7 @@ def test_ties_go_to_fewer_passes_and_the_middle_threshold(decode) -> None:
     decode(lambda passes, mask: mask)
     choice = choose()
     assert set(choice.dice.values()) == {1.0}
-    assert choice.options == {"method": "refine", "passes": 0, "threshold": 0.5}
+    assert choice.options == {"method": "refine", "passes": 0, "threshold": 0.5, "mirror": True}
 
 
 @pytest.mark.parametrize(("better", "passes"), [(0, 0), (1, 1)])
@@ -110,11 +114,41 @@ def test_a_pass_has_to_be_worth_its_time(decode, monkeypatch, better: int, passe
         return probability
 
     decode(mended)
-    first = choose()
-    gain = first.dice[1, 0.5] - first.dice[0, 0.5]
+    first = choose(default=PLAIN)
+    gain = first.dice[False, 1, 0.5] - first.dice[False, 0, 0.5]
     assert 0 < gain < 0.02
     monkeypatch.setattr(decoding_choice, "GAIN_PER_PASS", gain / 2 if better else gain * 2)
-    assert choose().options["passes"] == passes
+    assert choose(default=PLAIN).options["passes"] == passes
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("worth", [False, True])
+def test_the_mirror_is_tried_where_training_flips_and_taken_where_it_pays(
+    decode, monkeypatch, flips: bool, worth: bool
+) -> None:
+    """One more pass mends one pixel of one mask, and the mirror another."""
+    used: list[DecodingOptions] = []
+
+    def mended(passes: int, mask: np.ndarray) -> np.ndarray:
+        probability = mask.copy()
+        if mask.sum() == COUNT + 3:
+            probability.flat[0] = float(passes > 0)
+            probability.flat[1] = float(used[-1].mirror)
+        return probability
+
+    used = decode(mended)
+    table = choose(default=PLAIN, mirrored=flips)
+    assert [(o.mirror, o.passes) for o in used] == [(False, p) for p in (0, 1, 2)] + [(True, 1)] * flips
+    gain = table.dice[False, 1, 0.5] - table.dice[False, 0, 0.5]
+    # With one pass the mirror costs two passes more.
+    monkeypatch.setattr(decoding_choice, "GAIN_PER_PASS", gain / 3 if worth else gain / 1.5)
+    chosen = choose(default=PLAIN, mirrored=flips).options
+    assert chosen == {
+        "method": "refine",
+        "passes": 1,
+        "threshold": 0.5,
+        **({"mirror": True} if flips and worth else {}),
+    }
 
 
 @pytest.mark.parametrize("inputs", [{"draft": 0.0}, {"replaced": 0.0}])
