@@ -6,8 +6,11 @@ import os
 from os import PathLike
 from pathlib import Path
 
+from ntpseg.utils.checks import brief
 from ntpseg.volumes.contents import kind_of
-from ntpseg.volumes.dicom import SeriesInfo, list_series, read_dicom
+from ntpseg.volumes.dicom import read_dicom
+from ntpseg.volumes.dicom_headers import read_planes
+from ntpseg.volumes.dicom_series import SeriesInfo, list_series
 from ntpseg.volumes.extras import require
 from ntpseg.volumes.volume import Volume
 
@@ -23,7 +26,7 @@ def read_volume(path: str | PathLike[str], *, series: str | None = None) -> Volu
     Args:
         path: a NIfTI, NRRD or MetaImage file, a DICOM file of one or many frames, or a folder of DICOM slices (the
             folders inside are searched too).
-        series: which series of a folder with several, see `list_series`; which volume of a 4-D NIfTI, from "0".
+        series: which series of a folder with several, see `list_series`; which volume of a 4-D file, from "0".
 
     Returns:
         The volume in one orientation, see `Volume`; a single picture has one slice.
@@ -42,10 +45,10 @@ def read_volume(path: str | PathLike[str], *, series: str | None = None) -> Volu
         from ntpseg.volumes.nifti import read_nifti
 
         return read_nifti(path, series)
-    if series is not None:
-        raise ValueError(f"series must be given for a folder of DICOM files or a 4-D NIfTI, got {series!r} for {path}")
     if kind == "dicom":
-        return read_dicom(path)
+        return read_dicom(path, series)
+    if series is not None:
+        raise ValueError(f"series must be given for DICOM or a 4-D NIfTI, got {brief(series)} for {path}")
     if kind in ("nrrd", "metaimage"):
         from ntpseg.volumes.itk import read_itk
 
@@ -56,7 +59,7 @@ def read_volume(path: str | PathLike[str], *, series: str | None = None) -> Volu
 def is_volume(path: str | PathLike[str]) -> bool:
     """Whether a path is read by `read_volume` rather than as a picture; opens headers only.
 
-    A file is a volume where its header has three dimensions (one slice counts) or frames, a folder where a DICOM file
+    A file is a volume where it has more than one slice or frame, a folder where a DICOM file
     in it says where its slice lies in the patient. A folder of X-rays is not.
     """
     path = Path(path)
@@ -67,11 +70,11 @@ def is_volume(path: str | PathLike[str]) -> bool:
         return False
     try:
         if kind == "dicom":
-            return _frames(path) > 1
+            return len(read_planes(path)) > 1
         if kind == "nifti":
             from ntpseg.volumes.nifti import open_nifti
 
-            return len(open_nifti(path).shape) > 2
+            return max((*open_nifti(path).shape, 1, 1)[2:]) > 1
         return _itk_dimensions(path) > 2
     except ValueError:
         # A damaged volume: reading it says what is wrong with it.
@@ -89,24 +92,11 @@ def _some_files(folder: Path) -> list[Path]:
 
 
 def _is_slice(path: Path) -> bool:
-    if kind_of(path) != "dicom":
-        return False
-    pydicom = require("pydicom", "medical", "reading DICOM")
-    tags = ["Rows", "ImagePositionPatient", "NumberOfFrames"]
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
-    except Exception:  # pydicom raises anything on a damaged header
+        planes = read_planes(path)
+    except ValueError:
         return False
-    return "Rows" in header and ("ImagePositionPatient" in header or int(header.get("NumberOfFrames") or 1) > 1)
-
-
-def _frames(path: Path) -> int:
-    pydicom = require("pydicom", "medical", "reading DICOM")
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"], force=True)
-        return int(header.get("NumberOfFrames") or 1)
-    except Exception as error:  # pydicom raises anything on a damaged header
-        raise ValueError(str(error)) from error
+    return bool(planes) and (planes[0].position is not None or len(planes) > 1)
 
 
 def _itk_dimensions(path: Path) -> int:
