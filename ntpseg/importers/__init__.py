@@ -45,6 +45,7 @@ class Importer:
 
 _IMPORTERS = (
     Importer("nnunet", "ntpseg.importers.nnunet", "nnU-Net's dataset.json (v1, v2) with imagesTr and labelsTr"),
+    Importer("monai", "ntpseg.importers.monai_list", "MONAI's data list (JSON with training, validation, test)"),
     Importer("folders", "ntpseg.importers.folders", "a folder images and a folder labels, and a file of the names"),
 )
 IMPORTERS: dict[str, Importer] = {importer.name: importer for importer in _IMPORTERS}

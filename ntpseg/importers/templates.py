@@ -198,7 +198,10 @@ def read_mapping(path: Path, option: str) -> dict[Any, Any]:
 
 def fields_of(name: str) -> dict[str, str]:
     """What a structure's name tells: "kidney_left" has side "left", organ "kidney" and name "left kidney"."""
-    words = [word for word in re.split(r"[_\s]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name.strip())) if word]
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name.strip())
+    # "Left-Hippocampus", but "COVID-19".
+    spaced = re.sub(r"(?i)\b(left|right)-|-(left|right)\b", r" \1\2 ", spaced)
+    words = [word for word in re.split(r"[_\s]+", spaced) if word]
     sides = [word.lower() for word in words if word.lower() in _SIDES]
     side = sides[0] if len(sides) == 1 else ""
     organ = " ".join(word for word in words if not side or word.lower() != side)
