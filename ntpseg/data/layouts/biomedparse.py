@@ -137,6 +137,7 @@ def _sentences(annotation: dict[str, Any]) -> list[str]:
 
 def _read_names(pairs: Pairs) -> None:
     images = pairs.images.all()
+    folders = pairs.images.folder, pairs.masks.folder
     cases = {path.name.removesuffix(known_suffix(path.name)): path for path in reversed(images)}
     without = dict.fromkeys(images)
     for mask in pairs.masks.all():
@@ -147,10 +148,10 @@ def _read_names(pairs: Pairs) -> None:
             pairs.listing.report(problems.UNMATCHED_MASK, pairs.split, mask, detail)
             continue
         without.pop(image, None)
-        names = (
-            path.relative_to(files.folder).as_posix() for path, files in ((image, pairs.images), (mask, pairs.masks))
+        names = [path.relative_to(place).as_posix() for path, place in ((image, folders[0]), (mask, folders[1]))]
+        pairs.add(
+            pairs.listing.short(mask), names[0], names[1], [describe_name(mask.name)], subject_of_image(image.name)
         )
-        pairs.add(pairs.listing.short(mask), *names, [describe_name(mask.name)], subject_of_image(image.name))
     for image in without:
         stem = image.name.removesuffix(known_suffix(image.name))
         detail = f"no {stem}_TARGET in {pairs.listing.short(pairs.masks.folder)}"
