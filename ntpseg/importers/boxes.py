@@ -8,8 +8,8 @@
 Columns: image; a sentence (text, caption, phrase, ...) or a class (class, category, ...: sentences by templates); the
 box as x, y, w, h (or width, height) or as xmin, ymin, xmax, ymax (or x1 ...), in pixels, x to the right and y down from
 the upper left corner; if wanted image_width and image_height, split and subject. All boxes of one sentence (or class)
-in an image are one mask. Where the stated size is not the image's, the image was resized: boxes are scaled. A row without
-numbers is an image without a finding.
+in an image are one mask. Where the stated size is not the image's, the image was resized: boxes are scaled. A row
+without numbers is an image without a finding.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ PATHS = [
     "files/p10/p10000032/s53189527/2a2277a9-b0ded155.jpg",
     "files/p11/p11000011/s51029426/174413ec-4ec4c1f7.jpg",
 ]
-HEADER = "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split".split(",")
+HEADER = ["dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h", "image_width", "image_height", "split"]
 RIGHT, BOTH = "Opacity in the right lung", "Bilateral effusions"
 # Two boxes of one phrase in an image, another phrase that overlaps them, two more images.
 ROWS = [
@@ -151,7 +151,7 @@ def test_ms_cxr_without_its_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have the images of MIMIC-CXR-JPG, got no files/p10/p10000032"):
         import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out")
     picture(tmp_path / "ms" / PATHS[0])
-    with pytest.raises(ValueError, match="row 5 names the image files/p10/.*2a2277a9.*there is no such file"):
+    with pytest.raises(ValueError, match=r"row 5 names the image files/p10/.*2a2277a9.*there is no such file"):
         import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out")
     done = import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out", ImportOptions(skip_bad=True))
     assert done.cases == 1 and len(done.skipped) == 2
