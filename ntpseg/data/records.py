@@ -20,6 +20,12 @@ SUBJECT_PATTERNS = (
     re.compile(r"^(cxr_s\d+)-"),  # the same images in ProLearn's release: cxr_s09345-...
     re.compile(r"^(cxr_[0-9a-f]{6,})_"),  # one X-ray with several structures: cxr_0f89c850e9_left-lung
     re.compile(r"^(p1\d{7})_s\d{8}(?![0-9])"),  # MIMIC-CXR, its folders in the name: p10000032_s50414267_02aa804e
+    # MosMedData+, slices of one study: Jun_coronacases_case1_119, Jun_radiopaedia_10_85902_3_case12_107,
+    # Morozov_study_0003_24. Of its bjorke_12 nothing more is known.
+    re.compile(r"^(Jun_\w+_case\d+)_\d+$", re.IGNORECASE),
+    re.compile(r"^(Morozov_study_\d+)_\d+$", re.IGNORECASE),
+    re.compile(r"^(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})-"),  # MoNuSeg, the patient of a barcode: TCGA-21-5784-01Z-00-DX1
+    re.compile(r"^(patient\d{4,5})_"),  # CAMUS and CheXpert: patient0001_2CH_ED, patient64758_study1_view1_frontal
 )
 # Folders of one patient: sub-01 (BIDS), p10000032 (MIMIC-CXR), patient00001 (CheXpert).
 PATIENT_FOLDER = re.compile(r"(sub-[A-Za-z0-9]+|p1\d{7}|patient\d{5})$")

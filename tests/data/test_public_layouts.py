@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dataset_files import picture, save, square, table
 
-from ntpseg.data import Record, check_records, load_records, read_image, read_truth
+from ntpseg.data import Record, check_records, inspect_dataset, load_records, read_image, read_truth
 from ntpseg.data.layouts.biomedparse import describe_name, subject_of_image
 from ntpseg.data.loading import detect_layout
 
@@ -205,3 +205,112 @@ def test_medvlsm(tmp_path: Path) -> None:
 def test_layouts_that_a_folder_does_not_have(tmp_path: Path, layout: str, needed: str) -> None:
     with pytest.raises(ValueError, match=needed):
         load_records(tmp_path, layout)
+
+
+def pair(folder: Path, name: str, mask: str, images: str = "img", masks: str = "labelcol") -> None:
+    save(folder / images / name, picture())
+    save(folder / masks / mask, square())
+
+
+def qata_rows(names: list[str]) -> list[dict[str, str]]:
+    text = "Bilateral pulmonary infection, two infected areas, upper left lung and lower right lung."
+    return [{"Image": f"mask_{name}", "Description": text} for name in names]
+
+
+BIMCV = "sub-S09345_ses-E17953_run-1_bp-chest_vp-ap_dx.png"
+
+
+@pytest.mark.parametrize("place", ["", "Train Set", "Train Set/Text"])
+def test_qata_cov19_v2_of_kaggle_with_the_tables_of_lvit(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "QaTa-COV19-v2"
+    for folder, names in (("Train Set", ["covid_1.png", BIMCV]), ("Test Set", ["covid_2.png"])):
+        for name in names:
+            pair(root / folder, name, f"mask_{name}", "Images", "Ground-truths")
+    table(root / place / "Train_Val_text.xlsx", qata_rows(["covid_1.png", BIMCV]))
+    table(root / place / "Train_ID.xlsx", [{"Image": "mask_covid_1.png"}])
+    table(root / place / "Val_ID.xlsx", [{"Image": f"mask_{BIMCV}"}])
+    table(root / "Test Set" / "Test_text.xlsx", qata_rows(["covid_2.png"]))
+    assert detect_layout(root).name == "lvit"
+    assert [(record.split, record.subject) for record in load_records(root)] == [
+        ("train", "covid_1"), ("val", "sub-S09345"), ("test", "covid_2"),
+    ]  # fmt: skip
+    assert found(root) == []
+
+
+def test_mosmeddata_plus_says_that_its_splits_share_studies(tmp_path: Path) -> None:
+    names = {
+        "Train": ["Jun_coronacases_case1_119.png", "Morozov_study_0255_12.png", "bjorke_1.png"],
+        "Val": ["Morozov_study_0255_13.png"],
+        "Test": ["Jun_radiopaedia_10_85902_3_case12_107.png", "bjorke_2.png"],
+    }
+    for split, files in names.items():
+        for name in files:
+            pair(tmp_path / f"{split}_Folder", name, name)
+        rows = [{"Image": name, "Description": "Unilateral pulmonary infection, one infected area."} for name in files]
+        table(tmp_path / f"{split}_Folder" / f"{split}_text.xlsx", rows)
+    assert [record.subject for record in load_records(tmp_path)] == [
+        "Jun_coronacases_case1", "Morozov_study_0255", "bjorke_1", "Morozov_study_0255",
+        "Jun_radiopaedia_10_85902_3_case12", "bjorke_2",
+    ]  # fmt: skip
+    checked = inspect_dataset(tmp_path)
+    assert not checked.problems
+    assert [(note.kind, note.split, note.name) for note in checked.notes] == [
+        ("patient in two splits", "train", "Morozov_study_0255")
+    ]
+
+
+def test_monuseg(tmp_path: Path) -> None:
+    """PNG images of the training set, TIFF in colour of the test set, PNG masks of 0 and 255; tables name the masks."""
+    colour = np.stack([picture(seed=seed) for seed in range(3)], axis=2)
+    for split, name, suffix in (
+        ("Train", "TCGA-21-5784-01Z-00-DX1", "png"),
+        ("Val", "TCGA-18-5592-01Z-00-DX1", "png"),
+        ("Test", "TCGA-2Z-A9J9-01A-01-TS1", "tif"),
+    ):
+        save(tmp_path / f"{split}_Folder" / "img" / f"{name}.{suffix}", colour)
+        save(tmp_path / f"{split}_Folder" / "labelcol" / f"{name}.png", square())
+        rows = [{"Image": f"{name}.png", "Description": "The nuclei are evenly distributed."}]
+        table(tmp_path / f"{split}_Folder" / f"{split}_text.xlsx", rows)
+    records = load_records(tmp_path)
+    assert [(record.split, record.subject) for record in records] == [
+        ("train", "TCGA-21-5784"), ("val", "TCGA-18-5592"), ("test", "TCGA-2Z-A9J9"),
+    ]  # fmt: skip
+    assert all(read_image(record.image).shape == (16, 16, 3) and read_truth(record).sum() == 16 for record in records)
+    assert found(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"Image": "a.png", "Description": "The left lung.", "Description_2": "Left lung.", "Description_zh": "左肺。"},
+        {"description 3": "", "Caption": "The left lung.", "caption 2": "Left lung.", "image_name": "mask_a.png"},
+        {"Unnamed: 0": "0", "path": "a.png", "text": "nan", "text1": "The left lung.", "text2": "Left lung."},
+    ],
+)
+def test_headers_and_further_sentences(tmp_path: Path, columns: dict[str, str]) -> None:
+    pair(tmp_path / "Train_Folder", "a.png", "mask_a.png")
+    table(tmp_path / "Train_Folder" / "Train_text.xlsx", [columns])
+    expected = [("train", "a", "The left lung."), ("train", "a__2", "Left lung.")]
+    assert texts(load_records(tmp_path)) == expected
+    pair(tmp_path / "languide" / "Train", "a.png", "mask_a.png", "Images", "GTs")
+    table(tmp_path / "languide" / "prompt" / "test.csv", [columns])
+    (tmp_path / "languide" / "Train").rename(tmp_path / "languide" / "Test")
+    assert texts(load_records(tmp_path / "languide")) == [("test", *row[1:]) for row in expected]
+
+
+def test_a_second_row_for_an_image_is_told_where_further_sentences_belong(tmp_path: Path) -> None:
+    pair(tmp_path / "Train_Folder", "a.png", "a.png")
+    rows = [{"Image": "a.png", "Description": text} for text in ("The left lung.", "Left lung.", "The left lung.")]
+    table(tmp_path / "Train_Folder" / "Train_text.xlsx", rows)
+    assert [(kind, "Description_2" in detail) for kind, _, detail in found(tmp_path)] == [
+        ("duplicate row", True), ("duplicate row", False),
+    ]  # fmt: skip
+
+
+def test_descriptions_in_another_language(tmp_path: Path) -> None:
+    pair(tmp_path / "Train_Folder", "a.png", "a.png")
+    table(
+        tmp_path / "Train_Folder" / "Train_text.xlsx",
+        [{"Image": "a.png", "Description": "双侧肺部感染, 两处感染区域。"}],
+    )
+    assert [record.text for record in load_records(tmp_path)] == ["双侧肺部感染, 两处感染区域。"]
