@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
-from ntpseg.importers import IMPORTERS, ImportOptions
+from ntpseg.data import inspect_dataset, load_records, read_truth
+from ntpseg.importers import IMPORTERS, ImportOptions, import_dataset
 from ntpseg.importers.base import Case
+from ntpseg.utils.files import read_csv
 
 HEADER = "Image,Mask,Mask_ID,Question_Type,Question,Answer"
 CYST, STONE = "A cyst in the left kidney.", "A stone in the right ureter."
@@ -116,3 +119,59 @@ def test_faults_of_volumes_come_when_their_turn_comes(tmp_path: Path) -> None:
             case.load()
     with pytest.raises(ValueError, match="source must hold folders such as M3D_RefSeg/s0000"):
         cases(tmp_path / "M3D_RefSeg_npy" / "s0000")
+
+
+def niftis(root: Path, names: tuple[str, ...] = ("s0000", "s0001")) -> Path:
+    """M3D_RefSeg as it is published."""
+    affine = np.diag([1.5, 1.5, 3.0, 1.0])
+    for name in names:
+        folder = root / "M3D_RefSeg" / name
+        folder.mkdir(parents=True)
+        values = labels()
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.int16) * 40 - 100, affine), folder / "ct.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(values, affine), folder / "mask.nii.gz")
+        (folder / "text.json").write_text(json.dumps({"1": CYST, "3": STONE}), encoding="utf-8")
+        (folder / "text_zh.txt").write_text("1：左肾囊肿。\n", encoding="utf-8")  # noqa: RUF001
+    return root
+
+
+def truths(folder: Path) -> dict[tuple[str, str, int, str], np.ndarray]:
+    """Masks by split, volume, slice and sentence."""
+    return {
+        (record.split, record.place.volume, record.place.index, record.text): read_truth(record)
+        for record in load_records(folder)
+        if record.place is not None
+    }
+
+
+def test_both_forms_become_the_same_slices(tmp_path: Path) -> None:
+    for name, make in (("nifti", niftis), ("arrays", arrays)):
+        root = make(tmp_path / name)
+        table(root, "train", row("s0000"))
+        table(root, "test", row("s0001", "3", "Where is the stone?"))
+        done = import_dataset("m3d-refseg", root, tmp_path / f"{name}-out")
+        assert (done.cases, done.images, done.masks) == (2, 6, 6)
+        assert inspect_dataset(tmp_path / f"{name}-out").problems == []
+    found = truths(tmp_path / "nifti-out")
+    assert list(found) == [
+        *[("train", "s0000", index, text) for index in (0, 1) for text in (CYST, ASKED)],
+        ("train", "s0000", 3, STONE),
+        *[("test", "s0001", index, CYST) for index in (0, 1)],
+        *[("test", "s0001", 3, text) for text in (STONE, "Where is the stone?")],
+    ]
+    np.testing.assert_array_equal(np.argwhere(found["train", "s0000", 0, CYST]), [(0, 0), (0, 1), (1, 0), (1, 1)])
+    for key, mask in truths(tmp_path / "arrays-out").items():
+        np.testing.assert_array_equal(mask, found[key])
+    rows = {name: read_csv(tmp_path / f"{name}-out" / "manifest.csv")[0] for name in ("nifti", "arrays")}
+    spacing = {name: [first[key] for key in ("slice_mm", "row_mm", "column_mm")] for name, first in rows.items()}
+    assert spacing == {"nifti": ["3", "1.5", "1.5"], "arrays": ["", "", ""]}
+    assert rows["nifti"]["modality"] == "CT" and rows["nifti"]["window"] == "soft-tissue"
+    # Scaled to 0..1 already: no window of Hounsfield units fits.
+    assert ".." in rows["arrays"]["window"] and rows["arrays"]["modality"] == ""
+
+
+def test_negatives_ask_for_the_lesion_in_slices_that_do_not_show_it(tmp_path: Path) -> None:
+    root = niftis(tmp_path, ("s0000",))
+    import_dataset("m3d-refseg", root, tmp_path / "out", ImportOptions(negatives=5))
+    without = {key[2:] for key, mask in truths(tmp_path / "out").items() if not mask.any()}
+    assert without == {(0, STONE), (1, STONE), (3, CYST)}
