@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ntpseg.data.layouts.annotations import SplitFiles, read_json
+from ntpseg.data.layouts.annotations import SplitFiles, name_of, read_json
 from ntpseg.data.layouts.manifest import SPLIT_NAMES
 from ntpseg.data.records import known_suffix, subject_of
 from ntpseg.data.tables import Row, Table, is_sentence, read_table
@@ -158,7 +158,7 @@ def _load(
         raise ValueError(fault)
     path = find(name)
     if path is None:
-        raise ValueError(f"{boxes[0].where} names the image {name}, but there is no such file; copy or link it there")
+        raise ValueError(f"{boxes[0].where} must name an image that is there, got {name}; copy or link the file")
     pixels = read_image(path)
     masks: dict[tuple[str, str], np.ndarray] = {}
     for box in boxes:
@@ -240,9 +240,9 @@ def _row_box(file: str, row: Row, names: Mapping[str, str | None], shape: tuple[
     where = f"{file} row {row.number}"
     faults = []
     if not cells["image"]:
-        faults.append("names no image")
+        faults.append("must name an image, got an empty cell")
     if not is_sentence(cells["text"]) and not cells["category"]:
-        faults.append("has no sentence: its text is empty" if not cells["text"] else f"has {cells['text']!r} for text")
+        faults.append(f"must have a sentence or a class, got {cells['text']!r}")
     corners, fault = _corners([row[name] for name in shape], shape in _CORNERS)
     faults.append(fault)
     size, fault = _size(cells["image_width"], cells["image_height"])
@@ -266,11 +266,11 @@ def _coco_boxes(path: Path) -> list[Box]:
     if not all(isinstance(value, list) and all(isinstance(item, dict) for item in value) for value in lists):
         raise ValueError(f"{path} must be COCO's, with lists of images, annotations and categories, got something else")
     images, annotations, categories = ([item for item in value or []] for value in lists)
-    by_id = {image.get("id"): image for image in images}
-    names = {category.get("id"): str(category.get("name", "")) for category in categories}
+    by_id = {str(image.get("id")): image for image in images}
+    names = {str(category.get("id")): name_of(category.get("name")) for category in categories}
     boxes = []
     for annotation in annotations:
-        image = by_id.get(annotation.get("image_id"), {})
+        image = by_id.get(str(annotation.get("image_id")), {})
         bbox = annotation.get("bbox")
         cells = [str(number) for number in bbox] if isinstance(bbox, list) and len(bbox) == 4 else ["?"] * 4
         corners, fault = _corners(cells, False)
@@ -278,14 +278,14 @@ def _coco_boxes(path: Path) -> list[Box]:
         width, height = (str(image.get(key) or annotation.get(key) or "") for key in ("width", "height"))
         size, wrong = _size(width, height)
         row: dict[str, Any] = {**image, **annotation}
-        text = next((str(row[name]).strip() for name in COLUMNS["text"] if row.get(name)), "")
-        category = names.get(annotation.get("category_id"), "")
+        text = next((found for name in COLUMNS["text"] if (found := name_of(row.get(name)))), "")
+        category = names.get(str(annotation.get("category_id")), "")
         split = _split(str(row.get("split") or ""))
         where = f"{path.name} annotation {annotation.get('id', '?')}"
         if not is_sentence(text) and not category:
-            wrong = "has neither a sentence nor a category"
-        name = str(image.get("path") or image.get("file_name") or "")
-        fault = ("" if name else "names no image of the list") or fault or wrong
+            wrong = "must have a sentence or a category, got neither"
+        name = name_of(image.get("path")) or name_of(image.get("file_name"))
+        fault = ("" if name else "must name an image of the list, got none") or fault or wrong
         subject = next((str(row[key]) for key in COLUMNS["subject"] if row.get(key)), "")
         boxes.append(Box(where, name, text, category, corners, size, split, subject, fault=fault))
     return boxes
@@ -301,7 +301,7 @@ def _corners(cells: Sequence[str], corners: bool) -> tuple[tuple[float, float, f
     x, y, right, below = numbers
     if not corners:
         right, below = x + right, y + below
-    if right <= x or below <= y:
+    if right <= x or below <= y or not math.isfinite(right - x + below - y):
         return None, f"must have a box with an area, got {', '.join(cells)}"
     return (x, y, right, below), ""
 
@@ -310,7 +310,7 @@ def _size(width: str, height: str) -> tuple[tuple[float, float] | None, str]:
     if not width and not height:
         return None, ""
     numbers = _number(width), _number(height)
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
+    if not all(math.isfinite(number) and number >= 1 for number in numbers):
         return None, f"must state the image's size in pixels, got {width!r} x {height!r}"
     return numbers, ""
 

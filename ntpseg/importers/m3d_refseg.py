@@ -61,8 +61,8 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
                 raise ValueError(f"{where} must name an image such as s0000/ct.nii.gz, got {row['image']!r}")
             if split and splits.setdefault(volume, split) != split:
                 raise ValueError(
-                    f"{where} names the volume {volume}, which is in {splits[volume]} already; give M3D_RefSeg_all.csv "
-                    "as SRC: then volumes are dealt out as --splits says"
+                    f"{where} must name a volume of one split, got {volume}, which is in {splits[volume]} already; "
+                    "give M3D_RefSeg_all.csv as SRC: then volumes are dealt out as --splits says"
                 )
             value = plain_number(row["mask_id"])
             if not value.isdecimal():
@@ -71,7 +71,7 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
             if is_sentence(row["question"]):
                 found.append(row["question"])
             elif not options.skip_bad:
-                raise ValueError(f"{where} {row.missing_text('question').replace('caption', 'Question')}")
+                raise ValueError(f"{where} must have a sentence as Question, got {row['question']!r}")
     folders = {path.name: path for name in reversed(_FOLDERS) for path in _volumes(root / name)}
     if not folders:
         raise ValueError(
@@ -129,7 +129,7 @@ def _volume_name(image: str) -> str:
 def _load(name: str, folder: Path | None, root: Path, questions: Sentences, resample: bool) -> Sample:
     pair = None if folder is None else _pair(folder)
     if folder is None or pair is None:
-        raise ValueError(f"a table names the volume {name}, but there is no folder {name} with ct.nii.gz in {root}")
+        raise ValueError(f"{root} must hold the folder {name} with ct.nii.gz, which a table names, got none")
     image, labels = pair
     if not labels.is_file():
         raise ValueError(f"{folder} must have {labels.name} beside {image.name}, got none")

@@ -44,8 +44,8 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
         whose = _subject(box.image)
         if box.split and splits.setdefault(whose, box.split) != box.split:
             raise ValueError(
-                f"{box.where} has a patient in {box.split} who is in {splits[whose]} in other rows; correct the column "
-                "split, or delete it: then patients are dealt out as --splits says"
+                f"{box.where} must have its patient in one split, got {box.split}, and {splits[whose]} in other rows; "
+                "correct the column split, or delete it: then patients are dealt out as --splits says"
             )
     roots = list(_roots(table.parent.resolve()))
     root = next((root for root in roots for box in boxes[:20] if _image(root, box.image)), None)

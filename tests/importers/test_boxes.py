@@ -116,7 +116,7 @@ def test_ms_cxr_on_resized_images_of_another_format(tmp_path: Path) -> None:
     ("rows", "size", "reason"),
     [
         ([("Pneumonia", " ", 0, 4, 8, 10, 20, "train")], (32, 40), None),  # its class is asked for
-        ([("", "", 0, 4, 8, 10, 20, "train")], (32, 40), "v1.1.0.csv row 2 has no sentence"),
+        ([("", "", 0, 4, 8, 10, 20, "train")], (32, 40), "v1.1.0.csv row 2 must have a sentence or a class, got ''"),
         (
             [("Pneumonia", RIGHT, 0, 4, 8, "", 20, "train")],
             (32, 40),
@@ -130,7 +130,11 @@ def test_ms_cxr_on_resized_images_of_another_format(tmp_path: Path) -> None:
         ),
         ([("Pneumonia", RIGHT, 0, 4, 8, 10, 20, "third")], (32, 40), "row 2 must have the split train, val or test"),
         ([("Pneumonia", RIGHT, 0, 4, 8, 10, 20, "train")], (32, 32), "was it cropped or padded"),
-        ([ROWS[0], ("Pneumonia", RIGHT, 1, 0, 0, 9, 9, "test")], (32, 40), "a patient in test who is in train"),
+        (
+            [ROWS[0], ("Pneumonia", RIGHT, 1, 0, 0, 9, 9, "test")],
+            (32, 40),
+            "row 3 must have its patient in one split, got test, and train in other rows",
+        ),
     ],
 )
 def test_ms_cxr_faults_name_the_row(
@@ -151,7 +155,7 @@ def test_ms_cxr_without_its_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have the images of MIMIC-CXR-JPG, got no files/p10/p10000032"):
         import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out")
     picture(tmp_path / "ms" / PATHS[0])
-    with pytest.raises(ValueError, match=r"row 5 names the image files/p10/.*2a2277a9.*there is no such file"):
+    with pytest.raises(ValueError, match=r"row 5 must name an image that is there, got files/p10/.*2a2277a9"):
         import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out")
     done = import_dataset("ms-cxr", tmp_path / "ms", tmp_path / "out", ImportOptions(skip_bad=True))
     assert done.cases == 1 and len(done.skipped) == 2

@@ -89,13 +89,16 @@ def test_one_table_is_a_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ((row("s0000"), row("s0001", question="")), "M3D_RefSeg_train.csv row 3 its Question is empty"),
+        (
+            (row("s0000"), row("s0001", question="")),
+            "M3D_RefSeg_train.csv row 3 must have a sentence as Question, got ''",
+        ),
         ((row("s0000", "left"),), "row 2 must have the value of a label as Mask_ID, got 'left'"),
         (("ct.nii.gz,mask.nii.gz,1,0,Where?,There.",), "row 2 must name an image such as s0000/ct.nii.gz"),
         ((row("s0000") + ",too many",), "row 2 has 7 fields"),
         (
             (row("s0001"),),
-            "M3D_RefSeg_test.csv row 2 names the volume s0001, which is in train already; give M3D_RefSeg_all",
+            "M3D_RefSeg_test.csv row 2 must name a volume of one split, got s0001, which is in train",
         ),
     ],
 )
@@ -113,7 +116,11 @@ def test_faults_of_volumes_come_when_their_turn_comes(tmp_path: Path) -> None:
     (tmp_path / "M3D_RefSeg_npy" / "s0000" / "mask.npy").unlink()
     np.save(tmp_path / "M3D_RefSeg_npy" / "s0001" / "mask.npy", np.zeros((1, 4, 8, 5)))
     found = cases(tmp_path)
-    reasons = [r"must have mask\.npy beside ct\.npy", "must have the shape of ct.npy", "no folder s0002 with ct.nii.gz"]
+    reasons = [
+        r"must have mask\.npy beside ct\.npy",
+        "must have the shape of ct.npy",
+        "must hold the folder s0002 with ct.nii.gz",
+    ]
     for case, reason in zip(found, reasons):
         with pytest.raises(ValueError, match=reason):
             case.load()

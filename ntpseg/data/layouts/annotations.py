@@ -188,10 +188,15 @@ def _digest(text: str) -> str:
 def texts_of(value: Any) -> list[str]:
     """The texts in a text, or in a list of texts and lists, in order; what is neither is left out."""
     if isinstance(value, str):
-        return [value]
+        return [_encodable(value)]
     return [text for item in value for text in texts_of(item)] if isinstance(value, list) else []
 
 
 def name_of(value: Any) -> str:
     """A file name of a JSON file; "" where it is no text."""
-    return value.strip() if isinstance(value, str) else ""
+    return _encodable(value).strip() if isinstance(value, str) else ""
+
+
+def _encodable(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON can hold and no file can be called."""
+    return text.encode("utf-8", "replace").decode("utf-8")
