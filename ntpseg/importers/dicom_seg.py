@@ -7,6 +7,7 @@ of their files; series numbers are counted. Nothing else that a header says of t
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -51,11 +52,17 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
 
 def load_series(series: Series) -> Volume:
     """The volume of an image series, which may lie among other files."""
-    from ntpseg.volumes.reading import read_volume
+    from ntpseg.volumes.reading import list_series, read_volume
 
     if len(series.files) == 1:
         return read_volume(series.files[0])
-    return read_volume(series.files[0].parent, series=series.uid)
+    folder = Path(os.path.commonpath([path.parent for path in series.files]))
+    files = set(series.files)
+    for info in list_series(folder):
+        # A scout view that shares the series has a name of its own.
+        if info.slices > 1 and all(file.path in files for file in info.files):
+            return read_volume(folder, series=info.name)
+    raise ValueError(f"series in {folder} must hold slices that make a volume, got {len(files)} other files")
 
 
 def _load(name: str, images: Series, path: Path, resample: bool) -> Sample:

@@ -15,7 +15,6 @@ from ntpseg.importers.alignment import aligned_labels
 from ntpseg.importers.base import Case, Sample, Structure
 from ntpseg.importers.loading import ENDINGS, case_of_file, load_channels
 from ntpseg.importers.options import ImportOptions
-from ntpseg.utils.checks import one_line
 from ntpseg.volumes import Header, Volume
 
 ENDING = ".seg.nrrd"
@@ -81,12 +80,10 @@ def read_segmentation(path: Path) -> tuple[list[Volume], tuple[Structure, ...]]:
     import numpy as np
 
     from ntpseg.volumes.extras import require
+    from ntpseg.volumes.itk import open_itk
 
     sitk = require("SimpleITK", "medical", "segmentations of 3D Slicer")
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} must be a readable segmentation, got: {one_line(error)[-200:]}") from error
+    image = open_itk(path)
     segments: dict[int, dict[str, str]] = {}
     for key in image.GetMetaDataKeys():
         if match := _SEGMENT.fullmatch(key):

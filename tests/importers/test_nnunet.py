@@ -122,6 +122,16 @@ def test_several_channels_are_chosen_or_composed(tmp_path):
         import_dataset("nnunet", source, tmp_path / "out", ImportOptions(channels=("T2",)))
 
 
+def test_the_decathlon_keeps_channels_in_one_file(tmp_path):
+    source = nnunet(tmp_path / "raw", 1, channel_names={"0": "T1", "1": "FLAIR"})
+    (source / "imagesTr" / "case_000_0000.nii.gz").unlink()
+    both = [image(labels(), seed) for seed in (0, 9)]
+    save_nifti(source / "imagesTr" / "case_000.nii.gz", np.stack(both, -1))
+    import_dataset("nnunet", source, tmp_path / "out", ImportOptions(channels=("FLAIR",), window="-100..200"))
+    pixels = read_image(tmp_path / "out" / "images" / "case_000" / "axial_0002.png")
+    assert np.abs(pixels / 255 * 300 - 100 - shown(both[1])[2].clip(-100, 200)).max() <= 0.6
+
+
 def test_another_grid_is_an_error_and_resampled_on_request(tmp_path):
     source = nnunet(tmp_path / "raw", 1)
     matrix = affine()

@@ -63,3 +63,61 @@ def save_seg_nrrd(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(("\n".join(lines) + "\n\n").encode() + gzip.compress(array.tobytes()))
     return path
+
+
+def save_dicom(folder: Path, voxels: np.ndarray, patient: str) -> list:
+    """Write Hounsfield units [I, J, K] on the grid of `affine` as a CT series; its data sets, feet to head."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    folder.mkdir(parents=True, exist_ok=True)
+    slices = []
+    # RAS to LPS; rows run to the front, which is DICOM's -y.
+    origin = np.diag([-1, -1, 1, 1]) @ affine()
+    for k in range(voxels.shape[2]):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        one.SOPClassUID, one.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, frame
+        one.PatientID, one.PatientName = patient, f"{patient}^Name"
+        one.PatientBirthDate, one.PatientSex, one.StudyDate, one.StudyTime = "19700101", "F", "20200101", "120000"
+        one.StudyID, one.AccessionNumber, one.ReferringPhysicianName = "1", "A-1", "House^Gregory"
+        one.Modality, one.SeriesNumber, one.InstanceNumber = "CT", 3, k + 1
+        one.ImageType, one.PositionReferenceIndicator = ["ORIGINAL", "PRIMARY", "AXIAL"], ""
+        one.ImageOrientationPatient = [1, 0, 0, 0, -1, 0]
+        one.ImagePositionPatient = [f"{value:.6f}" for value in (origin @ [0, 0, k, 1])[:3]]
+        one.PixelSpacing, one.SliceThickness = [SPACING[1], SPACING[0]], SPACING[2]
+        one.Rows, one.Columns = voxels.shape[1], voxels.shape[0]
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 1
+        one.RescaleSlope, one.RescaleIntercept = 1, -1024
+        one.PixelData = (voxels[..., k].T.astype(np.int32) + 1024).astype("<i2").tobytes()
+        one.save_as(folder / f"{(k * 5) % 7}_{k}.dcm", enforce_file_format=True)
+        slices.append(one)
+    return slices
+
+
+def save_dicom_seg(path: Path, slices: list, masks: dict[str, np.ndarray]) -> Path:
+    """Write bool masks [I, J, K], which may overlap, as a DICOM segmentation of a series of `save_dicom`."""
+    import highdicom
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    about = highdicom.AlgorithmIdentificationSequence("hand", codes.DCM.ArtificialIntelligence, "1")
+    segments = [
+        highdicom.seg.SegmentDescription(
+            number, name, codes.SCT.Organ, codes.SCT.Organ, highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC, about
+        )
+        for number, name in enumerate(masks, start=1)
+    ]
+    pixels = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
+    segmentation = highdicom.seg.Segmentation(
+        slices, pixels, highdicom.seg.SegmentationTypeValues.BINARY, segments, generate_uid(), 100, generate_uid(), 1,
+        "ACME", "M1", "1", "0",
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    segmentation.save_as(path)
+    return path
