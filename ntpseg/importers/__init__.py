@@ -47,6 +47,12 @@ _IMPORTERS = (
     Importer("nnunet", "ntpseg.importers.nnunet", "nnU-Net's dataset.json (v1, v2) with imagesTr and labelsTr"),
     Importer("monai", "ntpseg.importers.monai_list", "MONAI's data list (JSON with training, validation, test)"),
     Importer("folders", "ntpseg.importers.folders", "a folder images and a folder labels, and a file of the names"),
+    Importer(
+        "totalsegmentator", "ntpseg.importers.totalsegmentator", "a folder a case with ct.nii.gz and segmentations"
+    ),
+    Importer("slicer", "ntpseg.importers.slicer", "3D Slicer's *.seg.nrrd beside their volumes"),
+    Importer("dicom-seg", "ntpseg.importers.dicom_seg", "DICOM segmentation objects beside their series"),
+    Importer("coco", "ntpseg.importers.coco", "COCO JSON with polygons or RLE"),
     Importer("m3d-refseg", "ntpseg.importers.m3d_refseg", "M3D-RefSeg's folders s0000 and its tables"),
     Importer("ms-cxr", "ntpseg.importers.ms_cxr", "MS-CXR's table or COCO file, with MIMIC-CXR-JPG"),
     Importer("boxes", "ntpseg.importers.boxes", "a table of boxes (CSV, xlsx) or COCO JSON, and images"),

@@ -23,6 +23,7 @@ def load_pair(
     structures: tuple[Structure, ...],
     *,
     modalities: Sequence[str] = ("",),
+    series: Sequence[str | None] = (None,),
     resample: bool = False,
     cropped: bool = False,
 ) -> Sample:
@@ -34,6 +35,7 @@ def load_pair(
         labels: label map of the same dimensions.
         structures: see `Sample`.
         modalities: of each image; "" as its header says.
+        series: of each image, which volume of a 4-D file, from "0".
         resample, cropped: see `ntpseg.importers.alignment.aligned_labels`.
 
     Raises:
@@ -43,17 +45,29 @@ def load_pair(
         values = flat_labels(name, labels)
         pixels = flat_image(name, images)
         return Sample(pixels, (values,), structures, modalities[0])
-    volumes = load_channels(name, images, modalities)
+    volumes = load_channels(name, images, modalities, series)
+    if is_flat(labels):
+        # An X-ray in DICOM with a mask that was drawn on its picture.
+        values = flat_labels(name, labels)[None]
+        if values.shape != volumes[0].stored.shape:
+            raise ValueError(
+                f"labels of {name} must have the image's shape, {list(volumes[0].stored.shape)}, got "
+                f"{list(values.shape)}"
+            )
+        return Sample(volumes, (volumes[0].stored.to_lps(values)[0],), structures, modalities[0])
     return Sample(volumes, (load_labels(name, labels, volumes[0], resample, cropped),), structures, modalities[0])
 
 
-def load_channels(name: str, images: Sequence[Path], modalities: Sequence[str] = ("",)) -> tuple[Volume, ...]:
+def load_channels(
+    name: str, images: Sequence[Path], modalities: Sequence[str] = ("",), series: Sequence[str | None] = (None,)
+) -> tuple[Volume, ...]:
     """One to three volumes of one grid."""
     from ntpseg.volumes.reading import read_volume
 
     volumes = []
-    for path, modality in zip(images, (*modalities, *[""] * len(images))):
-        volume = read_volume(path)
+    missing = len(images)
+    for path, modality, part in zip(images, (*modalities, *[""] * missing), (*series, *[None] * missing)):
+        volume = read_volume(path, series=part)
         volumes.append(replace(volume, header=replace(volume.header, modality=modality or volume.header.modality)))
         if not grids_agree(volume.geometry, volumes[0].geometry):
             raise ValueError(
@@ -94,18 +108,10 @@ def flat_labels(name: str, path: Path) -> np.ndarray:
 
 
 def is_flat(path: Path) -> bool:
-    """Whether a file is a 2-D image that `ntpseg.data.read_image` decodes; a volume, DICOM or NIfTI is none."""
-    from PIL import Image
+    """Whether a file is a picture for Pillow; DICOM, NIfTI, NRRD and MetaImage are volumes, perhaps of one slice."""
+    from ntpseg.volumes.reading import kind_of
 
-    from ntpseg.data.pixels import FORMATS
-
-    if path.is_dir():
-        return False
-    try:
-        with Image.open(path, formats=FORMATS):
-            return True
-    except Exception:  # whatever Pillow raises, the reader of volumes says what is wrong
-        return not _may_be_volume(path)
+    return path.is_file() and kind_of(path) is None
 
 
 def case_of_file(path: Path) -> str:
@@ -165,9 +171,3 @@ def chosen_channels(names: Mapping[int, str], wanted: Sequence[str]) -> list[int
             raise ValueError(f"--channels must be among {listed}, got {word!r}")
         chosen.append(match[0])
     return chosen
-
-
-def _may_be_volume(path: Path) -> bool:
-    from ntpseg.volumes.reading import is_volume
-
-    return is_volume(path)

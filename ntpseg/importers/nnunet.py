@@ -51,7 +51,9 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     channels = _channel_names(content, path)
     chosen = chosen_channels(channels, options.channels)
     modalities = [_MODALITIES.get(channels[number].lower(), "") for number in chosen]
-    entries = _listed(path.parent, content, path) if "dataset" in content else _found(path.parent, content)
+    entries = (
+        _listed(path.parent, content, path) if "dataset" in content else _found(path.parent, content, len(channels))
+    )
     if not entries:
         raise ValueError(f"{path} must lie beside labelsTr with at least one label map, got none")
     cases = []
@@ -63,6 +65,8 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
                 f"{missing[0]} ({channels[missing[0]]})"
             )
         images = [entry.images[number] for number in chosen]
+        # The Decathlon keeps several channels in one 4-D file.
+        together = len(channels) > 1 and len(set(entry.images.values())) == 1
         load = functools.partial(
             load_pair,
             entry.case,
@@ -70,6 +74,7 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
             entry.labels,
             structures,
             modalities=modalities,
+            series=[str(number) if together else None for number in chosen],
             resample=options.resample,
         )
         cases.append(Case(entry.case, subject_of(entry.case), load, entry.split, structures))
@@ -102,25 +107,32 @@ def _existing(path: Path, table: Path) -> Path:
     return path
 
 
-def _found(folder: Path, content: dict[Any, Any]) -> list[_Entry]:
+def _found(folder: Path, content: dict[Any, Any], channels: int) -> list[_Entry]:
     ending = str(content.get("file_ending", ""))
     entries = []
     for part, split in (("Tr", ""), ("Ts", "test")):
         labels, images = folder / f"labels{part}", folder / f"images{part}"
         files = _files(labels, ending)
-        pictures: dict[str, dict[int, Path]] = {}
-        for path in _files(images, ending):
-            name = path.name[: -len(ending)] if ending else case_of_file(path)
-            match = _CHANNEL.search(name)
-            # The Decathlon has no number in the names of its images.
-            case, number = (name[: match.start()], int(match[1])) if match else (name, 0)
-            pictures.setdefault(case, {})[number] = path
+        pictures = _pictures(_files(images, ending), ending, channels)
         for path in files:
             case = path.name[: -len(ending)] if ending else case_of_file(path)
             if case not in pictures:
                 raise ValueError(f"label map {path} must have its image in {images}, got none of case {case}")
             entries.append(_Entry(case, pictures[case], path, split))
     return entries
+
+
+def _pictures(files: Sequence[Path], ending: str, channels: int) -> dict[str, dict[int, Path]]:
+    """The image of every channel of every case."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in files:
+        name = path.name[: -len(ending)] if ending else case_of_file(path)
+        if match := _CHANNEL.search(name):
+            found.setdefault(name[: match.start()], {})[int(match[1])] = path
+        else:
+            # The Decathlon has no number in the names of its images, and all channels in one file.
+            found[name] = dict.fromkeys(range(channels), path)
+    return found
 
 
 def _files(folder: Path, ending: str) -> Sequence[Path]:

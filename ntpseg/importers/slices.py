@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,9 @@ from ntpseg.importers.base import Sample
 from ntpseg.importers.options import ImportOptions
 from ntpseg.volumes import AXES, Axis, Volume
 from ntpseg.volumes.volume import display
+
+if TYPE_CHECKING:
+    from ntpseg.volumes.windows import Rendered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +84,8 @@ def _of_volumes(name: str, sample: Sample, volumes: tuple[Volume, ...], options:
         volumes = tuple(replace(volume, header=replace(volume.header, modality=sample.modality)) for volume in volumes)
     spec = parse_window(options.window)
     rendered = [render(volume, spec) for volume in volumes]
+    if len(volumes) > 1 and any(len(one.limits) > 1 for one in rendered):
+        raise ValueError(f"window must be one for each of several channels, got {options.window!r}")
     # An X-ray, or a 2-D NIfTI file: one slice, whichever way it stands.
     flat = [axis for axis, voxels in zip(AXES, grid) if voxels == 1]
     axis: Axis = flat[0] if flat else options.axis  # type: ignore[assignment]
@@ -106,9 +112,9 @@ def _of_volumes(name: str, sample: Sample, volumes: tuple[Volume, ...], options:
     )
 
 
-def window_text(rendered: list) -> str:
+def window_text(rendered: Sequence[Rendered]) -> str:
     """The window that was really used, as text; of several channels, joined by "+" where they differ."""
-    texts = list(dict.fromkeys(str(one.window) for one in rendered))
+    texts = list(dict.fromkeys(one.window for one in rendered))
     return "+".join(texts)
 
 

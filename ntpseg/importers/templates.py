@@ -22,7 +22,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,9 @@ class Templates:
                 continue
             if name in by_name:
                 raise ValueError(self._wrong(f"a union must have a name of its own, got {name!r}, which the data have"))
-            parts = dict.fromkeys(part for wanted in entry["labels"] for part in _parts(wanted, known))
-            if parts:
+            members = [_members(wanted, known) for wanted in entry["labels"]]
+            if any(members):
+                parts = dict.fromkeys(part for structures in members for one in structures for part in one.parts)
                 targets.append(self._target(Structure(name, tuple(parts)), entry))
         return tuple(target for target in targets if self._is_chosen(target.name, chosen, entries))
 
@@ -102,7 +103,7 @@ class Templates:
             if "labels" not in entry and _find(name, known) is None:
                 raise ValueError(self._wrong(f"structures must be in the data, got {name!r}; it has {_listed(names)}"))
             for wanted in entry.get("labels", ()):
-                if not _parts(wanted, known):
+                if not _members(wanted, known):
                     raise ValueError(
                         self._wrong(f"labels of {name!r} must be in the data, got {wanted!r}; it has {_listed(names)}")
                     )
@@ -279,15 +280,15 @@ def _find(name: str, known: Sequence[Structure]) -> str | None:
     return folded[0] if len(folded) == 1 else None
 
 
-def _parts(wanted: str | int, known: Sequence[Structure]) -> list[tuple[int, int]]:
-    """The parts of the structures that a name, a pattern, a value or a range of values means; [] for none."""
+def _members(wanted: str | int, known: Sequence[Structure]) -> list[Structure]:
+    """The structures that a name, a pattern, a value or a range of values means; [] for none."""
     text = str(wanted).strip()
     if match := _RANGE.fullmatch(text):
         low, high = int(match[1]), int(match[2])
-        return [part for structure in known for part in structure.parts if low <= part[1] <= high]
-    if (name := _find(text, known)) is not None:
-        return [part for structure in known if structure.name == name for part in structure.parts]
-    return [part for structure in known if _matches(structure.name, text) for part in structure.parts]
+        inside = [(one, tuple(part for part in one.parts if low <= part[1] <= high)) for one in known]
+        return [replace(one, parts=parts) for one, parts in inside if parts]
+    name = _find(text, known)
+    return [one for one in known if (one.name == name if name is not None else _matches(one.name, text))]
 
 
 def _matches(name: str, pattern: str) -> bool:
