@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ntpseg.commands.options import Layout, MaskValue
+from ntpseg.commands.options import Layout, MaskValue, choices
+from ntpseg.importers import IMPORTERS
 
 data = typer.Typer(name="data", help="Check and count data sets, write the chest CT demo.", no_args_is_help=True)
 
@@ -109,3 +110,80 @@ def demo(
     path = demo_ct.build(dest, size=size, block=block, min_area_mm2=min_area, seed=seed)
     typer.echo((path / "README.txt").read_text(encoding="utf-8"))
     typer.echo(f"written to {path}")
+
+
+@data.command("import", epilog="Kinds: " + "; ".join(f"{one.name}: {one.describe}" for one in IMPORTERS.values()) + ".")
+def import_(
+    kind: Annotated[str, typer.Argument(help=choices(tuple(IMPORTERS)), show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder or file of the source.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    axis: Annotated[str, typer.Option(help="Slices: axial, coronal or sagittal.")] = "axial",
+    window: Annotated[str, typer.Option(help="auto, header, percentile, a name such as lung, or LOW..HIGH.")] = "auto",
+    size: Annotated[int, typer.Option(help="Longest side of the PNGs; 0: nothing is resampled.")] = 0,
+    min_pixels: Annotated[int, typer.Option(help="Smallest area of a structure in a slice, pixels.")] = 4,
+    min_area_mm2: Annotated[float, typer.Option(help="The same in mm2, where the spacing is known.")] = 0.0,
+    negatives: Annotated[float, typer.Option(help="Rows for absent structures, for each row with a finding.")] = 0.0,
+    empty_slices: Annotated[bool, typer.Option("--empty-slices", help="Also one row for each empty slice.")] = False,
+    sentences: Annotated[int, typer.Option(help="Sentences drawn for a structure in a slice; 0: all.")] = 1,
+    templates: Annotated[Path | None, typer.Option(help="YAML or JSON file of sentences (docs/datasets.md).")] = None,
+    structures: Annotated[
+        str, typer.Option(help='Names or patterns such as "vertebrae_*", by commas; listed: those of --templates.')
+    ] = "",
+    names: Annotated[Path | None, typer.Option(help="File with the names of the labels, for folders.")] = None,
+    channels: Annotated[str, typer.Option(help="Of several: one for grey, up to three for colour, by commas.")] = "",
+    resample: Annotated[bool, typer.Option("--resample", help="Bring labels of another grid to the image's.")] = False,
+    splits: Annotated[
+        str, typer.Option(help="Fractions train:val:test, where the source does not say.")
+    ] = "0.7:0.15:0.15",
+    seed: Annotated[int, typer.Option(help="Of sentences, negatives and splits.")] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out cases that cannot be read, and list them.")
+    ] = False,
+) -> None:
+    """Write volumes and label maps of hospitals and public sets as PNG slices, masks and a manifest.csv."""
+    from ntpseg.importers import ImportOptions, import_dataset
+    from ntpseg.utils.progress import stage_progress
+
+    options = ImportOptions(
+        axis=axis,
+        window=window,
+        size=size,
+        min_pixels=min_pixels,
+        min_area_mm2=min_area_mm2,
+        negatives=negatives,
+        empty_slices=empty_slices,
+        sentences=sentences,
+        templates=templates,
+        structures=_items(structures),
+        names=names,
+        channels=_items(channels),
+        resample=resample,
+        splits=_fractions(splits),
+        seed=seed,
+        skip_bad=skip_bad,
+    )
+    with stage_progress() as progress:
+        done = import_dataset(kind, source, out, options, progress=progress)
+    for line in done.skipped:
+        typer.secho(f"left out: {line}", fg="yellow", err=True)
+    rows = ", ".join(f"{done.rows[split]} {split}" for split in ("train", "val", "test"))
+    typer.echo(f"{done.cases} cases: {done.images} images, {done.masks} masks, {done.rows.total()} pairs ({rows})")
+    if done.negatives:
+        typer.echo(f"{done.negatives} of the pairs hold no finding: set data.keep_empty: true to train on them")
+    if done.small:
+        typer.echo(f"{done.small} structures in slices were left out: fewer pixels than asked for")
+    if done.unasked:
+        typer.echo(f"{done.unasked} cases show nothing that is asked for, and have no row")
+    typer.echo(f"written to {out}; look at it with ntpseg data check {out}{' --keep-empty' * bool(done.negatives)}")
+
+
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, val, test = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise ValueError(f"--splits must be three numbers such as 0.7:0.15:0.15, got {text!r}") from error
+    return train, val, test

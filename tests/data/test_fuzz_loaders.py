@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from openpyxl import Workbook
 from PIL import Image
 
-from ntpseg.data import DataProblems, MaskOptions, check_records, read_image, read_mask, usable_records
+from ntpseg.data import DataProblems, MaskOptions, check_records, load_records, read_image, read_mask, usable_records
 from ntpseg.data.tables import read_table
 from ntpseg.generation.folder import folder_jobs
 
@@ -175,3 +175,36 @@ def test_layouts(layout: str, table: bytes, image: bytes, mask: bytes, name: str
             path.write_bytes(content)
         survives(lambda: check_records(root, masks=options), "")
         survives(lambda: usable_records(root, layout, skip_bad=True, masks=options), "")
+
+
+ANNOTATIONS = [
+    b'{"images": [{"id": 0, "file_name": "a.png"}], "annotations": [{"image_id": 0, "mask_file": "a_lung.png", '
+    b'"sentences": [{"raw": "The lung."}, {"sent": "Lung."}]}], "categories": []}',
+    b'[{"img_name": "a.png", "mask_name": "a_lung.png", "prompts": {"p0": "", "p1": ["The lung.", "Lung."]}}]',
+    b'{"annotations": [{"file_name": "a\\ud800.png", "mask_file": null, "sentences": ["x", 1, {"raw": ["y"]}]}, 7]}',
+    b'[{"img_name": ["a.png"], "mask_name": "../masks/a_lung.png", "prompts": "The \\ud800 lung."}, {}]',
+]
+
+
+@fuzz_settings(80)
+@given(
+    layout=st.sampled_from(["biomedparse", "medvlsm"]),
+    content=st.one_of(st.sampled_from(ANNOTATIONS), mutated(ANNOTATIONS)),
+)
+def test_annotations(layout: str, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "set")
+        places = {
+            "biomedparse": ("train.json", "train", "train_mask"),
+            "medvlsm": ("anns/train.json", "images", "masks"),
+        }[layout]
+        for path, written in (
+            (root / places[0], content),
+            (root / places[1] / "a.png", IMAGES[0]),
+            (root / places[2] / "a_lung.png", IMAGES[-1]),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(written)
+        for record in load_records(root, layout, skip_bad=True):
+            assert record.text.encode() and record.mask is not None
+        survives(lambda: check_records(root), "")

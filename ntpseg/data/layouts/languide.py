@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
+from ntpseg.data.layouts.columns import read_rows
 from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, find_subfolder
 from ntpseg.data.layouts.pairing import SplitFolder, join_rows, report_faults, report_unmatched
-from ntpseg.data.tables import Rows, read_columns
+from ntpseg.data.tables import Rows
 
 TRAIN_FRACTION = 0.8
 _NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -54,7 +55,7 @@ def read_languide(root: Path) -> Listing:
         if path is None:
             continue
         try:
-            table = read_columns(path, ("image", "description"))
+            table = read_rows(path)
         except ValueError as error:
             listing.report(problems.UNREADABLE, split, path, str(error.__cause__ or error))
         else:

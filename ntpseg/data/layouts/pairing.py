@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Listing
+from ntpseg.data.layouts.columns import sentences
 from ntpseg.data.layouts.folders import IMAGE_FOLDERS, MASK_FOLDERS, FolderIndex, find_subfolder, normalise_name
 from ntpseg.data.records import MASK_PREFIX, Record, case_of, check_mask_value, subject_of
 from ntpseg.data.tables import Rows, Table
@@ -39,15 +40,15 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
 
     Args:
         split: the rows' split.
-        rows: the image column may hold the image's or the mask's name, with another extension or none; a column
-            mask_value names the class of a label map.
+        rows: of `ntpseg.data.layouts.columns.read_rows`. The image column may hold the image's or the mask's name, with
+            another extension or none; a column mask_value names the class of a label map. Each sentence is a record.
         folders: where to look, the split's own first.
         listing: receives the records and the problems.
 
     Returns:
         The files that have a row, as (folder, case).
     """
-    seen: set[str] = set()
+    said: dict[str, list[str]] = {}
     described: set[tuple[str, str]] = set()
     for row in rows:
         name = row["image"]
@@ -58,10 +59,13 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
         image = _first(folder.images.find(name.removeprefix(MASK_PREFIX)) for folder in folders)
         # The file's own name, where the table spells it in another way.
         case = case_of(normalise_name(name if image is None else image.name))
-        if case in seen:
-            listing.report(problems.DUPLICATE, split, name, "the table names it more than once; the first row counts")
+        if case in said:
+            detail = "the table names it more than once; the first row counts"
+            if row["description"] not in said[case]:
+                detail += ", and further sentences belong into a column Description_2 of that row"
+            listing.report(problems.DUPLICATE, split, name, detail)
             continue
-        seen.add(case)
+        said[case] = texts = sentences(row)
         # A mask of exactly this name, else the one that belongs to the image.
         mask = _first(folder.masks.find(wanted) for wanted in dict.fromkeys((name, case)) for folder in folders)
         value = row.get("mask_value", "")
@@ -71,7 +75,8 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
             hint = _first_text(folder.images.hint(name) for folder in folders)
             reason = f"the table names it in row {row.number}, but there is no such image{hint}"
             listing.report(problems.MISSING_IMAGE, split, name, reason)
-        elif reason := row.missing_text("description"):
+        elif not texts:
+            reason = row.missing_text("description")
             listing.report(problems.MISSING_TEXT, split, image, f"{reason} (row {row.number})")
         elif mask is None:
             hint = _first_text(folder.masks.hint(case) for folder in folders)
@@ -82,7 +87,11 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
             listing.report(problems.BAD_ROW, split, f"row {row.number} of the {split} rows", reason)
         else:
             subject = row.get("subject") or subject_of(case)
-            listing.records.append(Record(image, mask, row["description"], split, case, subject, value))
+            if row.get("subject"):
+                listing.patients.add(subject)
+            for number, text in enumerate(texts, start=1):
+                name = case if number == 1 else f"{case}__{number}"
+                listing.records.append(Record(image, mask, text, split, name, subject, value))
     return described
 
 

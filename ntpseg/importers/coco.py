@@ -1,0 +1,167 @@
+"""COCO JSON: polygons, RLE and uncompressed RLE, of categories; captions of instances and referring expressions.
+
+The instances of a category in an image are one structure; an annotation with sentences of its own ("caption",
+"captions", "sentences", "text") is one by itself, and its sentences are kept. Images lie in the folder ``images``
+beside the JSON file, in a folder of the JSON file's name, or beside it.
+
+SRC is a JSON file, or a folder with one for each split ("train", "val" or "test" in its name) or with one for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntpseg.data.records import subject_of
+from ntpseg.importers.base import Case, Sample, Structure
+from ntpseg.importers.loading import LayerPacker, case_of_file
+from ntpseg.importers.options import ImportOptions
+from ntpseg.importers.templates import read_mapping
+from ntpseg.utils.checks import brief
+
+_SENTENCES = ("captions", "caption", "sentences", "sentence", "text", "expression")
+_SPLITS = ((r"train", "train"), (r"val", "val"), (r"test", "test"))
+_FOLDERS = ("images", "imgs", "img", "")
+
+
+def read(source: Path, options: ImportOptions) -> list[Case]:
+    """List the images of one or several COCO files.
+
+    Raises:
+        ValueError: pycocotools is missing, a file is not COCO's, or an image that it lists is not there.
+    """
+    from ntpseg.volumes.extras import require
+
+    require("pycocotools.mask", "coco", "COCO masks")
+    files = [source] if source.is_file() else sorted(p for p in (*source.glob("*.json"), *source.glob("*/*.json")))
+    if not files:
+        raise ValueError(f"source must be a COCO JSON file or a folder with one, got {source} with none")
+    cases: list[Case] = []
+    for path in files:
+        cases += _read_file(path, _split_of(path) if len(files) > 1 else "")
+    return cases
+
+
+def _read_file(path: Path, split: str) -> list[Case]:
+    content = read_mapping(path, "source")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise ValueError(f"{path} must be COCO's, with the lists images, annotations and categories, got no {key}")
+    try:
+        names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
+        by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            if int(annotation["category_id"]) not in names:
+                raise KeyError(annotation["category_id"])
+            by_image[annotation["image_id"]].append(annotation)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must give ids of images and categories that it lists, got none such as {error}"
+        ) from error
+    categories = tuple(Structure(name, ()) for name in names.values())
+    if len({category.name for category in categories}) < len(categories):
+        raise ValueError(f"{path} must have categories with names of their own, got one twice")
+    cases = []
+    for image in content["images"]:
+        file = _find(path, str(image.get("file_name", "")))
+        name = case_of_file(Path(str(image["file_name"]).replace("\\", "/")))
+        load = functools.partial(_load, name, file, image, by_image[image["id"]], names)
+        own = any(_own_sentences(annotation) for annotation in by_image[image["id"]])
+        subject = str(image.get("patient_id") or image.get("subject") or subject_of(name))
+        cases.append(Case(name, subject, load, split, () if own else categories))
+    return cases
+
+
+def _load(
+    name: str, file: Path, image: dict[str, Any], annotations: Sequence[dict[str, Any]], names: dict[int, str]
+) -> Sample:
+    from ntpseg.data.images import read_image
+
+    pixels = read_image(file)
+    shape = (pixels.shape[0], pixels.shape[1])
+    if (image.get("height", shape[0]), image.get("width", shape[1])) != shape:
+        raise ValueError(
+            f"{file} must have the size that COCO's list states, {image['width']}x{image['height']}, "
+            f"got {shape[1]}x{shape[0]}"
+        )
+    masks: dict[str, np.ndarray] = {}
+    structures: list[Structure] = []
+    packer = LayerPacker(shape)
+    for number, annotation in enumerate(annotations, start=1):
+        mask = annotation_mask(name, annotation, shape)
+        category = names[int(annotation["category_id"])]
+        if sentences := _own_sentences(annotation):
+            own = f"{category} {number}"
+            structures.append(Structure(own, (packer.add(mask),) if mask.any() else (), sentences))
+        elif category in masks:
+            masks[category] |= mask
+        else:
+            masks[category] = mask
+    for category in names.values():
+        parts = (packer.add(masks[category]),) if category in masks and masks[category].any() else ()
+        if parts or not any(structure.name.startswith(f"{category} ") for structure in structures):
+            structures.append(Structure(category, parts))
+    return Sample(pixels, tuple(packer.layers), tuple(structures))
+
+
+def annotation_mask(name: str, annotation: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """bool [H, W] of one annotation: polygons ``[[x, y, x, y, ...], ...]``, RLE as text or as counts.
+
+    Raises:
+        ValueError: the segmentation is none of these, or of another size; the message names the image.
+    """
+    from pycocotools import mask as coco
+
+    height, width = shape
+    segmentation = annotation.get("segmentation")
+    try:
+        if isinstance(segmentation, dict):
+            if isinstance(segmentation["counts"], list):
+                rle = coco.frPyObjects(segmentation, *segmentation["size"])
+            else:
+                rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
+            if list(segmentation["size"]) != [height, width]:
+                raise ValueError(f"RLE of size {segmentation['size']} for an image of {[height, width]}")
+        elif segmentation:
+            rle = coco.merge(coco.frPyObjects(segmentation, height, width))
+        else:
+            raise ValueError("a box alone is no mask" if annotation.get("bbox") else "nothing is marked")
+        return coco.decode(rle).astype(bool)
+    except Exception as error:  # pycocotools raises whatever Cython meets
+        raise ValueError(
+            f"segmentation of annotation {annotation.get('id', '?')} of {name} must be polygons or RLE, "
+            f"got {brief(segmentation)} ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _own_sentences(annotation: dict[str, Any]) -> tuple[str, ...]:
+    for key in _SENTENCES:
+        value = annotation.get(key)
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        # RefCOCO: {"raw": "the left one", "tokens": [...]}
+        sentences = [text.get("raw", "") if isinstance(text, dict) else text for text in texts]
+        if found := tuple(dict.fromkeys(text.strip() for text in sentences if isinstance(text, str) and text.strip())):
+            return found
+    return ()
+
+
+def _split_of(path: Path) -> str:
+    words = f"{path.parent.name} {path.stem}".lower()
+    return next((split for pattern, split in _SPLITS if re.search(rf"(?<![a-z]){pattern}", words)), "")
+
+
+def _find(path: Path, name: str) -> Path:
+    relative = Path(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or not name:
+        raise ValueError(f"{path} must name images below its folder, got {name!r}")
+    roots = [path.parent / path.stem, path.parent, path.parent.parent]
+    for root in roots:
+        for folder in _FOLDERS:
+            if (root / folder / relative).is_file():
+                return root / folder / relative
+    raise ValueError(f"{path} must list images that are there, got {name}; put them into a folder images beside it")

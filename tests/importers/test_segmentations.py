@@ -1,0 +1,196 @@
+"""3D Slicer's and DICOM's segmentations, COCO: overlapping structures, names, exact masks, and no patient's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from volume_files import affine, image, labels, save_dicom, save_dicom_seg, save_nifti, save_seg_nrrd
+
+from ntpseg.data import MaskOptions, inspect_dataset, read_mask
+from ntpseg.importers import ImportOptions, import_dataset
+from ntpseg.importers.names import read_names
+from ntpseg.utils.files import read_csv
+
+RAS_TO_LPS = np.array([-1, -1, 1])
+ORIGIN = affine()[:3, 3] * RAS_TO_LPS
+
+
+def shown(values: np.ndarray) -> np.ndarray:
+    """An array [I, J, K] of `affine` as LPS [D, H, W]."""
+    return values.transpose(2, 1, 0)[:, ::-1]
+
+
+def check_masks(out: Path, volume: str, expected: dict[str, np.ndarray]) -> None:
+    """Each row's mask is its slice of the structure [I, J, K], and no slice with a structure is missing."""
+    rows = [row for row in read_csv(out / "manifest.csv") if row["volume"] == volume]
+    for name, values in expected.items():
+        found = {int(row["slice"]): row for row in rows if row["structure"] == name}
+        assert sorted(found) == [k for k in range(values.shape[2]) if values[..., k].sum() >= 4]
+        for index, row in found.items():
+            np.testing.assert_array_equal(read_mask(out / row["mask"]), shown(values)[index])
+    assert {row["structure"] for row in rows} == set(expected)
+    assert not inspect_dataset(out).problems
+
+
+def test_slicer_layers_of_a_part_of_the_volume(tmp_path):
+    pytest.importorskip("SimpleITK")
+    values = labels()
+    lesion = np.zeros(values.shape, bool)
+    lesion[4:7, 4:7, 2:4] = True  # lies in the liver
+    save_nifti(tmp_path / "src" / "p1" / "scan.nii.gz", image(values))
+    # Slicer stores from voxel (2, 3, 1) on.
+    part = [array.transpose(2, 1, 0)[1:, 3:, 2:] for array in (values, lesion * np.uint8(7))]
+    origin = ORIGIN + np.array([2 * 0.7, -3 * 0.8, 2.5])
+    segments = [("liver", 0, 1), ("left kidney", 0, 2), ("lesion", 1, 7)]
+    save_seg_nrrd(tmp_path / "src" / "p1" / "Segmentation.seg.nrrd", part, segments, origin)
+    import_dataset("slicer", tmp_path / "src", tmp_path / "out")
+    expected = {"liver": values == 1, "left kidney": values == 2, "lesion": lesion}
+    check_masks(tmp_path / "out", "p1", expected)
+    shifted = origin + np.array([0.3, 0, 0])
+    save_seg_nrrd(tmp_path / "src" / "p1" / "Segmentation.seg.nrrd", part, segments, shifted)
+    with pytest.raises(ValueError, match=r"labels of p1 must have the image's grid.*--resample"):
+        import_dataset("slicer", tmp_path / "src", tmp_path / "again")
+    import_dataset("slicer", tmp_path / "src", tmp_path / "again", ImportOptions(resample=True))
+    check_masks(tmp_path / "again", "p1", expected)  # 0.3 mm is less than half a voxel
+
+
+def test_slicer_of_before_4_11_and_a_volume_that_is_missing(tmp_path):
+    pytest.importorskip("SimpleITK")
+    values = labels()
+    layers = [(values == value).transpose(2, 1, 0).astype(np.uint8) for value in (1, 2)]
+    path = save_seg_nrrd(tmp_path / "a.seg.nrrd", layers, [("liver", 0, 0), ("kidney", 0, 0)], ORIGIN, old=True)
+    with pytest.raises(ValueError, match=r"a\.seg\.nrrd must have its volume beside it, as a\.nrrd, .* got none"):
+        import_dataset("slicer", path, tmp_path / "out")
+    save_nifti(tmp_path / "a.nii.gz", image(values))
+    save_nifti(tmp_path / "other.nii.gz", image(values))
+    import_dataset("slicer", path, tmp_path / "out")
+    check_masks(tmp_path / "out", "a", {"liver": values == 1, "kidney": values == 2})
+
+
+def test_dicom_segmentations_find_their_series_and_name_no_patient(tmp_path):
+    pytest.importorskip("highdicom")
+    expected = {}
+    for number, patient in enumerate(("MRN-4711", "MRN-0815")):
+        values = labels(number)
+        slices = save_dicom(tmp_path / "src" / f"{number}" / "ct", image(values, number), patient)
+        expected[f"subject-{number + 1:04d}_01"] = {"liver": values > 0, "kidney_left": values == 2}
+        save_dicom_seg(
+            tmp_path / "src" / f"{number}" / "seg" / "x.dcm", slices, {"liver": values > 0, "kidney_left": values == 2}
+        )
+    import_dataset("dicom-seg", tmp_path / "src", tmp_path / "out", ImportOptions(window="-100..200"))
+    for volume, masks in expected.items():
+        check_masks(tmp_path / "out", volume, masks)
+    rows = read_csv(tmp_path / "out" / "manifest.csv")
+    assert {(row["subject"], row["modality"]) for row in rows} == {("subject-0001", "CT"), ("subject-0002", "CT")}
+    for path in (tmp_path / "out").rglob("*"):
+        assert "MRN" not in path.name and (path.is_dir() or b"MRN" not in path.read_bytes())
+    (tmp_path / "src" / "1" / "ct").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"x\.dcm must lie with the series that it was drawn on"):
+        import_dataset("dicom-seg", tmp_path / "src", tmp_path / "again")
+
+
+def coco_files(root: Path, annotations: list[dict]) -> Path:
+    (root / "images").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40), np.uint8)
+    for name in ("a", "b"):
+        Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+    images = [{"id": n, "file_name": f"{name}.png", "height": 30, "width": 40} for n, name in enumerate("ab")]
+    categories = [{"id": 5, "name": "nodule"}, {"id": 9, "name": "effusion"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations.json").write_text(json.dumps(content))
+    return root / "annotations.json"
+
+
+def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
+    coco = pytest.importorskip("pycocotools.mask")
+    box, spot, other = np.zeros((3, 30, 40), bool)
+    box[5:15, 10:20], spot[8:12, 12:30], other[20:25, 3:9] = True, True, True
+    compressed = coco.encode(np.asfortranarray(spot.astype(np.uint8)))
+    flat = other.ravel(order="F")
+    runs = np.diff(np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1], [True]]))).tolist()
+    annotations = [
+        {"id": 1, "image_id": 0, "category_id": 5, "segmentation": [[10, 5, 20, 5, 20, 15, 10, 15]]},
+        {"id": 2, "image_id": 0, "category_id": 9,
+         "segmentation": {"size": [30, 40], "counts": compressed["counts"].decode()}},
+        {"id": 3, "image_id": 0, "category_id": 5, "segmentation": {"size": [30, 40], "counts": runs}},
+    ]  # fmt: skip
+    path = coco_files(tmp_path / "src", annotations)
+    import_dataset("coco", path, tmp_path / "out", ImportOptions(negatives=1))
+    rows = {(row["image"], row["text"]): row for row in read_csv(tmp_path / "out" / "manifest.csv")}
+    for text, mask in (("The nodule.", box | other), ("The effusion.", spot)):
+        np.testing.assert_array_equal(read_mask(tmp_path / "out" / rows["images/a.png", text]["mask"]), mask)
+    assert len(rows) == 3 and {text[:3] for image_, text in rows if image_ == "images/b.png"} == {"No "}
+    assert not inspect_dataset(tmp_path / "out", masks=MaskOptions(keep_empty=True)).problems
+
+
+def test_coco_sentences_of_an_annotation(tmp_path):
+    pytest.importorskip("pycocotools.mask")
+    polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    sentences = [{"raw": "the upper nodule"}, {"raw": "left one"}]
+    path = coco_files(
+        tmp_path / "src",
+        [{"id": 1, "image_id": 0, "category_id": 5, "segmentation": polygon, "sentences": sentences}],
+    )
+    import_dataset("coco", path.parent, tmp_path / "out")
+    rows = read_csv(tmp_path / "out" / "manifest.csv")
+    assert [row["text"] for row in rows] == ["the upper nodule", "left one"]
+    assert len({row["mask"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "got"),
+    [
+        ([], "nothing is marked"),
+        ({"size": [3, 4], "counts": [12]}, r"RLE of size \[3, 4\] for an image of \[30, 40\]"),
+        ("x", "got 'x'"),
+    ],
+)
+def test_coco_annotations_that_are_no_mask(tmp_path, segmentation, got):
+    pytest.importorskip("pycocotools.mask")
+    annotation = {"id": 4, "image_id": 0, "category_id": 5, "segmentation": segmentation}
+    path = coco_files(tmp_path / "src", [annotation])
+    with pytest.raises(ValueError, match=f"segmentation of annotation 4 of a must be polygons or RLE, .*{got}"):
+        import_dataset("coco", path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("n.json", '{"labels": {"0": "background", "1": "liver", "3": "left kidney"}}'),
+        ("n.json", '{"liver": 1, "left kidney": 3, "background": 0}'),
+        ("n.json", '["background", "liver", "ignore", "left kidney"]'),
+        ("n.yaml", "1: liver\n3: left kidney\n"),
+        ("n.csv", "id;structure\n0;background\n1;liver\n3;left kidney\n"),
+        ("n.tsv", "label\tname\n1\tliver\n3\tleft kidney\n"),
+        (
+            "n.txt",
+            '# ITK-SNAP\n    0     0    0    0        0  0  0    "Clear Label"\n'
+            '    1   255    0    0        1  1  1    "liver"\n    3     0  255    0      0.5  1  1    "left kidney"\n',
+        ),
+    ],
+)
+def test_files_of_names(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    found = {one.name: one.parts for one in read_names(tmp_path / name)}
+    assert found == {"liver": ((0, 1),), "left kidney": ((0, 3),)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("n.json", '{"1": "a", "2": "a"}', "must have names of their own, got 'a' twice"),
+        ("n.json", '{"liver": 1.5}', "must map values to names, got 'liver': 1.5"),
+        ("n.csv", "id,colour\n1,red\n", "must have a column with the labels' values"),
+        ("n.txt", "liver = 1\n", "must have lines such as .* got 'liver = 1' in line 1"),
+        ("n.json", '{"background": 0}', "must name at least one label, got none"),
+    ],
+)
+def test_files_of_names_that_are_wrong(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_names(tmp_path / name)
+    assert name in str(caught.value)
