@@ -52,6 +52,7 @@ _IMPORTERS = (
     ),
     Importer("slicer", "ntpseg.importers.slicer", "3D Slicer's *.seg.nrrd beside their volumes"),
     Importer("dicom-seg", "ntpseg.importers.dicom_seg", "DICOM segmentation objects beside their series"),
+    Importer("rtstruct", "ntpseg.importers.rtstruct", "DICOM structure sets (RTSTRUCT) beside their series"),
     Importer("coco", "ntpseg.importers.coco", "COCO JSON with polygons or RLE"),
     Importer("m3d-refseg", "ntpseg.importers.m3d_refseg", "M3D-RefSeg's folders s0000 and its tables"),
     Importer("ms-cxr", "ntpseg.importers.ms_cxr", "MS-CXR's table or COCO file, with MIMIC-CXR-JPG"),

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from volume_files import affine, image, labels, save_dicom, save_dicom_seg, save_nifti, save_seg_nrrd
+from volume_files import (
+    affine,
+    image,
+    labels,
+    save_dicom,
+    save_dicom_seg,
+    save_nifti,
+    save_seg_nrrd,
+    save_structure_set,
+)
 
 from ntpseg.data import MaskOptions, inspect_dataset, read_mask
 from ntpseg.importers import ImportOptions, import_dataset
@@ -91,6 +100,34 @@ def test_dicom_segmentations_find_their_series_and_name_no_patient(tmp_path):
     (tmp_path / "src" / "1" / "ct").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"x\.dcm must lie with the series that it was drawn on"):
         import_dataset("dicom-seg", tmp_path / "src", tmp_path / "again")
+
+
+def test_structure_sets_are_filled_slice_by_slice_with_their_holes(tmp_path):
+    pytest.importorskip("pydicom")
+    values = labels()
+    to_lps = np.diag([-1, -1, 1, 1]) @ affine()
+
+    def square(low: tuple[int, int], high: tuple[int, int], k: float) -> np.ndarray:
+        """Around the voxels from `low` to before `high`: corners half a voxel outside of their centres."""
+        (i0, j0), (i1, j1) = low, high
+        corners = [(i0, j0), (i1, j0), (i1, j1), (i0, j1)]
+        return np.array([(to_lps @ [i - 0.5, j - 0.5, k, 1])[:3] for i, j in corners])
+
+    ring = np.zeros(values.shape, bool)
+    ring[3:15, 2:16, 2:4] = True
+    ring[6:10, 5:9, 3] = False
+    contours = [square((3, 2), (15, 16), 2), square((3, 2), (15, 16), 3.2), square((6, 5), (10, 9), 3)]
+    slices = save_dicom(tmp_path / "src" / "ct", image(values), "MRN-1")
+    box = np.zeros(values.shape, bool)
+    box[1:5, 1:5, 4] = True
+    rois = {"ring": contours, "box": [square((1, 1), (5, 5), 4)], "planned": []}
+    save_structure_set(tmp_path / "src" / "rs.dcm", slices, rois)
+    import_dataset("rtstruct", tmp_path / "src", tmp_path / "out")
+    check_masks(tmp_path / "out", "subject-0001_01", {"ring": ring, "box": box})
+    tilted = contours[0] + np.array([[0, 0, 0], [0, 0, 0], [0, 0, 5], [0, 0, 5]])
+    save_structure_set(tmp_path / "src" / "rs.dcm", slices, {"ring": [tilted]})
+    with pytest.raises(ValueError, match=r"contours of 'ring' of .*rs\.dcm must lie in the slices of their series"):
+        import_dataset("rtstruct", tmp_path / "src", tmp_path / "again")
 
 
 def coco_files(root: Path, annotations: list[dict]) -> Path:

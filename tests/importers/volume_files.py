@@ -121,3 +121,37 @@ def save_dicom_seg(path: Path, slices: list, masks: dict[str, np.ndarray]) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     segmentation.save_as(path)
     return path
+
+
+def save_structure_set(path: Path, slices: list, rois: dict[str, list[np.ndarray]]) -> Path:
+    """Write contours, millimetres [N, 3] in LPS, as a DICOM structure set of a series of `save_dicom`."""
+    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, RTStructureSetStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    one.SOPClassUID, one.SOPInstanceUID = RTStructureSetStorage, meta.MediaStorageSOPInstanceUID
+    one.SeriesInstanceUID, one.StudyInstanceUID = generate_uid(), slices[0].StudyInstanceUID
+    one.PatientID, one.Modality = slices[0].PatientID, "RTSTRUCT"
+    series, study, frame = Dataset(), Dataset(), Dataset()
+    series.SeriesInstanceUID = slices[0].SeriesInstanceUID
+    study.RTReferencedSeriesSequence = [series]
+    frame.FrameOfReferenceUID, frame.RTReferencedStudySequence = slices[0].FrameOfReferenceUID, [study]
+    one.ReferencedFrameOfReferenceSequence = [frame]
+    one.StructureSetROISequence, one.ROIContourSequence = [], []
+    for number, (name, contours) in enumerate(rois.items(), start=1):
+        about, drawn = Dataset(), Dataset()
+        about.ROINumber, about.ROIName, about.ReferencedFrameOfReferenceUID = number, name, frame.FrameOfReferenceUID
+        drawn.ReferencedROINumber, drawn.ContourSequence = number, []
+        for points in contours:
+            contour = Dataset()
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+            contour.ContourData = [f"{value:.4f}" for value in points.ravel()]
+            drawn.ContourSequence.append(contour)
+        one.StructureSetROISequence.append(about)
+        one.ROIContourSequence.append(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    one.save_as(path, enforce_file_format=True)
+    return path
