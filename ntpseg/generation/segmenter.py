@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from ntpseg.generation.options import DecodingOptions, Generated
 from ntpseg.tokenizers.text import encode_text
 
 if TYPE_CHECKING:
+    from ntpseg.generation.post_processing import PostProcessing
+    from ntpseg.generation.volume import VolumePrediction
     from ntpseg.models.bundle import Bundle
+    from ntpseg.volumes import Axis, Volume
 
 ENCODE_BATCH = 32
 
@@ -150,6 +153,69 @@ class Segmenter:
         for i, probability in enumerate(self.probabilities(generated)):
             mask = resize_mask(probability, *sizes[i], threshold=self.options.threshold)
             yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
+
+    @overload
+    def segment_volume(
+        self,
+        volume: Volume | str | PathLike[str],
+        text: str,
+        *,
+        axis: Axis | None = None,
+        window: str | None = None,
+        series: str | None = None,
+        post_processing: PostProcessing | None = None,
+        probability: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> VolumePrediction: ...
+
+    @overload
+    def segment_volume(
+        self,
+        volume: Volume | str | PathLike[str],
+        text: Sequence[str],
+        *,
+        axis: Axis | None = None,
+        window: str | None = None,
+        series: str | None = None,
+        post_processing: PostProcessing | None = None,
+        probability: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[VolumePrediction]: ...
+
+    def segment_volume(
+        self, volume: Volume | str | PathLike[str], text: str | Sequence[str], **options: Any
+    ) -> VolumePrediction | list[VolumePrediction]:
+        """Segment what a sentence refers to in every slice of a volume.
+
+        Slices are rendered, encoded and decoded in groups of ``batch_size // sentences``; several sentences share the
+        encoded slices. Held are the volume, one byte per voxel and sentence for the masks (two more with
+        `probability`, four for a moment with `post_processing`), and one group; `segment_slices` holds no masks.
+
+        Args:
+            volume: a `Volume`, or a path for `read_volume`: a DICOM file or folder, NIfTI, NRRD or MetaImage.
+            text: the sentence, or several.
+            axis: "axial", "coronal" or "sagittal", along which the volume is cut; by default that of the model's
+                training data.
+            window: how voxels become grey levels or the three channels, see `ntpseg.volumes.windows.parse_window`; by
+                default that of the model's training data.
+            series: which series of a DICOM folder, see `read_volume`.
+            post_processing: see `PostProcessing`; none by default.
+            probability: also give each voxel's probability.
+            progress: called with the number of masks of slices just finished; ``volume.count(axis)`` for each
+                sentence in all.
+
+        Returns:
+            A `VolumePrediction`; for several sentences a list of them, in their order.
+
+        Raises:
+            ValueError: the volume cannot be read, a sentence says nothing, or the model remembers no axis or window of
+                its training data and none is given.
+        """
+        from ntpseg.generation.volume import segment_volume
+
+        if isinstance(text, str):
+            return segment_volume(self, volume, [text], **options)[0]
+        return segment_volume(self, volume, text, **options)
 
     def encode(self, images: Iterable[np.ndarray]) -> EncodedImages:
         """What the model reads of images, uint8 ``[H, W]`` or ``[H, W, 3]`` of any size."""
