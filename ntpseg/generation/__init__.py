@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ntpseg.utils.lazy import lazy_exports
 
 _EXPORTS = {
+    "DecodedTokens": "ntpseg.generation.token_stream",
     "DecodingOptions": "ntpseg.generation.options",
     "Generated": "ntpseg.generation.options",
     "METHODS": "ntpseg.generation.methods",
@@ -22,6 +23,7 @@ _EXPORTS = {
 
 __all__ = [
     "METHODS",
+    "DecodedTokens",
     "DecodingOptions",
     "Generated",
     "MaskGenerator",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from ntpseg.generation.post_processing import PostProcessing as PostProcessing
     from ntpseg.generation.segmenter import Prediction as Prediction
     from ntpseg.generation.segmenter import Segmenter as Segmenter
+    from ntpseg.generation.token_stream import DecodedTokens as DecodedTokens
     from ntpseg.generation.volume import SlicePrediction as SlicePrediction
     from ntpseg.generation.volume import VolumePrediction as VolumePrediction
     from ntpseg.generation.volume import segment_slices as segment_slices
