@@ -13,6 +13,7 @@ _EXPORTS = {
     "MaskOptions": "ntpseg.data.records",
     "Problem": "ntpseg.data.problems",
     "Record": "ntpseg.data.records",
+    "SlicePlace": "ntpseg.data.records",
     "case_of": "ntpseg.data.records",
     "check_records": "ntpseg.data.loading",
     "inspect_dataset": "ntpseg.data.loading",
@@ -38,6 +39,7 @@ __all__ = [
     "MaskOptions",
     "Problem",
     "Record",
+    "SlicePlace",
     "case_of",
     "check_records",
     "inspect_dataset",
@@ -79,5 +81,6 @@ if TYPE_CHECKING:
     from ntpseg.data.problems import problem_table as problem_table
     from ntpseg.data.records import MaskOptions as MaskOptions
     from ntpseg.data.records import Record as Record
+    from ntpseg.data.records import SlicePlace as SlicePlace
     from ntpseg.data.records import case_of as case_of
     from ntpseg.data.records import subject_of as subject_of

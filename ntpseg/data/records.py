@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ntpseg.utils.checks import check_choice, check_integer, check_number
+
 SPLITS = ("train", "val", "test")
 MASK_PREFIX = "mask_"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
@@ -41,6 +43,58 @@ class MaskOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SlicePlace:
+    """Where an image lies in a patient, and what it shows, as far as the table of its data set states it.
+
+    Attributes:
+        volume: name of the volume that the image is a slice of, unique in its data set; "" for a 2-D image.
+        axis: "axial", "coronal" or "sagittal", as of `ntpseg.volumes.Volume.slice`; "" for a 2-D image.
+        index: of the slice, as of `ntpseg.volumes.Volume.slice`; -1 for a 2-D image.
+        slice_mm: millimetres from a slice of the volume to that of the next index; None where they are unknown.
+        row_mm: millimetres between the centres of neighbouring rows; None where they are unknown.
+        column_mm: millimetres between the centres of neighbouring columns; None where they are unknown.
+        window: how the stored values became grey, such as "lung" or "-160..240"; "" where it is unknown.
+        modality: such as "CT"; "" where it is unknown.
+        structure: what the sentence refers to, such as "left kidney"; "" where it is unknown.
+
+    Raises:
+        ValueError: a slice of a volume has no axis or index, or a distance is no positive number.
+    """
+
+    volume: str = ""
+    axis: str = ""
+    index: int = -1
+    slice_mm: float | None = None
+    row_mm: float | None = None
+    column_mm: float | None = None
+    window: str = ""
+    modality: str = ""
+    structure: str = ""
+
+    def __post_init__(self) -> None:
+        if self.volume:
+            # SciPy with it, which commands that read no table need not wait for.
+            from ntpseg.volumes.geometry import AXES
+
+            check_choice("axis", self.axis, AXES)
+            check_integer("slice", self.index, 0)
+        for name in ("slice_mm", "row_mm", "column_mm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
+
+    @property
+    def pixel_mm(self) -> tuple[float, float] | None:
+        """Millimetres between rows and between columns; None where either is unknown."""
+        return None if self.row_mm is None or self.column_mm is None else (self.row_mm, self.column_mm)
+
+    @property
+    def voxel_mm(self) -> tuple[float, float, float] | None:
+        """Millimetres between slices, rows and columns; None where any is unknown."""
+        pixel = self.pixel_mm
+        return None if pixel is None or self.slice_mm is None else (self.slice_mm, *pixel)
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image, one sentence, and the mask of what the sentence refers to.
 
@@ -53,6 +107,7 @@ class Record:
         subject: the patient (see `subject_of`); the case itself where nothing better is known.
         mask_value: the class of a label map that the sentence refers to (see `ntpseg.data.read_mask`); "": the mask
             holds one class.
+        place: where the image lies in a volume and what is known of it; None where the table says nothing of it.
     """
 
     image: Path
@@ -62,6 +117,7 @@ class Record:
     case: str
     subject: str
     mask_value: str = ""
+    place: SlicePlace | None = None
 
 
 def case_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A plain table of pairs: columns image, mask, text, and if wanted split, subject and case."""
+"""A plain table of pairs: columns image, mask, text, and if wanted split, subject, case and where slices lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
 from ntpseg.data.layouts.folders import FolderNames
 from ntpseg.data.layouts.pairing import mask_value_fault, report_faults
-from ntpseg.data.records import SPLITS, Record, case_of, known_suffix, subject_of
+from ntpseg.data.layouts.slices import PLACE_COLUMNS, VolumeRows, read_place
+from ntpseg.data.records import SPLITS, Record, SlicePlace, case_of, known_suffix, subject_of
 from ntpseg.data.tables import Row, Rows, Table, read_table
 
 # Other names of a column that are in use.
@@ -23,6 +24,7 @@ ALIASES = {
     "subject": ("subject", "subject_id", "patient", "patient_id"),
     "case": ("case", "case_id", "id"),
     "mask_value": ("mask_value",),
+    **{name: (name,) for name in PLACE_COLUMNS},
 }
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 NAMES = ("manifest.csv", "manifest.tsv", "manifest.xlsx")
@@ -45,8 +47,9 @@ def find_manifest(path: Path) -> Path | None:
 def read_manifest(path: Path) -> Listing:
     """List the pairs of a manifest; opens the table, but no image.
 
-    Paths in it are absolute or relative to the table's folder. Rows of one image share a subject. Without a split
-    column the subjects, in an order that depends on their names alone, go to train, val and test by `SPLIT_FRACTIONS`.
+    Paths in it are absolute or relative to the table's folder. Rows of one image, or of one volume, share a subject.
+    Without a split column the subjects, in an order that depends on their names alone, go to train, val and test by
+    `SPLIT_FRACTIONS`. The columns `PLACE_COLUMNS` become `Record.place`.
 
     Args:
         path: the table, or the folder that holds it.
@@ -64,10 +67,10 @@ def read_manifest(path: Path) -> Listing:
     keys = [(row["image"], row["mask"], row["text"], row.get("mask_value", "")) for row in rows]
     distinct = {key: row for key, row in reversed(list(zip(keys, rows)))}
     cases = dict(zip(distinct, _cases(list(distinct.values()))))
-    subjects = [row.get("subject") or _subject(row["image"]) for row in rows]
+    subjects = [row.get("subject") or _subject(row["image"], row.get("volume", "")) for row in rows]
     assigned = None if rows and "split" in rows[0] else split_subjects(subjects)
     seen: dict[tuple[str, ...], int] = {}
-    files = _Files(table.parent)
+    files, volumes = _Files(table.parent), VolumeRows()
     for row, key, subject in zip(rows, keys, subjects):
         split = assigned[subject] if assigned is not None else SPLIT_NAMES.get(row["split"].lower(), "")
         name = f"{table.name}:{row.number} {row['image'] or row['mask']}"
@@ -91,7 +94,11 @@ def read_manifest(path: Path) -> Listing:
         elif reason := mask_value_fault(value):
             listing.report(problems.BAD_ROW, split, name, reason)
         else:
-            listing.records.append(Record(image, mask, row["text"], split, cases[key], subject, value))
+            place, kind, reason = _place(row, volumes, subject)
+            if reason:
+                listing.report(kind, split, name, reason)
+            else:
+                listing.records.append(Record(image, mask, row["text"], split, cases[key], subject, value, place))
         seen.setdefault(key, row.number)
     listing.records.sort(key=lambda record: SPLITS.index(record.split))
     return listing
@@ -167,7 +174,20 @@ def _stem(name: str) -> str:
     return re.sub(r"[\\/]+", "__", name.lstrip("./\\"))
 
 
-def _subject(image: str) -> str:
+def _place(row: Row, volumes: VolumeRows, subject: str) -> tuple[SlicePlace | None, str, str]:
+    """Where a row's image lies; else the kind of its problem, and what is wrong."""
+    try:
+        place = read_place(row)
+    except ValueError as error:
+        return None, problems.BAD_ROW, str(error)
+    if place is not None and place.volume:
+        return place, *volumes.add(place, row["text"], subject, row.number)
+    return place, "", ""
+
+
+def _subject(image: str, volume: str) -> str:
+    if volume:
+        return subject_of(volume)
     case = case_of(_file_name(image))
     return subject if (subject := subject_of(case)) != case else _stem(image)
 
