@@ -8,24 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny_segmenter import TEXTS, shared
-
-pytest.importorskip("fastapi", reason='needs the extra "serve"')
-pytest.importorskip("httpx")
-
-
-def make_app(method: str = "greedy", **options: Any) -> Any:
-    from ntpseg.generation import DecodingOptions, Segmenter
-    from ntpseg.serving import ServerOptions, create_app
-
-    segmenter = Segmenter(shared()[1], DecodingOptions(method=method, dtype="float32"))
-    return create_app(segmenter, ServerOptions(**options), name="tiny", examples=TEXTS[:2])
-
-
-def make_client(**options: Any) -> Any:
-    from fastapi.testclient import TestClient
-
-    return TestClient(make_app(**options), base_url="http://127.0.0.1:8000")
+from serving_app import make_app, make_client
 
 
 @pytest.fixture
@@ -37,7 +20,7 @@ def client() -> Iterator[Any]:
 @pytest.fixture
 def address() -> Iterator[str]:
     """Of a server that listens on a free port."""
-    import uvicorn
+    uvicorn = pytest.importorskip("uvicorn", reason='needs the extra "serve"')
 
     from ntpseg.serving.options import ServerOptions
     from ntpseg.serving.server import listen

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from serving_app import make_client
 from serving_files import SHAPE, archive, nifti, nrrd, png, squares, upload
 from tiny_segmenter import TEXTS, shared
 
@@ -138,8 +139,6 @@ def test_dicom_files_of_one_series_are_a_volume_and_of_several_one_is_chosen(cli
 
 @pytest.mark.parametrize("method", ["greedy", "speculative"])
 def test_concurrent_requests_give_what_single_ones_do(method: str) -> None:
-    from conftest import make_client  # type: ignore[attr-defined]
-
     segmenter = Segmenter(shared()[1], DecodingOptions(dtype="float32"))
     expected = {text: segmenter.segment(squares(), text).mask.sum() for text in TEXTS[:2]}
     found: list[tuple[str, int]] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_client  # type: ignore[attr-defined]
+from serving_app import make_client
 from serving_files import archive, nifti, nrrd, png, squares, upload
 from tiny_segmenter import TEXTS
 
