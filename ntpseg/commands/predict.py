@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from ntpseg.generation.writing import Written
 
+VOLUMES = "Volumes"
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
@@ -24,16 +26,57 @@ def predict(
     model: Annotated[
         Path, typer.Option(help="A run of `ntpseg train`, or a file of `ntpseg pack`.", show_default=False)
     ],
-    image: Annotated[Path, typer.Option(help="An image, or a folder of images.", show_default=False)],
+    image: Annotated[
+        Path,
+        typer.Option(
+            help="An image, a volume (DICOM file or folder, NIfTI, NRRD, MetaImage), or a folder of either.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[
         Path,
-        typer.Option(help="Mask file, ending in .png, or a folder; what is there is replaced.", show_default=False),
+        typer.Option(
+            help="Mask file, ending in .png, of a volume in .nii.gz or .dcm (DICOM-SEG), or a folder; what is there is "
+            "replaced.",
+            show_default=False,
+        ),
     ],
-    text: Annotated[str | None, typer.Option(help="The sentence; for a folder, the one for all.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="For a folder: CSV with the columns image and text.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="The sentence; for a folder, the one for all. Volumes take several: one label each."),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="For a folder or volumes: CSV with the columns image and text.")
+    ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Also draw the mask over the image: .png file, or another folder.")
     ] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option(help="axial, coronal or sagittal; by default as the model was trained.", rich_help_panel=VOLUMES),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, header, percentile, a name such as lung, LOW..HIGH, or three joined by +; by default as the "
+            "model was trained.",
+            rich_help_panel=VOLUMES,
+        ),
+    ] = None,
+    series: Annotated[
+        str | None, typer.Option(help="Which series of a DICOM folder with several.", rich_help_panel=VOLUMES)
+    ] = None,
+    largest_component: Annotated[
+        bool,
+        typer.Option(
+            "--largest-component", help="Keep only each mask's largest connected part.", rich_help_panel=VOLUMES
+        ),
+    ] = False,
+    min_ml: Annotated[float, typer.Option(help="Leave out parts of fewer millilitres.", rich_help_panel=VOLUMES)] = 0.0,
+    output_format: Annotated[
+        str,
+        typer.Option("--format", help="Of a folder's volumes: nii.gz, nii or dcm.", rich_help_panel=VOLUMES),
+    ] = "nii.gz",
     batch_size: BatchSize = 64,
     method: Method = None,
     passes: Passes = None,
@@ -43,13 +86,19 @@ def predict(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Segment an image, or every image of a folder, from a sentence; masks are 0/255 PNG of the image's own size."""
+    """Segment an image, a volume, or a folder of them, from sentences.
+
+    The masks of images are 0/255 PNG of the image's own size; those of volumes are labels on the volume's own grid,
+    or a DICOM-SEG object.
+    """
     from rich.console import Console
 
+    from ntpseg.commands.predict_volumes import VolumeRequest, find, predict_volumes
     from ntpseg.data.tables import is_sentence
-    from ntpseg.generation import Segmenter
+    from ntpseg.generation import PostProcessing, Segmenter
     from ntpseg.generation.folder import Job, folder_jobs
     from ntpseg.generation.outputs import file_target, folder_targets
+    from ntpseg.generation.volume_writing import VolumeSettings
     from ntpseg.generation.writing import write_predictions
     from ntpseg.models.bundle import bundle_files
     from ntpseg.utils.device import usable_device
@@ -70,20 +119,44 @@ def predict(
     for option, path in (("--image", image), ("--model", model), ("--texts", texts)):
         if path is not None:
             check_path(option, path)
-    if text is not None and not is_sentence(text):
-        raise ValueError(f"text must be a sentence that says what to segment, got {text!r}")
+    for sentence in text or ():
+        if not is_sentence(sentence):
+            raise ValueError(f"text must be a sentence that says what to segment, got {sentence!r}")
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     read = [*bundle_files(model), *([texts] if texts else [])]
+
+    def load() -> Segmenter:
+        return Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
+
+    volumes = find(image)
+    if volumes:
+        settings = VolumeSettings(axis, window, series, PostProcessing(largest_component, min_ml))  # type: ignore[arg-type]
+        request = VolumeRequest(image, volumes, text or [], texts, out, output_format, overlay, read)
+        predict_volumes(request, settings, load, console)
+        return
+    given = {
+        "--axis": axis,
+        "--window": window,
+        "--series": series,
+        "--largest-component": largest_component,
+        "--min-ml": min_ml,
+        "--format": output_format != "nii.gz",
+    }
+    for option in (option for option, value in given.items() if value):
+        raise ValueError(f"{option} must be given for a volume, got the image {image}; leave it out")
+    if text is not None and len(text) > 1:
+        raise ValueError(f"--text must be given once for images, got it {len(text)} times; list them in --texts")
+    sentence = text[0] if text else None
     if image.is_dir():
-        targets = folder_targets(folder_jobs(image, text, texts), image, out, overlay, read)
+        targets = folder_targets(folder_jobs(image, sentence, texts), image, out, overlay, read)
     elif texts is not None:
         raise ValueError(f"--texts must be given for a folder of images, got {texts} for the image {image}")
-    elif text is None:
+    elif sentence is None:
         raise ValueError("text must be the sentence that says what to segment, got none")
     else:
-        targets = [file_target(Job(image, text, image.stem), out, overlay, read)]
-    segmenter = Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
+        targets = [file_target(Job(image, sentence, image.stem), out, overlay, read)]
+    segmenter = load()
     if not image.is_dir():
         written = write_predictions(segmenter, targets)
         for _, reason in written.failed:

@@ -25,6 +25,7 @@ _EXPORTS = {
     "read_truth": "ntpseg.data.masks",
     "read_windowed": "ntpseg.data.images",
     "resize_mask": "ntpseg.data.images",
+    "resize_probability": "ntpseg.data.images",
     "subject_of": "ntpseg.data.records",
     "swap_laterality": "ntpseg.data.laterality",
     "usable_records": "ntpseg.data.loading",
@@ -50,6 +51,7 @@ __all__ = [
     "read_truth",
     "read_windowed",
     "resize_mask",
+    "resize_probability",
     "subject_of",
     "swap_laterality",
     "usable_records",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from ntpseg.data.images import read_image as read_image
     from ntpseg.data.images import read_windowed as read_windowed
     from ntpseg.data.images import resize_mask as resize_mask
+    from ntpseg.data.images import resize_probability as resize_probability
     from ntpseg.data.images import write_png as write_png
     from ntpseg.data.laterality import swap_laterality as swap_laterality
     from ntpseg.data.layouts import LAYOUTS as LAYOUTS

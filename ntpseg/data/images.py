@@ -141,10 +141,15 @@ def resize_mask(mask: np.ndarray, height: int, width: int, *, threshold: float =
 
     Foreground is where the mean reaches `threshold`.
     """
-    soft = Image.fromarray(mask.astype(np.float32))
-    enlarging = height > mask.shape[0] or width > mask.shape[1]
+    return resize_probability(mask, height, width) >= threshold
+
+
+def resize_probability(probability: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize a mask (bool or a probability, [H, W]) to float32 [height, width], the mean of what a pixel covers."""
+    soft = Image.fromarray(probability.astype(np.float32))
+    enlarging = height > probability.shape[0] or width > probability.shape[1]
     resample = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BOX
-    return np.asarray(soft.resize((width, height), resample)) >= threshold
+    return np.asarray(soft.resize((width, height), resample))
 
 
 def encode_png(image: np.ndarray) -> bytes:

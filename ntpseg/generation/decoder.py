@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ntpseg.generation.options import DecodingOptions
+    from ntpseg.generation.token_stream import TokenSink
     from ntpseg.models.heads import NextKHeads
     from ntpseg.models.readout import PatchReadout
     from ntpseg.models.stem import StemOutput
@@ -109,6 +110,22 @@ class DecodingMethodFunction(Protocol):
         options: DecodingOptions,
     ) -> DecodedBatch:
         """Decode the masks of `prompts`; head 0 of `heads` decides."""
+        ...
+
+
+class StreamingMethodFunction(Protocol):
+    """The implementation of a `DecodingMethod` that ``streams``: it tells of each token as soon as that is final."""
+
+    def __call__(
+        self,
+        heads: NextKHeads,
+        decoder: Decoder,
+        target: TargetTemplate,
+        prompts: PromptBatch,
+        options: DecodingOptions,
+        sink: TokenSink | None = None,
+    ) -> DecodedBatch:
+        """See `DecodingMethodFunction`; every cell of every row is written to `sink` once, in order."""
         ...
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from ntpseg.generation.decoder import Decoder, PromptBatch, TargetTemplate
+from ntpseg.generation.decoder import DecodedBatch, Decoder, PromptBatch, StreamingMethodFunction, TargetTemplate
 from ntpseg.generation.huggingface import HuggingFaceDecoder
 from ntpseg.generation.methods import METHODS, DecodingMethod
 from ntpseg.generation.native import NativeDecoder, unsupported_reason
 from ntpseg.generation.options import DecodingOptions, Generated, NonFiniteOutput, resolve_dtype
+from ntpseg.generation.token_stream import TokenListener, TokenSink
 from ntpseg.losses.dense import from_patches
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class MaskGenerator:
         prompts: Sequence[np.ndarray],
         progress: Callable[[int], None] | None = None,
         pixel_values: np.ndarray | None = None,
+        listener: TokenListener | None = None,
     ) -> Generated:
         """Decode one mask per prompt.
 
@@ -59,6 +61,8 @@ class MaskGenerator:
             prompts: int64 ``[P]`` each, of any lengths, as `SequenceFormat.prompt` returns them.
             pixel_values: float32 ``[N, C, S, S]`` in [-1, 1], the images; needed by models with a stem.
             progress: called with the number of prompts just finished.
+            listener: called with the tokens, see `DecodedTokens`: as they are decoded where the method ``streams``,
+                else once a batch is decoded. The result is the same.
 
         Returns:
             The masks in the order of the prompts.
@@ -95,7 +99,8 @@ class MaskGenerator:
                     batch = self._batch(
                         [prompts[i] for i in chosen], None if pixel_values is None else pixel_values[chosen]
                     )
-                    decoded = self.method(self.model.heads, self.decoder, self.target, batch, self.options)
+                    sink = None if listener is None else TokenSink(listener, chosen.tolist())
+                    decoded = self._decode(batch, sink)
                     codes[chosen], logprob[chosen] = decoded.codes.cpu().numpy(), decoded.logprob.cpu().numpy()
                     if probability is not None and decoded.patches is not None:
                         probability[chosen] = from_patches(decoded.patches, (height, width)).cpu().numpy()
@@ -114,6 +119,18 @@ class MaskGenerator:
             )
         seconds = time.perf_counter() - started
         return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts), probability)
+
+    def _decode(self, batch: PromptBatch, sink: TokenSink | None) -> DecodedBatch:
+        place = (self.model.heads, self.decoder, self.target, batch, self.options)
+        if sink is None:
+            return self.method(*place)
+        if METHODS[self.options.method].streams:
+            return cast(StreamingMethodFunction, self.method)(*place, sink=sink)
+        decoded = self.method(*place)
+        for row in range(len(batch)):
+            patches = None if decoded.patches is None else decoded.patches[row]
+            sink.write(row, 0, decoded.codes[row], decoded.logprob[row], patches)
+        return decoded
 
     def _batch(self, prompts: list[np.ndarray], pixel_values: np.ndarray | None) -> PromptBatch:
         ids = [torch.as_tensor(np.asarray(p, np.int64), device=self.device) for p in prompts]

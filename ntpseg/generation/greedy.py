@@ -12,18 +12,29 @@ from ntpseg.generation.decoder import DecodedBatch, Decoder, PromptBatch, Target
 
 if TYPE_CHECKING:
     from ntpseg.generation.options import DecodingOptions
+    from ntpseg.generation.token_stream import TokenSink
     from ntpseg.models.heads import NextKHeads
 
 
 def greedy(
-    heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch, options: DecodingOptions
+    heads: NextKHeads,
+    decoder: Decoder,
+    target: TargetTemplate,
+    prompts: PromptBatch,
+    options: DecodingOptions,
+    sink: TokenSink | None = None,
 ) -> DecodedBatch:
-    """Feed the likeliest code back, see `DecodingMethodFunction`; takes h * w - 1 steps."""
-    return decode_in_order(heads, decoder, target, prompts, lambda logits: logits.argmax(-1))
+    """Feed the likeliest code back, see `StreamingMethodFunction`; takes h * w - 1 steps."""
+    return decode_in_order(heads, decoder, target, prompts, lambda logits: logits.argmax(-1), sink)
 
 
 def expected(
-    heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch, options: DecodingOptions
+    heads: NextKHeads,
+    decoder: Decoder,
+    target: TargetTemplate,
+    prompts: PromptBatch,
+    options: DecodingOptions,
+    sink: TokenSink | None = None,
 ) -> DecodedBatch:
     """Feed the code nearest to the expected patch back; takes h * w - 1 steps.
 
@@ -32,7 +43,9 @@ def expected(
     """
     readout = target.readout
     assert readout is not None
-    return decode_in_order(heads, decoder, target, prompts, lambda logits: readout.nearest(readout.expected(logits)))
+    return decode_in_order(
+        heads, decoder, target, prompts, lambda logits: readout.nearest(readout.expected(logits)), sink
+    )
 
 
 def decode_in_order(
@@ -41,11 +54,12 @@ def decode_in_order(
     target: TargetTemplate,
     prompts: PromptBatch,
     choose: Callable[[Tensor], Tensor],
+    sink: TokenSink | None = None,
 ) -> DecodedBatch:
     """Decode a batch cell by cell.
 
     Args:
-        heads, decoder, target, prompts: see `DecodingMethodFunction`.
+        heads, decoder, target, prompts, sink: see `StreamingMethodFunction`.
         choose: the codes int64 ``[B]`` that are fed back, of float32 logits ``[B, V]``.
     """
     dtype, low = heads.weight.dtype, target.code_range[0]
@@ -65,6 +79,10 @@ def decode_in_order(
         logprob[step] = logits.log_softmax(-1).gather(1, codes[step][:, None])[:, 0]
         if target.readout is not None:
             patches.append(target.readout.expected(logits))
+        if sink is not None:
+            for row in range(batch):
+                known = patches[step][row, None] if patches else None
+                sink.write(row, step, codes[step, row, None], logprob[step, row, None], known)
         if step + 1 == cells:
             break
         until = target.free[step + 1]

@@ -25,6 +25,7 @@ class DecodingMethod:
         needs_rewind: it takes tokens back, so its decoder must be a `RewindableDecoder`.
         needs_readout: it works on expected patches, so the model must have a read-out (``patch_size``).
         needs_blanks: it reads blanks, so the model must have been trained to (``mask_inputs`` with ``blank`` above 0).
+        streams: it is a `StreamingMethodFunction`. Of other methods a mask's tokens are told once all are there.
     """
 
     name: str
@@ -34,6 +35,7 @@ class DecodingMethod:
     needs_rewind: bool = False
     needs_readout: bool = False
     needs_blanks: bool = False
+    streams: bool = False
 
     def load(self) -> DecodingMethodFunction:
         """Import the implementation."""
@@ -44,19 +46,21 @@ class DecodingMethod:
 METHODS: dict[str, DecodingMethod] = {
     method.name: method
     for method in (
-        DecodingMethod("greedy", "one token per step", "ntpseg.generation.greedy:greedy"),
+        DecodingMethod("greedy", "one token per step", "ntpseg.generation.greedy:greedy", streams=True),
         DecodingMethod(
             "speculative",
             "heads 1.. draft, head 0 verifies; the same result",
             "ntpseg.generation.speculative:speculative",
             min_heads=2,
             needs_rewind=True,
+            streams=True,
         ),
         DecodingMethod(
             "expected",
             "one token per step, the code nearest to the expected patch",
             "ntpseg.generation.greedy:expected",
             needs_readout=True,
+            streams=True,
         ),
         DecodingMethod(
             "refine",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -14,10 +14,14 @@ import torch
 from ntpseg.data import prepare, read_image, resize_mask, swap_laterality
 from ntpseg.generation.generate import MaskGenerator
 from ntpseg.generation.options import DecodingOptions, Generated
+from ntpseg.generation.token_stream import TokenListener
 from ntpseg.tokenizers.text import encode_text
 
 if TYPE_CHECKING:
+    from ntpseg.generation.post_processing import PostProcessing
+    from ntpseg.generation.volume import VolumePrediction
     from ntpseg.models.bundle import Bundle
+    from ntpseg.volumes import Axis, Volume
 
 ENCODE_BATCH = 32
 
@@ -119,25 +123,31 @@ class Segmenter:
             ) from error
         return cls(bundle, options or DecodingOptions.of_bundle(bundle, **changes))
 
-    def segment(self, image: np.ndarray | str | PathLike[str], text: str) -> Prediction:
+    def segment(
+        self, image: np.ndarray | str | PathLike[str], text: str, listener: TokenListener | None = None
+    ) -> Prediction:
         """Segment what `text` refers to.
 
         Args:
             image: a file, or pixels uint8 ``[H, W]`` or ``[H, W, 3]``.
             text: the sentence; may be empty.
+            listener: called with the mask's tokens as they are decoded, see `MaskGenerator`.
 
         Raises:
             ValueError: the image cannot be read or is not uint8.
         """
-        return next(iter(self.segment_all([image], [text])))
+        return next(iter(self.segment_all([image], [text], listener=listener)))
 
     def segment_all(
         self,
         images: Sequence[np.ndarray | str | PathLike[str]],
         texts: Sequence[str],
         progress: Callable[[int], None] | None = None,
+        listener: TokenListener | None = None,
     ) -> Iterator[Prediction]:
         """Segment pair after pair of an image and its sentence; decoded together, yielded in order.
+
+        A `listener` is called with their tokens, see `MaskGenerator`; with ``mirror`` with those of the image itself.
 
         Raises:
             ValueError: there are not as many texts as images, or an image cannot be read.
@@ -146,10 +156,73 @@ class Segmenter:
             raise ValueError(f"texts must have the length of images, {len(images)}, got {len(texts)}")
         sizes: list[tuple[int, int]] = []
         encoded = self.encode(self._pixels(images, sizes))
-        generated = self.decode(encoded, texts, progress)
+        generated = self.decode(encoded, texts, progress, listener)
         for i, probability in enumerate(self.probabilities(generated)):
             mask = resize_mask(probability, *sizes[i], threshold=self.options.threshold)
             yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
+
+    @overload
+    def segment_volume(
+        self,
+        volume: Volume | str | PathLike[str],
+        text: str,
+        *,
+        axis: Axis | None = None,
+        window: str | None = None,
+        series: str | None = None,
+        post_processing: PostProcessing | None = None,
+        probability: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> VolumePrediction: ...
+
+    @overload
+    def segment_volume(
+        self,
+        volume: Volume | str | PathLike[str],
+        text: Sequence[str],
+        *,
+        axis: Axis | None = None,
+        window: str | None = None,
+        series: str | None = None,
+        post_processing: PostProcessing | None = None,
+        probability: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[VolumePrediction]: ...
+
+    def segment_volume(
+        self, volume: Volume | str | PathLike[str], text: str | Sequence[str], **options: Any
+    ) -> VolumePrediction | list[VolumePrediction]:
+        """Segment what a sentence refers to in every slice of a volume.
+
+        Slices are rendered, encoded and decoded in groups of ``batch_size // sentences``; several sentences share the
+        encoded slices. Held are the volume, one byte per voxel and sentence for the masks (two more with
+        `probability`, four for a moment with `post_processing`), and one group; `segment_slices` holds no masks.
+
+        Args:
+            volume: a `Volume`, or a path for `read_volume`: a DICOM file or folder, NIfTI, NRRD or MetaImage.
+            text: the sentence, or several.
+            axis: "axial", "coronal" or "sagittal", along which the volume is cut; by default that of the model's
+                training data.
+            window: how voxels become grey levels or the three channels, see `ntpseg.volumes.windows.parse_window`; by
+                default that of the model's training data.
+            series: which series of a DICOM folder, see `read_volume`.
+            post_processing: see `PostProcessing`; none by default.
+            probability: also give each voxel's probability.
+            progress: called with the number of masks of slices just finished; ``volume.count(axis)`` for each
+                sentence in all.
+
+        Returns:
+            A `VolumePrediction`; for several sentences a list of them, in their order.
+
+        Raises:
+            ValueError: the volume cannot be read, a sentence says nothing, or the model remembers no axis or window of
+                its training data and none is given.
+        """
+        from ntpseg.generation.volume import segment_volume
+
+        if isinstance(text, str):
+            return segment_volume(self, volume, [text], **options)[0]
+        return segment_volume(self, volume, text, **options)
 
     def encode(self, images: Iterable[np.ndarray]) -> EncodedImages:
         """What the model reads of images, uint8 ``[H, W]`` or ``[H, W, 3]`` of any size."""
@@ -204,27 +277,35 @@ class Segmenter:
         return vision.encode_image(torch.from_numpy(np.ascontiguousarray(pixels))).cpu().numpy()
 
     def decode(
-        self, images: EncodedImages, texts: Sequence[str], progress: Callable[[int], None] | None = None
+        self,
+        images: EncodedImages,
+        texts: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+        listener: TokenListener | None = None,
     ) -> Generated:
         """Masks of N images and N sentences.
 
         With ``mirror`` the probabilities are the mean of the image's and its mirror image's, and codes, confidence and
         steps are the image's own.
         """
-        generated = self._generate(images, texts, progress)
+        generated = self._generate(images, texts, progress, listener)
         if images.mirrored is None:
             return generated
-        turned = self._generate(images.mirrored, [swap_laterality(text) for text in texts], None)
+        turned = self._generate(images.mirrored, [swap_laterality(text) for text in texts])
         both = (np.stack(list(self.probabilities(generated))), np.stack(list(self.probabilities(turned)))[..., ::-1])
         return replace(generated, probability=(both[0] + both[1]) / 2, seconds=generated.seconds + turned.seconds)
 
     def _generate(
-        self, images: EncodedImages, texts: Sequence[str], progress: Callable[[int], None] | None
+        self,
+        images: EncodedImages,
+        texts: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+        listener: TokenListener | None = None,
     ) -> Generated:
         ids = {text: encode_text(self.bundle.text, text) for text in dict.fromkeys(texts)}
         codes = [None] * len(images) if images.codes is None else images.codes
         prompts = [self.bundle.sequence.prompt(ids[text], code) for text, code in zip(texts, codes, strict=True)]
-        return self.generator(prompts, progress, images.pixels)
+        return self.generator(prompts, progress, images.pixels, listener)
 
     def probabilities(self, generated: Generated) -> Iterator[np.ndarray]:
         """The foreground probability, float32 ``[S, S]`` at the model's size, of each decoded mask."""

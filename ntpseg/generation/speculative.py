@@ -6,6 +6,7 @@ number of tokens, which the cache's per-row positions make free.
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,13 +23,19 @@ from ntpseg.generation.decoder import (
 
 if TYPE_CHECKING:
     from ntpseg.generation.options import DecodingOptions
+    from ntpseg.generation.token_stream import TokenSink
     from ntpseg.models.heads import NextKHeads
 
 
 def speculative(
-    heads: NextKHeads, decoder: Decoder, target: TargetTemplate, prompts: PromptBatch, options: DecodingOptions
+    heads: NextKHeads,
+    decoder: Decoder,
+    target: TargetTemplate,
+    prompts: PromptBatch,
+    options: DecodingOptions,
+    sink: TokenSink | None = None,
 ) -> DecodedBatch:
-    """Decode a batch, see `DecodingMethodFunction`; `decoder` is a `RewindableDecoder`.
+    """Decode a batch, see `StreamingMethodFunction`; `decoder` is a `RewindableDecoder`.
 
     The first token of a draft is head 0's own and so always right; token j + 1 of it is accepted if head 0, having read
     the tokens before it, agrees, or if it is forced.
@@ -52,6 +59,20 @@ def speculative(
         if readout is not None and patches is not None:
             patches.scatter_(1, index[:, :, None].expand(-1, -1, patches.shape[2]), readout.expected(logits))
 
+    free = torch.tensor(target.free, device=device)
+    # Cells that `sink` has been told of, of each row.
+    told = [0] * batch
+
+    def tell(until: list[int]) -> None:
+        """Write the cells before each row's target index `until`."""
+        for row, end in enumerate(until):
+            first, cells = told[row], bisect.bisect_left(target.free, end)
+            if sink is not None and cells > first:
+                here = free[first:cells]
+                known = None if patches is None else patches[row, here]
+                sink.write(row, first, tokens[row, here] - low, logprob[row, here], known)
+            told[row] = cells
+
     offset = torch.arange(k, device=device)
     # Target indices before a row's `done` are final, and `logits` (all k heads) are for index `done` and on.
     done = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -65,6 +86,8 @@ def speculative(
         tokens.scatter_(1, index, drafted)
         score(index[:, :1], logits[:, :1])
         if int(done.min()) == last:
+            if sink is not None:
+                tell([last + 1] * batch)
             break
         hidden = rewindable.extend(drafted, grid_ids[index])
         steps += 1
@@ -76,10 +99,11 @@ def speculative(
         accepted = torch.minimum(1 + agreed.long().cumprod(1).sum(1), last - done)
         rewindable.rewind(k - accepted)
         done = done + accepted
+        if sink is not None:
+            tell(done.tolist())
         state = hidden.gather(1, (accepted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
         next_logits = heads.logits(state.to(dtype), heads=k, vocab_range=target.code_range).float()
         # A finished row stays where it is until the others are done.
         logits = torch.where((accepted == 0)[:, None, None], logits, next_logits)
-    free = torch.tensor(target.free, device=device)
     expected_patches = None if patches is None else patches[:, free]
     return DecodedBatch(tokens[:, free] - low, logprob[:, free], steps, expected_patches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import attention_errors
+from ntpseg.models.volume_input import VOLUME, VolumeInput
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
 from ntpseg.utils.finite import check_finite
@@ -40,6 +41,7 @@ class Bundle:
         vision: image and mask tokenizer.
         sequence: how both become one sequence; its vocabulary is the model's.
         decoding: fields of `DecodingOptions` that suit the model, as validation chose them; None: the defaults.
+        volume: axis and window of the slices that the model was trained on, where these are known.
     """
 
     model: NTPSegModel
@@ -47,6 +49,7 @@ class Bundle:
     vision: VisionTokenizer
     sequence: SequenceFormat
     decoding: dict[str, Any] | None = None
+    volume: VolumeInput = field(default_factory=VolumeInput)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors``, what `save_tokenizers` writes, and the manifest of all."""
@@ -57,7 +60,8 @@ class Bundle:
         return path
 
     def save_tokenizers(self, directory: str | Path) -> None:
-        """Write ``text/``, ``vision/``, ``sequence.json`` and, if there is a choice, ``decoding.json`` alone.
+        """Write ``text/``, ``vision/``, ``sequence.json`` and, where they are known, ``decoding.json`` and
+        ``volume.json`` alone.
 
         A sharded model is saved by its trainer.
         """
@@ -67,6 +71,7 @@ class Bundle:
         write_json(path / "sequence.json", self.sequence.to_dict())
         if self.decoding is not None:
             write_json(path / DECODING, self.decoding)
+        self.volume.save(path)
 
     @classmethod
     def from_pretrained(
@@ -105,13 +110,14 @@ class Bundle:
             if isinstance(vision, torch.nn.Module):
                 vision.to(device)
         model.eval()
-        decoding = path / DECODING
+        decoding, volume = path / DECODING, path / VOLUME
         return cls(
             model=model,
             text=text,
             vision=vision,
             sequence=sequence,
             decoding=_read_json(decoding) if decoding.is_file() else None,
+            volume=VolumeInput.from_dict(_read_json(volume), volume) if volume.is_file() else VolumeInput(),
         )
 
 

@@ -201,7 +201,9 @@ def _save(
     """Write the bundle under another name first, so that ``model/`` is always complete."""
     partial, final = run / "model.part", run / "model"
     model: Any = trainer.model
-    bundle = Bundle(model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence)
+    bundle = Bundle(
+        model=model, text=prepared.text, vision=prepared.vision, sequence=prepared.sequence, volume=prepared.volume
+    )
     if trainer.is_world_process_zero():
         remove_folder(partial)
     trainer.wait_for_ranks()

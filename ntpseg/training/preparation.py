@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ntpseg.data.checks import Checked
 from ntpseg.data.loading import require_usable
 from ntpseg.data.problems import Problem, summary
 from ntpseg.data.records import check_mask_value
+from ntpseg.models.volume_input import VolumeInput
 from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
@@ -46,6 +47,7 @@ class Prepared:
         sequence: the format of sequences.
         training: the training split: tokens or, for front ends that read pixels, pixels.
         validation: the validation split; None where the data set has none.
+        volume: axis and window of the training split's slices, see `volume_input`.
     """
 
     text: PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ class Prepared:
     sequence: SequenceFormat
     training: TokenCache | PixelCache
     validation: TokenCache | PixelCache | None
+    volume: VolumeInput = field(default_factory=VolumeInput)
 
 
 def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepared:
@@ -93,20 +96,31 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         second = PixelCache.build(folder, validation, size, channels, progress=progress) if validation else None
     sequence = _sequence(config, vision, text)
     write_manifest(run / "tokenizers")
+    volume = volume_input(training)
     keys = {
         "training": first.key,
         "validation": None if second is None else second.key,
         "sequence": sequence.to_dict(),
         "pairs": {"training": len(training), "validation": len(validation)},
+        "volume": dataclasses.asdict(volume),
     }
     write_json(done, keys)
-    return Prepared(text, vision, sequence, first, second)
+    return Prepared(text, vision, sequence, first, second, volume)
+
+
+def volume_input(records: Sequence[Record]) -> VolumeInput:
+    """The axis and the window that all records share; what differs, or is not known of one, is None."""
+    axes = {None if record.place is None else record.place.axis or None for record in records}
+    windows = {None if record.place is None else record.place.window or None for record in records}
+    return VolumeInput(axes.pop() if len(axes) == 1 else None, windows.pop() if len(windows) == 1 else None)
 
 
 def _read_keys(path: Path) -> dict[str, Any]:
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
-        return {name: keys[name] for name in ("training", "validation", "sequence", "pairs")}
+        found = {name: keys[name] for name in ("training", "validation", "sequence", "pairs")}
+        # Runs of earlier versions remember none.
+        return {**found, "volume": VolumeInput.from_dict(keys.get("volume") or {}, path)}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} must say what was prepared, got a damaged file ({error!r}); start again with --overwrite"
@@ -156,6 +170,7 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
         sequence=SequenceFormat.from_dict(keys["sequence"]),
         training=cache("train", keys["training"]),
         validation=None if second is None else cache("val", second),
+        volume=keys["volume"],
     )
 
 

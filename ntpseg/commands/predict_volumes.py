@@ -1,0 +1,129 @@
+"""What ``ntpseg predict`` does with volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ntpseg.generation import Segmenter
+    from ntpseg.generation.volume_outputs import VolumeTarget
+    from ntpseg.generation.volume_writing import VolumeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRequest:
+    """What was asked for on the command line.
+
+    Attributes:
+        image: a volume, or a folder of volumes.
+        volumes: the volumes that it is or holds.
+        texts: the sentences.
+        table: the table of sentences.
+        out: a file or a folder.
+        kind: the format of a folder's results.
+        overlay: must be None.
+        read: further files that are read.
+    """
+
+    image: Path
+    volumes: Sequence[Path]
+    texts: Sequence[str]
+    table: Path | None
+    out: Path
+    kind: str
+    overlay: Path | None
+    read: Sequence[Path]
+
+
+def find(image: Path) -> list[Path]:
+    """The volume that a path is, or those right inside a folder; none where it is an image or a folder of images.
+
+    Raises:
+        ValueError: a folder with both images and volumes.
+    """
+    from ntpseg.data.records import known_suffix
+    from ntpseg.generation.volume_jobs import find_volumes
+    from ntpseg.volumes.reading import is_volume
+
+    if is_volume(image):
+        return [image]
+    if not image.is_dir():
+        return []
+    volumes = find_volumes(image)
+    others = [path for path in sorted(image.iterdir()) if known_suffix(path.name) and path not in volumes]
+    pictures = [path for path in others if path.is_file() and not path.name.startswith(".")]
+    if volumes and pictures:
+        raise ValueError(
+            f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} and "
+            f"{volumes[0].name}; put them into two folders"
+        )
+    return volumes
+
+
+def predict_volumes(
+    request: VolumeRequest, settings: VolumeSettings, load: Callable[[], Segmenter], console: Console
+) -> None:
+    """Segment volumes and say what was written; a volume that fails ends in exit code 1 after the others.
+
+    Raises:
+        ValueError: arguments that do not fit, or the only volume fails.
+    """
+    from ntpseg.generation.volume_jobs import volume_jobs
+    from ntpseg.generation.volume_outputs import FORMATS, volume_target, volume_targets
+    from ntpseg.generation.volume_writing import write_volume_predictions
+    from ntpseg.utils.checks import check_choice
+    from ntpseg.utils.progress import stage_progress
+    from ntpseg.volumes import AXES
+    from ntpseg.volumes.windows import parse_window
+
+    if settings.axis is not None:
+        check_choice("axis", settings.axis, AXES)
+    if settings.window is not None:
+        parse_window(settings.window)
+    check_choice("--format", request.kind, FORMATS)
+    if request.overlay is not None:
+        raise ValueError(f"--overlay must be given for images, got {request.overlay} for a volume; leave it out")
+    single = request.volumes[0] == request.image
+    jobs = volume_jobs(request.volumes, request.texts, request.table)
+    if single:
+        targets = [volume_target(jobs[0], request.out, request.read)]
+    else:
+        targets = volume_targets(jobs, request.image, request.out, request.kind, request.read)
+    segmenter = load()
+    with stage_progress(console) as progress:
+        written = write_volume_predictions(
+            segmenter, targets, settings, progress, table=None if single else request.out
+        )
+    if single:
+        for _, reason in written.failed:
+            raise ValueError(reason)
+    _describe(console, targets, written.rows)
+    for name, reason in written.failed:
+        typer.secho(f"{name}: {reason}", fg="red", err=True)
+    if written.failed:
+        typer.secho(f"ntpseg: {len(written.failed)} of {len(targets)} volumes failed", fg="red", err=True)
+        raise typer.Exit(1)
+
+
+def _describe(console: Console, targets: Sequence[VolumeTarget], rows: Sequence[Sequence[object]]) -> None:
+    from ntpseg.generation.volume_writing import COLUMNS
+
+    for row in (dict(zip(COLUMNS, row)) for row in rows):
+        size = f"{row['ml']} ml" if row["ml"] != "" else f"{row['voxels']} voxels"
+        shared = f", {row['overlap_voxels']} voxels also of another sentence" if row["overlap_voxels"] else ""
+        console.print(
+            f"{row['labels']}: label {row['label']} {row['text']!r}, {size}, mean confidence {row['mean_confidence']}, "
+            f"{row['axis']} slices, window {row['window']}{shared}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    if len(targets) > 1 and rows:
+        console.print(f"predictions.csv written to {targets[0].labels.parent}", highlight=False, soft_wrap=True)

@@ -1,0 +1,148 @@
+"""Where the label volumes of a prediction go: names, and the refusal of any that would destroy something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ntpseg.generation.outputs import TABLE
+from ntpseg.generation.volume_jobs import VolumeJob
+from ntpseg.utils.outputs import (
+    check_distinct,
+    check_file,
+    check_folder,
+    check_name,
+    check_not_inputs,
+    check_path,
+    is_inside,
+    same_place,
+)
+from ntpseg.volumes.dicom_seg import SUFFIX as DICOM_SUFFIX
+from ntpseg.volumes.label_nifti import SUFFIXES as NIFTI_SUFFIXES
+
+FORMATS = ("nii.gz", "nii", "dcm")
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeTarget:
+    """One volume to segment, and its files.
+
+    Attributes:
+        job: the volume and its sentences.
+        labels: the label volume (``.nii.gz``, ``.nii``) or the DICOM-SEG object (``.dcm``).
+    """
+
+    job: VolumeJob
+    labels: Path
+
+    @property
+    def is_dicom(self) -> bool:
+        """Whether a DICOM-SEG object is written."""
+        return self.labels.suffix.lower() == DICOM_SUFFIX
+
+    @property
+    def names(self) -> Path:
+        """The file beside it that says which sentence each label is."""
+        return self.labels.with_name(f"{self._bare}.json")
+
+    def part(self, number: int) -> Path:
+        """The file of sentence `number`, from 1, alone; written where sentences overlap."""
+        return self.labels.with_name(f"{self._bare}_{number}{self._ending}")
+
+    def files(self) -> list[Path]:
+        """All files that may be written."""
+        if self.is_dicom:
+            return [self.labels]
+        numbers = range(1, len(self.job.texts) + 1) if len(self.job.texts) > 1 else ()
+        return [self.labels, self.names, *(self.part(number) for number in numbers)]
+
+    @property
+    def _ending(self) -> str:
+        return _ending(self.labels)
+
+    @property
+    def _bare(self) -> str:
+        return self.labels.name[: -len(self._ending)]
+
+
+def volume_target(job: VolumeJob, out: Path, inputs: Sequence[Path] = ()) -> VolumeTarget:
+    """The files of a single volume.
+
+    Args:
+        job: the volume.
+        out: a file ending in ``.nii.gz``, ``.nii`` or ``.dcm``, or a folder: one that exists, or a name without an
+            ending. There the labels are ``NAME.nii.gz``.
+        inputs: further files that are read.
+
+    Raises:
+        ValueError: another ending, a place that cannot be written to or inside the folder that is read, or a file that
+            is an input.
+    """
+    check_path("--out", out)
+    given = out
+    if out.is_dir() or (not out.suffix and not out.exists()):
+        out = out / f"{job.name}{NIFTI_SUFFIXES[0]}"
+    if not _ending(out):
+        raise ValueError(
+            f"--out must be a folder or end in {', '.join(NIFTI_SUFFIXES)} or {DICOM_SUFFIX} for a volume, got {out}"
+        )
+    target = VolumeTarget(job, out)
+    check_file("--out", out)
+    if job.volume.is_dir() and is_inside(out.parent, job.volume):
+        raise ValueError(f"--out must not be in the folder that is read, got {out}; choose another folder")
+    _check([target], inputs)
+    # In a folder of volumes the name of another volume's file is not free either.
+    if given != out and same_place(out.parent, job.volume.parent):
+        check_not_inputs("--out", target.files(), [path for path in target.files() if path.exists()])
+    return target
+
+
+def volume_targets(
+    jobs: Sequence[VolumeJob], folder: Path, out: Path, kind: str, inputs: Sequence[Path] = ()
+) -> list[VolumeTarget]:
+    """The files of a folder's volumes: ``NAME.nii.gz`` in `out`, and ``predictions.csv``.
+
+    Args:
+        jobs: the volumes, with names as `volume_jobs` gives them.
+        folder: their folder.
+        out: the folder of the labels; made if absent.
+        kind: one of `FORMATS`.
+        inputs: further files that are read.
+
+    Raises:
+        ValueError: `out` is a file, is the volumes' folder or inside it or cannot be written to, or a file is an input.
+    """
+    check_path("--out", out)
+    if out.is_file() or (not out.exists() and _ending(out)):
+        raise ValueError(f"--out must be a folder where --image is one with several volumes, got {out}, a file's name")
+    if same_place(out, folder) or any(job.volume.is_dir() and is_inside(out, job.volume) for job in jobs):
+        raise ValueError(f"--out must not be in a folder that is read, got {out}; choose another folder")
+    check_folder("--out", out)
+    targets = [VolumeTarget(job, out / f"{job.name}.{kind}") for job in jobs]
+    _check(targets, inputs, out / TABLE)
+    return targets
+
+
+def _check(targets: Sequence[VolumeTarget], inputs: Sequence[Path], *tables: Path) -> None:
+    written = [file for target in targets for file in target.files()] + list(tables)
+    for file in written:
+        check_name("--out", file.name)
+        if file.is_dir():
+            raise ValueError(f"--out must have no folder of a result's name, got {file}; move it away")
+    check_not_inputs("--out", written, [*inputs, *(file for target in targets for file in _files(target.job.volume))])
+    check_distinct("--out", written)
+
+
+def _files(volume: Path) -> list[Path]:
+    """The files that a volume is read from; some formats keep voxels in a second one of the same stem."""
+    if volume.is_dir():
+        return [file for file in volume.rglob("*") if file.is_file()]
+    first = volume.name.partition(".")[0]
+    beside = (volume.parent.glob(f"{first}.*")) if volume.suffix.lower() in (".hdr", ".img", ".mhd", ".nhdr") else ()
+    return [volume, *beside]
+
+
+def _ending(path: Path) -> str:
+    lowered = path.name.lower()
+    return next((path.name[-len(e) :] for e in (*NIFTI_SUFFIXES, DICOM_SUFFIX) if lowered.endswith(e)), "")
