@@ -129,7 +129,7 @@ def predict(
     def load() -> Segmenter:
         return Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
 
-    volumes = find(image)
+    volumes = find(image, series)
     if volumes:
         settings = VolumeSettings(axis, window, series, PostProcessing(largest_component, min_ml))  # type: ignore[arg-type]
         request = VolumeRequest(image, volumes, text or [], texts, out, output_format, overlay, read)

@@ -42,28 +42,24 @@ class VolumeRequest:
     read: Sequence[Path]
 
 
-def find(image: Path) -> list[Path]:
-    """The volume that a path is, or those right inside a folder; none where it is an image or a folder of images.
+def find(image: Path, series: str | None) -> list[Path]:
+    """What `find_volumes` finds.
 
     Raises:
         ValueError: a folder with both images and volumes.
     """
     from ntpseg.data.records import known_suffix
     from ntpseg.generation.volume_jobs import find_volumes
-    from ntpseg.volumes.reading import is_volume
 
-    if is_volume(image):
-        return [image]
-    if not image.is_dir():
-        return []
-    volumes = find_volumes(image)
-    others = [path for path in sorted(image.iterdir()) if known_suffix(path.name) and path not in volumes]
-    pictures = [path for path in others if path.is_file() and not path.name.startswith(".")]
-    if volumes and pictures:
-        raise ValueError(
-            f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} and "
-            f"{volumes[0].name}; put them into two folders"
-        )
+    volumes = find_volumes(image, series)
+    if volumes and volumes != [image]:
+        others = [path for path in sorted(image.iterdir()) if path not in volumes and known_suffix(path.name)]
+        pictures = [path for path in others if path.is_file() and not path.name.startswith(".")]
+        if pictures:
+            raise ValueError(
+                f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} "
+                f"and {volumes[0].name}; put them into two folders"
+            )
     return volumes
 
 
@@ -105,6 +101,8 @@ def predict_volumes(
         for _, reason in written.failed:
             raise ValueError(reason)
     _describe(console, targets, written.rows)
+    for name, note in written.notes:
+        typer.secho(f"{name}: {note}", fg="yellow", err=True)
     for name, reason in written.failed:
         typer.secho(f"{name}: {reason}", fg="red", err=True)
     if written.failed:

@@ -43,10 +43,12 @@ class WrittenVolumes:
     Attributes:
         rows: of ``predictions.csv``, one for each sentence, see `COLUMNS`.
         failed: name and reason of each volume that could not be segmented.
+        notes: name and remark of what the reader found odd, see `ntpseg.volumes.Header.notes`.
     """
 
     rows: list[list[Any]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def write_volume_predictions(
@@ -112,6 +114,7 @@ def _write(
     except Exception as error:  # readers of broken files raise anything
         written.failed.append((printable(job.volume.name), " ".join(str(error).split()) or type(error).__name__))
         return
+    written.notes += [(printable(job.volume.name), note) for note in volume.header.notes]
     source = job.volume if volume.header.source == "nifti" else None
     # Voxels are no longer needed, and may be the larger part of what is held.
     del volume

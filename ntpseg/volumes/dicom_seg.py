@@ -119,7 +119,10 @@ def _frames(masks: Sequence[np.ndarray], order: Sequence[int]) -> np.ndarray:
 
 def _ordered(sources: Sequence[Dataset], stored: Geometry) -> tuple[list[Dataset], list[int]]:
     """The headers, complete, and which slice of the grid each of their frames is."""
-    headers = [_complete(source) for source in sources]
+    frame = next(
+        (str(source.get("FrameOfReferenceUID")) for source in sources if source.get("FrameOfReferenceUID")), ""
+    )
+    headers = [_complete(source, frame or _unknown_frame()) for source in sources]
     try:
         positions = [position for header in headers for position in _positions(header)]
     except (AttributeError, IndexError) as error:
@@ -141,6 +144,8 @@ def _ordered(sources: Sequence[Dataset], stored: Geometry) -> tuple[list[Dataset
 
 def _positions(header: Dataset) -> list[Any]:
     if "NumberOfFrames" not in header:
+        if not header.ImagePositionPatient:
+            raise AttributeError("ImagePositionPatient")
         return [header.ImagePositionPatient]
     # What all frames have in common stands in one place; of a single frame that may be its position.
     shared = header.SharedFunctionalGroupsSequence[0]
@@ -148,10 +153,18 @@ def _positions(header: Dataset) -> list[Any]:
     return [group.PlanePositionSequence[0].ImagePositionPatient for group in groups]
 
 
-def _complete(source: Dataset) -> Dataset:
+def _unknown_frame() -> str:
+    from pydicom.uid import generate_uid
+
+    return str(generate_uid())
+
+
+def _complete(source: Dataset, frame: str) -> Dataset:
     for name in _COPIED:
         if name not in source:
             setattr(source, name, "")
     if source.PatientSex not in _SEXES:
         source.PatientSex = ""
+    if not source.get("FrameOfReferenceUID"):
+        source.FrameOfReferenceUID = frame
     return source
