@@ -74,9 +74,11 @@ def predict(
     ] = False,
     min_ml: Annotated[float, typer.Option(help="Leave out parts of fewer millilitres.", rich_help_panel=VOLUMES)] = 0.0,
     output_format: Annotated[
-        str,
-        typer.Option("--format", help="Of a folder's volumes: nii.gz, nii or dcm.", rich_help_panel=VOLUMES),
-    ] = "nii.gz",
+        str | None,
+        typer.Option(
+            "--format", help="In a folder: nii.gz (the default), nii or dcm (DICOM-SEG).", rich_help_panel=VOLUMES
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     method: Method = None,
     passes: Passes = None,
@@ -141,7 +143,7 @@ def predict(
         "--series": series,
         "--largest-component": largest_component,
         "--min-ml": min_ml,
-        "--format": output_format != "nii.gz",
+        "--format": output_format,
     }
     for option in (option for option, value in given.items() if value):
         raise ValueError(f"{option} must be given for a volume, got the image {image}; leave it out")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ntpseg.generation import Segmenter
-    from ntpseg.generation.volume_outputs import VolumeTarget
     from ntpseg.generation.volume_writing import VolumeSettings
 
 
@@ -27,7 +26,7 @@ class VolumeRequest:
         texts: the sentences.
         table: the table of sentences.
         out: a file or a folder.
-        kind: the format of a folder's results.
+        kind: the format of results in a folder; None: NIfTI.
         overlay: must be None.
         read: further files that are read.
     """
@@ -37,7 +36,7 @@ class VolumeRequest:
     texts: Sequence[str]
     table: Path | None
     out: Path
-    kind: str
+    kind: str | None
     overlay: Path | None
     read: Sequence[Path]
 
@@ -83,13 +82,14 @@ def predict_volumes(
         check_choice("axis", settings.axis, AXES)
     if settings.window is not None:
         parse_window(settings.window)
-    check_choice("--format", request.kind, FORMATS)
+    if request.kind is not None:
+        check_choice("--format", request.kind, FORMATS)
     if request.overlay is not None:
         raise ValueError(f"--overlay must be given for images, got {request.overlay} for a volume; leave it out")
     single = request.volumes[0] == request.image
     jobs = volume_jobs(request.volumes, request.texts, request.table)
     if single:
-        targets = [volume_target(jobs[0], request.out, request.read)]
+        targets = [volume_target(jobs[0], request.out, request.kind, request.read)]
     else:
         targets = volume_targets(jobs, request.image, request.out, request.kind, request.read)
     segmenter = load()
@@ -100,7 +100,7 @@ def predict_volumes(
     if single:
         for _, reason in written.failed:
             raise ValueError(reason)
-    _describe(console, targets, written.rows)
+    _describe(console, None if single else request.out, written.rows)
     for name, note in written.notes:
         typer.secho(f"{name}: {note}", fg="yellow", err=True)
     for name, reason in written.failed:
@@ -110,7 +110,7 @@ def predict_volumes(
         raise typer.Exit(1)
 
 
-def _describe(console: Console, targets: Sequence[VolumeTarget], rows: Sequence[Sequence[object]]) -> None:
+def _describe(console: Console, table: Path | None, rows: Sequence[Sequence[object]]) -> None:
     from ntpseg.generation.volume_writing import COLUMNS
 
     for row in (dict(zip(COLUMNS, row)) for row in rows):
@@ -123,5 +123,5 @@ def _describe(console: Console, targets: Sequence[VolumeTarget], rows: Sequence[
             soft_wrap=True,
             markup=False,
         )
-    if len(targets) > 1 and rows:
-        console.print(f"predictions.csv written to {targets[0].labels.parent}", highlight=False, soft_wrap=True)
+    if table and rows:
+        console.print(f"predictions.csv written to {table}", highlight=False, soft_wrap=True)

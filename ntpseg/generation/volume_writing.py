@@ -97,6 +97,8 @@ def _write(
     from ntpseg.volumes.reading import read_volume
 
     job = target.job
+    # The current folder has no name of its own.
+    name = printable(job.volume.name or job.name)
     axis, window = chosen_input(segmenter.bundle.volume, settings.axis, settings.window)
     try:
         volume = read_volume(job.volume, series=settings.series)
@@ -112,9 +114,9 @@ def _write(
             progress=None if progress is None else counter(progress, printable(job.name), total),
         )
     except Exception as error:  # readers of broken files raise anything
-        written.failed.append((printable(job.volume.name), " ".join(str(error).split()) or type(error).__name__))
+        written.failed.append((name, " ".join(str(error).split()) or type(error).__name__))
         return
-    written.notes += [(printable(job.volume.name), note) for note in volume.header.notes]
+    written.notes += [(name, note) for note in (*volume.header.notes, *_unsuited(predictions[0].window, volume))]
     source = job.volume if volume.header.source == "nifti" else None
     # Voxels are no longer needed, and may be the larger part of what is held.
     del volume
@@ -127,7 +129,7 @@ def _write(
     for number, prediction in enumerate(predictions, start=1):
         written.rows.append(
             [
-                printable(job.volume.name),
+                name,
                 prediction.text,
                 printable(target.labels.name),
                 number,
@@ -139,6 +141,16 @@ def _write(
                 overlap[number - 1],
             ]
         )
+
+
+def _unsuited(window: str, volume: Volume) -> list[str]:
+    """A remark on a window in Hounsfield units for what is no CT."""
+    from ntpseg.volumes.windows import WINDOWS
+
+    named = [part for part in window.split("+") if part in WINDOWS]
+    if not named or volume.header.modality in ("", "CT"):
+        return []
+    return [f"window {named[0]} is in Hounsfield units, which {volume.header.modality} does not have"]
 
 
 def _sources(target: VolumeTarget, volume: Volume, series: str | None) -> Any:
@@ -180,7 +192,8 @@ def _write_files(
         entries.append(entry)
     write_label_nifti(target.labels, predictions[0].to_stored(labels), stored, source)
     # nnU-Net's dataset.json calls the labels so; label 0 is the background.
-    names = {"background": 0, **{text: number for number, text in enumerate(texts, start=1)}}
+    names = {text: number for number, text in enumerate(texts, start=1)}
+    names = {"background": 0, **names} if "background" not in names else names
     write_json(target.names, {"labels": names, "sentences": entries})
     return overlap
 
