@@ -114,7 +114,7 @@ def _write(
             progress=None if progress is None else counter(progress, printable(job.name), total),
         )
     except Exception as error:  # readers of broken files raise anything
-        written.failed.append((name, " ".join(str(error).split()) or type(error).__name__))
+        written.failed.append((name, _reason(error)))
         return
     written.notes += [(name, note) for note in (*volume.header.notes, *_unsuited(predictions[0].window, volume))]
     source = job.volume if volume.header.source == "nifti" else None
@@ -126,6 +126,9 @@ def _write(
         raise ValueError(
             f"labels must be written, got {error.filename or target.labels} ({error.strerror}); {cure(error)}"
         ) from error
+    except ValueError as error:  # what only this volume's headers are to blame for
+        written.failed.append((name, _reason(error)))
+        return
     for number, prediction in enumerate(predictions, start=1):
         written.rows.append(
             [
@@ -141,6 +144,10 @@ def _write(
                 overlap[number - 1],
             ]
         )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _unsuited(window: str, volume: Volume) -> list[str]:

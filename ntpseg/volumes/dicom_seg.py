@@ -138,10 +138,10 @@ def _frames(masks: Sequence[np.ndarray], order: Sequence[int]) -> np.ndarray:
 
 def _ordered(sources: Sequence[Dataset], stored: Geometry) -> tuple[list[Dataset], list[int]]:
     """The headers, complete, and which slice of the grid each of their frames is."""
-    frame = next(
-        (str(source.get("FrameOfReferenceUID")) for source in sources if source.get("FrameOfReferenceUID")), ""
-    )
-    headers = [_complete(source, frame or _unknown_frame()) for source in sources]
+    known = [str(source.get("FrameOfReferenceUID") or "") for source in sources]
+    # One for all: slices of a series share their frame of reference, also where the file does not name it.
+    frame = next(filter(None, known), "") or _unknown_frame()
+    headers = [_complete(source, frame) for source in sources]
     try:
         positions = [position for header in headers for position in _positions(header)]
     except (AttributeError, IndexError) as error:
