@@ -2,7 +2,7 @@
 
     python -m benchmarks.volume_ct --model RUN
 
-RUN is what `ntpseg reproduce demo` trained. The CT is cut to the body, as the training images were. Every block of
+RUN is what `make demo` trains. The CT is cut to the body, as the training images were. Every block of
 four slices that the demo holds out for testing was never trained on; all other blocks were, so only "test" says how
 well the model does, and even that on the one patient that it knows.
 """
@@ -120,7 +120,7 @@ def scores(
 def main() -> None:
     """Predict from every kind of file, compare, and write the result."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", type=Path, required=True, help="a run of `ntpseg reproduce demo`")
+    options.add_argument("--model", type=Path, required=True, help="a run of `make demo`")
     options.add_argument("--out", type=Path, default=RESULT)
     args = options.parse_args()
     segmenter = Segmenter.from_pretrained(args.model, dtype="float32")
@@ -150,7 +150,7 @@ def main() -> None:
         print(f"{structure:20s} {row['dice_slices_with_it']:.3f} {row['dice']:.3f} {row['dice_largest_component']:.3f}")
     result = {
         "command": "python -m benchmarks.volume_ct --model RUN",
-        "model": "a run of `ntpseg reproduce demo`",
+        "model": "a run of `make demo`",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} PyTorch threads",
         "voxels": list(volume.voxels.shape),
         "spacing_mm": [round(value, 4) for value in volume.geometry.spacing],
