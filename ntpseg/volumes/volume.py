@@ -21,6 +21,8 @@ class Header:
         windows: ``(low, high)`` of each window of the header, in the unit of the voxels.
         spacing_known: whether the file states its millimetres; without, the affine has 1 mm voxels.
         burnt_in: DICOM's BurnedInAnnotation; None where the file does not say.
+        inverted: low values are displayed white (DICOM's MONOCHROME1); `voxels` holds them as stored.
+        notes: what was odd about the file, in words and numbers, such as "gantry tilt of 12.0 degrees".
     """
 
     source: str = "array"
@@ -29,6 +31,8 @@ class Header:
     windows: tuple[tuple[float, float], ...] = ()
     spacing_known: bool = True
     burnt_in: bool | None = None
+    inverted: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
