@@ -13,6 +13,7 @@ from ntpseg.data import problems
 from ntpseg.data.images import Window, read_windowed
 from ntpseg.data.layouts import Listing
 from ntpseg.data.masks import MIN_PIXELS, MaskContent, mask_content
+from ntpseg.data.patients import patient_notes
 from ntpseg.data.pixels import stored_orientation
 from ntpseg.data.problems import Problem
 from ntpseg.data.records import MaskOptions, Record
@@ -77,6 +78,7 @@ def check_listing(listing: Listing, masks: MaskOptions | None = None) -> Checked
             good.append(record)
             notes += _notes(record, image, content, listing)
             negatives += content is not None and content.area(record.mask_value) < MIN_PIXELS
+    notes += patient_notes(good)
     windows = {path: image.window for path, image in images.items() if isinstance(image, _Image) and image.window}
     return Checked(good, faults, list(dict.fromkeys(notes)), negatives, windows)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ntpseg.data.checks import Checked, check_listing
 from ntpseg.data.layouts import LAYOUT_NAMES, LAYOUTS, Layout, Listing
+from ntpseg.data.patients import separate_patients
 from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import MaskOptions, Record
 from ntpseg.utils.checks import check_choice
@@ -63,6 +64,7 @@ def list_dataset(path: str | PathLike[str], layout: str = "auto", masks: MaskOpt
     if not root.exists():
         raise FileNotFoundError(f"path must be an existing data set, got {root}")
     listing = (detect_layout(root) if layout == "auto" else LAYOUTS[layout]).read(root)
+    separate_patients(listing)
     if masks is not None and masks.mask_value:
         listing.records = [r if r.mask_value else replace(r, mask_value=masks.mask_value) for r in listing.records]
     return listing

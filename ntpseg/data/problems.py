@@ -23,6 +23,7 @@ SIZE_MISMATCH = "size mismatch"
 EMPTY_MASK = "empty mask"
 SEVERAL_CLASSES = "several classes"
 BAD_ROW = "malformed row"
+SHARED_PATIENT = "patient in two splits"
 
 # Worth a look, but nothing that stops training.
 NEGATIVE = "case without a finding"

@@ -19,7 +19,10 @@ SUBJECT_PATTERNS = (
     re.compile(r"^(sub-[A-Za-z0-9]+)_"),  # BIDS names of the BIMCV images in QaTa-COV19: sub-S09345_ses-E17953_...
     re.compile(r"^(cxr_s\d+)-"),  # the same images in ProLearn's release: cxr_s09345-...
     re.compile(r"^(cxr_[0-9a-f]{6,})_"),  # one X-ray with several structures: cxr_0f89c850e9_left-lung
+    re.compile(r"^(p1\d{7})_s\d{8}(?![0-9])"),  # MIMIC-CXR, its folders in the name: p10000032_s50414267_02aa804e
 )
+# Folders of one patient: sub-01 (BIDS), p10000032 (MIMIC-CXR), patient00001 (CheXpert).
+PATIENT_FOLDER = re.compile(r"(sub-[A-Za-z0-9]+|p1\d{7}|patient\d{5})$")
 
 
 @dataclass(frozen=True, slots=True)

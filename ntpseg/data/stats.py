@@ -10,6 +10,7 @@ import numpy as np
 
 from ntpseg.data.checks import map_files
 from ntpseg.data.masks import MIN_PIXELS, MaskContent, mask_content
+from ntpseg.data.patients import subjects_in_two_splits
 from ntpseg.data.records import SPLITS, Record
 
 
@@ -77,9 +78,7 @@ def common_captions(records: Sequence[Record], number: int) -> list[tuple[str, i
 
 def shared_subjects(records: Sequence[Record]) -> dict[tuple[str, str], int]:
     """How many subjects two splits share, for each pair of splits that shares any: a test on them is biased."""
-    subjects = {split: {record.subject for record in records if record.split == split} for split in SPLITS}
-    pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1 :]]
-    return {(a, b): number for a, b in pairs if (number := len(subjects[a] & subjects[b]))}
+    return {pair: len(subjects) for pair, subjects in subjects_in_two_splits(records).items()}
 
 
 def _area(content: MaskContent | str, value: str) -> tuple[int, float]:

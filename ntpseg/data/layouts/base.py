@@ -18,11 +18,14 @@ class Listing:
         root: the data set's folder.
         records: the usable rows, in the order of the tables.
         problems: what is wrong with the other rows and files.
+        patients: the subjects that the tables state, in a column of their own or by the volume; those of other
+            records are guesses from names.
     """
 
     root: Path
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    patients: set[str] = field(default_factory=set)
 
     def report(self, kind: str, split: str, name: str | Path, detail: str = "") -> None:
         """Note a problem; paths are shortened to what lies below the data set's folder."""

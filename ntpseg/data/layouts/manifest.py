@@ -12,7 +12,7 @@ from ntpseg.data.layouts.base import Layout, Listing
 from ntpseg.data.layouts.folders import FolderNames
 from ntpseg.data.layouts.pairing import mask_value_fault, report_faults
 from ntpseg.data.layouts.slices import PLACE_COLUMNS, VolumeRows, read_place
-from ntpseg.data.records import SPLITS, Record, SlicePlace, case_of, known_suffix, subject_of
+from ntpseg.data.records import PATIENT_FOLDER, SPLITS, Record, SlicePlace, case_of, known_suffix, subject_of
 from ntpseg.data.tables import Row, Rows, Table, read_table
 
 # Other names of a column that are in use.
@@ -68,6 +68,7 @@ def read_manifest(path: Path) -> Listing:
     distinct = {key: row for key, row in reversed(list(zip(keys, rows)))}
     cases = dict(zip(distinct, _cases(list(distinct.values()))))
     subjects = [row.get("subject") or _subject(row["image"], row.get("volume", "")) for row in rows]
+    listing.patients.update(subject for row, subject in zip(rows, subjects) if row.get("subject") or row.get("volume"))
     assigned = None if rows and "split" in rows[0] else split_subjects(subjects)
     seen: dict[tuple[str, ...], int] = {}
     files, volumes = _Files(table.parent), VolumeRows()
@@ -189,7 +190,10 @@ def _subject(image: str, volume: str) -> str:
     if volume:
         return subject_of(volume)
     case = case_of(_file_name(image))
-    return subject if (subject := subject_of(case)) != case else _stem(image)
+    if (subject := subject_of(case)) != case:
+        return subject
+    folders = re.split(r"[\\/]", image)[:-1]
+    return next((folder for folder in folders if PATIENT_FOLDER.match(folder)), _stem(image))
 
 
 def _value(row: Row) -> str:

@@ -82,6 +82,8 @@ def join_rows(split: str, rows: Rows, folders: Sequence[SplitFolder], listing: L
             listing.report(problems.BAD_ROW, split, f"row {row.number} of the {split} rows", reason)
         else:
             subject = row.get("subject") or subject_of(case)
+            if row.get("subject"):
+                listing.patients.add(subject)
             listing.records.append(Record(image, mask, row["description"], split, case, subject, value))
     return described
 
