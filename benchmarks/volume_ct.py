@@ -44,7 +44,7 @@ def cut_ct() -> tuple[Volume, np.ndarray, dict[str, int]]:
 
     hounsfield, labels, names, pixel_mm2 = demo_ct.load_volume()
     box = (slice(None), *demo_ct.body_box(labels, round(demo_ct.MARGIN_MM / pixel_mm2**0.5)))
-    header = nibabel.load(demo_ct.source_folder() / "cxr.nii.gz").header
+    header = nibabel.nifti1.Nifti1Image.from_filename(demo_ct.source_folder() / "cxr.nii.gz").header
     column, row, slice_mm = map(float, header.get_zooms())
     voxels = np.ascontiguousarray(hounsfield[box]).astype(np.int16)
     return Volume.from_stored(voxels, np.diag([column, row, slice_mm, 1.0])), labels[box], names
@@ -91,6 +91,14 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
     return 1.0 if not total else 2.0 * int((first & second).sum()) / total
 
 
+def auc(confidence: np.ndarray, shown: np.ndarray) -> float | None:
+    """How well a slice's confidence tells whether the structure is there: the area under the ROC curve."""
+    if shown.all() or not shown.any():
+        return None
+    first, second = confidence[shown][:, None], confidence[~shown][None]
+    return round(float((first > second).mean() + (first == second).mean() / 2), 3)
+
+
 def scores(
     predictions: Sequence[VolumePrediction], labels: np.ndarray, names: dict[str, int], ml: float
 ) -> dict[str, dict[str, Any]]:
@@ -99,7 +107,7 @@ def scores(
     rows = {}
     for structure, prediction in zip(_STRUCTURES, predictions):
         truth = np.isin(labels, demo_ct.label_ids(structure, names))
-        shown = truth.any(axis=(1, 2))
+        shown = np.asarray(truth.any(axis=(1, 2)))
         largest = prediction.mask.copy()
         PostProcessing(largest_component=True).apply(largest, ml)
         rows[structure.name] = {
@@ -108,6 +116,7 @@ def scores(
             "predicted_ml": round(float(prediction.mask.sum()) * ml, 1),
             "slices_with_it": int(shown.sum()),
             "slices_predicted": int(prediction.mask.any(axis=(1, 2)).sum()),
+            "confidence_auc": auc(prediction.confidence, shown),
             "dice_slices_with_it": round(dice(prediction.mask[shown], truth[shown]), 4),
             "dice": round(dice(prediction.mask, truth), 4),
             "dice_test": round(dice(prediction.mask[test], truth[test]), 4),

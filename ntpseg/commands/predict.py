@@ -121,9 +121,9 @@ def predict(
     for option, path in (("--image", image), ("--model", model), ("--texts", texts)):
         if path is not None:
             check_path(option, path)
-    for sentence in text or ():
-        if not is_sentence(sentence):
-            raise ValueError(f"text must be a sentence that says what to segment, got {sentence!r}")
+    for given_text in text or ():
+        if not is_sentence(given_text):
+            raise ValueError(f"text must be a sentence that says what to segment, got {given_text!r}")
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     read = [*bundle_files(model), *([texts] if texts else [])]

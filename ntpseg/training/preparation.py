@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ntpseg.data import Augmentation, MaskOptions, Record, inspect_dataset, problem_table
 from ntpseg.data.checks import Checked
@@ -34,6 +34,8 @@ from ntpseg.utils.manifest import check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ntpseg.volumes import Axis
 
 PREPARED = "prepared.json"
 
@@ -130,7 +132,8 @@ def volume_input(records: Sequence[Record]) -> VolumeInput:
     """The axis and the window that all records share; what differs, or is not known of one, is None."""
     axes = {None if record.place is None else record.place.axis or None for record in records}
     windows = {None if record.place is None else record.place.window or None for record in records}
-    return VolumeInput(axes.pop() if len(axes) == 1 else None, windows.pop() if len(windows) == 1 else None)
+    axis = cast("Axis | None", axes.pop() if len(axes) == 1 else None)
+    return VolumeInput(axis, windows.pop() if len(windows) == 1 else None)
 
 
 def _read_keys(path: Path) -> dict[str, Any]:
