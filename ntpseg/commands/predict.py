@@ -74,9 +74,11 @@ def predict(
     ] = False,
     min_ml: Annotated[float, typer.Option(help="Leave out parts of fewer millilitres.", rich_help_panel=VOLUMES)] = 0.0,
     output_format: Annotated[
-        str,
-        typer.Option("--format", help="Of a folder's volumes: nii.gz, nii or dcm.", rich_help_panel=VOLUMES),
-    ] = "nii.gz",
+        str | None,
+        typer.Option(
+            "--format", help="In a folder: nii.gz (the default), nii or dcm (DICOM-SEG).", rich_help_panel=VOLUMES
+        ),
+    ] = None,
     batch_size: BatchSize = 64,
     method: Method = None,
     passes: Passes = None,
@@ -119,9 +121,9 @@ def predict(
     for option, path in (("--image", image), ("--model", model), ("--texts", texts)):
         if path is not None:
             check_path(option, path)
-    for sentence in text or ():
-        if not is_sentence(sentence):
-            raise ValueError(f"text must be a sentence that says what to segment, got {sentence!r}")
+    for given_text in text or ():
+        if not is_sentence(given_text):
+            raise ValueError(f"text must be a sentence that says what to segment, got {given_text!r}")
     if not image.exists():
         raise ValueError(f"image must be a file or a folder, got {image}, which does not exist")
     read = [*bundle_files(model), *([texts] if texts else [])]
@@ -129,7 +131,7 @@ def predict(
     def load() -> Segmenter:
         return Segmenter.from_pretrained(model, device=usable_device(device), **decoding)
 
-    volumes = find(image)
+    volumes = find(image, series)
     if volumes:
         settings = VolumeSettings(axis, window, series, PostProcessing(largest_component, min_ml))  # type: ignore[arg-type]
         request = VolumeRequest(image, volumes, text or [], texts, out, output_format, overlay, read)
@@ -141,7 +143,7 @@ def predict(
         "--series": series,
         "--largest-component": largest_component,
         "--min-ml": min_ml,
-        "--format": output_format != "nii.gz",
+        "--format": output_format,
     }
     for option in (option for option, value in given.items() if value):
         raise ValueError(f"{option} must be given for a volume, got the image {image}; leave it out")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ntpseg.generation import Segmenter
-    from ntpseg.generation.volume_outputs import VolumeTarget
     from ntpseg.generation.volume_writing import VolumeSettings
 
 
@@ -27,7 +26,7 @@ class VolumeRequest:
         texts: the sentences.
         table: the table of sentences.
         out: a file or a folder.
-        kind: the format of a folder's results.
+        kind: the format of results in a folder; None: NIfTI.
         overlay: must be None.
         read: further files that are read.
     """
@@ -37,33 +36,29 @@ class VolumeRequest:
     texts: Sequence[str]
     table: Path | None
     out: Path
-    kind: str
+    kind: str | None
     overlay: Path | None
     read: Sequence[Path]
 
 
-def find(image: Path) -> list[Path]:
-    """The volume that a path is, or those right inside a folder; none where it is an image or a folder of images.
+def find(image: Path, series: str | None) -> list[Path]:
+    """What `find_volumes` finds.
 
     Raises:
         ValueError: a folder with both images and volumes.
     """
     from ntpseg.data.records import known_suffix
     from ntpseg.generation.volume_jobs import find_volumes
-    from ntpseg.volumes.reading import is_volume
 
-    if is_volume(image):
-        return [image]
-    if not image.is_dir():
-        return []
-    volumes = find_volumes(image)
-    others = [path for path in sorted(image.iterdir()) if known_suffix(path.name) and path not in volumes]
-    pictures = [path for path in others if path.is_file() and not path.name.startswith(".")]
-    if volumes and pictures:
-        raise ValueError(
-            f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} and "
-            f"{volumes[0].name}; put them into two folders"
-        )
+    volumes = find_volumes(image, series)
+    if volumes and volumes != [image]:
+        others = [path for path in sorted(image.iterdir()) if path not in volumes and known_suffix(path.name)]
+        pictures = [path for path in others if path.is_file() and not path.name.startswith(".")]
+        if pictures:
+            raise ValueError(
+                f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} "
+                f"and {volumes[0].name}; put them into two folders"
+            )
     return volumes
 
 
@@ -87,13 +82,14 @@ def predict_volumes(
         check_choice("axis", settings.axis, AXES)
     if settings.window is not None:
         parse_window(settings.window)
-    check_choice("--format", request.kind, FORMATS)
+    if request.kind is not None:
+        check_choice("--format", request.kind, FORMATS)
     if request.overlay is not None:
         raise ValueError(f"--overlay must be given for images, got {request.overlay} for a volume; leave it out")
     single = request.volumes[0] == request.image
     jobs = volume_jobs(request.volumes, request.texts, request.table)
     if single:
-        targets = [volume_target(jobs[0], request.out, request.read)]
+        targets = [volume_target(jobs[0], request.out, request.kind, request.read)]
     else:
         targets = volume_targets(jobs, request.image, request.out, request.kind, request.read)
     segmenter = load()
@@ -104,7 +100,9 @@ def predict_volumes(
     if single:
         for _, reason in written.failed:
             raise ValueError(reason)
-    _describe(console, targets, written.rows)
+    _describe(console, None if single else request.out, written.rows)
+    for name, note in written.notes:
+        typer.secho(f"{name}: {note}", fg="yellow", err=True)
     for name, reason in written.failed:
         typer.secho(f"{name}: {reason}", fg="red", err=True)
     if written.failed:
@@ -112,7 +110,7 @@ def predict_volumes(
         raise typer.Exit(1)
 
 
-def _describe(console: Console, targets: Sequence[VolumeTarget], rows: Sequence[Sequence[object]]) -> None:
+def _describe(console: Console, table: Path | None, rows: Sequence[Sequence[object]]) -> None:
     from ntpseg.generation.volume_writing import COLUMNS
 
     for row in (dict(zip(COLUMNS, row)) for row in rows):
@@ -125,5 +123,5 @@ def _describe(console: Console, targets: Sequence[VolumeTarget], rows: Sequence[
             soft_wrap=True,
             markup=False,
         )
-    if len(targets) > 1 and rows:
-        console.print(f"predictions.csv written to {targets[0].labels.parent}", highlight=False, soft_wrap=True)
+    if table and rows:
+        console.print(f"predictions.csv written to {table}", highlight=False, soft_wrap=True)

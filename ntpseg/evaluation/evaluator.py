@@ -12,10 +12,11 @@ import torch
 from ntpseg.data import read_truth, read_windowed, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.evaluation.groups import group_cases
-from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, segmentation_metrics
+from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, mm_metrics, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_findings, summarise_groups
 from ntpseg.evaluation.text_check import other_texts
+from ntpseg.evaluation.volumes import score_volumes, summarise_volumes
 from ntpseg.generation.segmenter import ENCODE_BATCH
 from ntpseg.utils.checks import check_integer
 from ntpseg.utils.progress import StageCallback, counter
@@ -82,6 +83,7 @@ class _Evaluator:
     ) -> None:
         self.segmenter, self.cases, self.options, self.progress = segmenter, cases, options, progress
         self.texts, self.subjects = [r.text for r in cases], [r.subject for r in cases]
+        self.pixel_mm = [None if r.place is None else r.place.pixel_mm for r in cases]
 
     def run(self) -> Evaluation:
         def images() -> Any:
@@ -104,9 +106,9 @@ class _Evaluator:
         masks = self._masks(generated, range(len(self.cases)))
         parts = []
         for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
-            parts.append(segmentation_metrics(mask[None], truth[None]))
+            parts.append(segmentation_metrics(mask[None], truth[None], self.pixel_mm[i]))
             self.progress("scoring", i + 1, len(masks))
-        per_case = concatenate(parts)
+        per_case = concatenate(_with_unknown(parts))
         per_case["confidence"] = generated.confidence.mean(axis=(1, 2)).astype(np.float64)
         per_case["ceiling"] = self._ceiling()
         bootstrap = self.options.bootstrap
@@ -135,6 +137,12 @@ class _Evaluator:
             self._text_check(encoded, result)
         summary["grouped_by"], groups = group_cases(self.cases)
         summary["groups"] = summarise_groups(per_case, self.subjects, groups, bootstrap)
+        modalities = [r.place.modality if r.place else "" for r in self.cases]
+        if len(set(modalities)) > 1:
+            summary["modalities"] = summarise_groups(per_case, self.subjects, modalities, bootstrap)
+        result.volumes = score_volumes(self.cases, masks, self.truth, self.progress)
+        if result.volumes:
+            summary["volumes"] = summarise_volumes(result.volumes, bootstrap)
         return result
 
     def _decode(self, stage: str, images: EncodedImages, texts: Sequence[str]) -> Generated:
@@ -183,3 +191,9 @@ class _Evaluator:
             result.other_dice = self._dice(result.other_masks, chosen)
             check["other"] = estimate(result.other_dice)
         result.summary["text_check"] = check
+
+
+def _with_unknown(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """`parts` with NaN for the scores in millimetres of cases whose millimetres are unknown, unless all are."""
+    names = [name for name in mm_metrics() if any(name in part for part in parts)]
+    return [{**part, **{n: part.get(n, np.full(1, np.nan)) for n in names}} for part in parts]

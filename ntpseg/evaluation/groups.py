@@ -16,6 +16,7 @@ MIN_CASES = 3
 def group_cases(records: Sequence[Record]) -> tuple[str, list[str]]:
     """Choose the grouping.
 
+    Where the table names the structure of every case, these are the groups.
     Data sets with several masks per image name the case after its structure (``cxr_0f89c850e9_left-lung``). Where
     all names end so and the endings repeat, they are the groups, whatever words the sentences use for them; otherwise
     equal sentences are.
@@ -26,6 +27,9 @@ def group_cases(records: Sequence[Record]) -> tuple[str, list[str]]:
     Returns:
         ``"structure"`` or ``"sentence"``, and the group of each case, N.
     """
+    structures = [record.place.structure if record.place else "" for record in records]
+    if all(structures) and len(set(structures)) > 1:
+        return "structure", structures
     suffixes = [match.group(1) if (match := _SUFFIX.search(r.case)) else "" for r in records]
     distinct = set(suffixes)
     if all(suffixes) and len(distinct) > 1 and len(suffixes) >= MIN_CASES * len(distinct):

@@ -9,17 +9,22 @@ prediction, truth  Dice  IoU  HD95      ASSD
 both empty         1     1    0         0
 one empty          0     0    diagonal  diagonal
 =================  ====  ===  ========  ========
+
+Distances are in pixels, and beside them in millimetres where the distance of rows and of columns is known. A mean is of
+one unit alone: `METRICS` are of all cases, `mm_metrics` of those with a known distance.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ntpseg.utils.checks import check_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +50,8 @@ class Metric:
             None where there is no such score.
         unit: of the score, such as "px".
         in_captions: shown below each example of the report.
+        in_mm: the score in millimetres, as `compute` and with the millimetres between neighbours along each axis; None
+            for scores that are no distances.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Metric:
     pooled: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]] | None = None
     unit: str = ""
     in_captions: bool = True
+    in_mm: Callable[[Tensor, Tensor, Sequence[float]], Tensor] | None = None
 
     @property
     def heading(self) -> str:
@@ -79,16 +87,22 @@ def _iou(prediction: Tensor, truth: Tensor) -> Tensor:
     return compute_iou(prediction, truth, include_background=True)
 
 
-def _hd95(prediction: Tensor, truth: Tensor) -> Tensor:
+def _hd95(prediction: Tensor, truth: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
     from monai.metrics import compute_hausdorff_distance
 
-    return compute_hausdorff_distance(prediction, truth, include_background=True, percentile=95)
+    options: Any = {"include_background": True, "percentile": 95, "spacing": _listed(spacing)}
+    return compute_hausdorff_distance(prediction, truth, **options)
 
 
-def _assd(prediction: Tensor, truth: Tensor) -> Tensor:
+def _assd(prediction: Tensor, truth: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
     from monai.metrics import compute_average_surface_distance
 
-    return compute_average_surface_distance(prediction, truth, include_background=True, symmetric=True)
+    options: Any = {"include_background": True, "symmetric": True, "spacing": _listed(spacing)}
+    return compute_average_surface_distance(prediction, truth, **options)
+
+
+def _listed(spacing: Sequence[float] | None) -> list[float] | None:
+    return None if spacing is None else [float(value) for value in spacing]
 
 
 def _pooled_dice(counts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,30 +123,79 @@ METRICS: dict[str, Metric] = {
         Metric("dice", "Dice", 3, _dice, both_empty=1.0, one_empty=_zero, pooled=_pooled_dice),
         # A function of Dice, and ASSD is close to HD95: captions have room for one of each.
         Metric("iou", "IoU", 3, _iou, both_empty=1.0, one_empty=_zero, pooled=_pooled_iou, in_captions=False),
-        Metric("hd95", "HD95", 2, _hd95, both_empty=0.0, one_empty=math.hypot, unit="px"),
-        Metric("assd", "ASSD", 2, _assd, both_empty=0.0, one_empty=math.hypot, unit="px", in_captions=False),
+        Metric("hd95", "HD95", 2, _hd95, both_empty=0.0, one_empty=math.hypot, unit="px", in_mm=_hd95),
+        Metric("assd", "ASSD", 2, _assd, 0.0, one_empty=math.hypot, unit="px", in_captions=False, in_mm=_assd),
     )
 }
 
 
-def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class MillimetreMetric:
+    """A score of the cases whose millimetres are known.
+
+    Attributes:
+        name: key in ``summary.json`` and column of ``cases.csv`` or ``volumes.csv``.
+        label, unit, digits, in_captions: as of `Metric`.
+        source: the metric of `METRICS` whose distance it is; None for an error of area or volume.
+    """
+
+    name: str
+    label: str
+    unit: str
+    digits: int
+    source: str | None = None
+    in_captions: bool = True
+
+    @property
+    def heading(self) -> str:
+        """Label and unit, such as ``HD95 (mm)``."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def caption(self, score: float) -> str:
+        """Label, score and unit, such as ``HD95 3.21 mm``."""
+        return f"{self.label} {score:.{self.digits}f} {self.unit}".rstrip()
+
+
+AREA_ERROR = MillimetreMetric("area_error_mm2", "Area error", "mm2", 1, in_captions=False)
+
+
+def mm_metrics() -> dict[str, MillimetreMetric]:
+    """The scores in millimetres of a slice: of each distance of `METRICS`, and the absolute error of the area."""
+    distances = [
+        MillimetreMetric(f"{m.name}_mm", m.label, "mm", m.digits, m.name, m.in_captions)
+        for m in METRICS.values()
+        if m.in_mm is not None
+    ]
+    return {metric.name: metric for metric in (*distances, AREA_ERROR)}
+
+
+def segmentation_metrics(
+    prediction: np.ndarray | Tensor,
+    truth: np.ndarray | Tensor,
+    pixel_mm: tuple[float, float] | None = None,
+) -> dict[str, np.ndarray]:
     """Score every prediction against its truth.
 
     Args:
         prediction: ``[N, H, W]`` bool.
         truth: ``[N, H, W]`` bool.
+        pixel_mm: millimetres between rows and between columns, of all N; None where they are unknown.
 
     Returns:
         Arrays of length N. One float64 array for each of `METRICS`: ``dice`` and ``iou`` in [0, 1]; ``hd95`` (the
         larger of the two directed 95th percentiles of the distance between mask edges) and ``assd`` (the mean over both
         masks' edge pixels of the distance to the other mask's edge) in pixels. One int64 array of pixels for each of
-        `COUNTS`, from which `summarise` pools.
+        `COUNTS`, from which `summarise` pools. With `pixel_mm` also one float64 array for each of `mm_metrics`:
+        ``hd95_mm`` and ``assd_mm`` in millimetres, and ``area_error_mm2``, the absolute difference of the areas.
 
     Raises:
         ValueError: if a shape or dtype is wrong.
     """
     pred, real = _pair(prediction, truth)
     height, width = pred.shape[1:]
+    if pixel_mm is not None:
+        for name, value in zip(("row", "column"), pixel_mm, strict=True):
+            check_number(f"pixel_mm of a {name}", value, above=0)
     counts = {
         "intersection": (pred & real).sum(dim=(1, 2)).numpy(),
         "predicted": pred.sum(dim=(1, 2)).numpy(),
@@ -151,7 +214,38 @@ def segmentation_metrics(prediction: np.ndarray | Tensor, truth: np.ndarray | Te
                 warnings.simplefilter("ignore", FutureWarning)
                 values[filled] = metric.compute(p, t).flatten().numpy()
         scores[metric.name] = values
+    if pixel_mm is not None:
+        scores |= _in_mm(p, t, filled, one_empty, scores, (height, width), pixel_mm)
+        area = np.abs(counts["predicted"] - counts["true"]) * (pixel_mm[0] * pixel_mm[1])
+        scores[AREA_ERROR.name] = area.astype(np.float64)
     return {**counts, **scores}
+
+
+def _in_mm(
+    prediction: Tensor,
+    truth: Tensor,
+    filled: np.ndarray,
+    one_empty: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    size: tuple[int, int],
+    pixel_mm: tuple[float, float],
+) -> dict[str, np.ndarray]:
+    """The distances of `METRICS` in millimetres, given those in pixels and the masks that are not empty."""
+    found = {}
+    for metric in METRICS.values():
+        if metric.in_mm is None:
+            continue
+        if pixel_mm[0] == pixel_mm[1]:
+            found[f"{metric.name}_mm"] = scores[metric.name] * pixel_mm[0]
+            continue
+        values = np.full(len(one_empty), metric.both_empty)
+        values[one_empty] = math.hypot(size[0] * pixel_mm[0], size[1] * pixel_mm[1])
+        if len(filled):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                values[filled] = metric.in_mm(prediction, truth, pixel_mm).flatten().numpy()
+        found[f"{metric.name}_mm"] = values
+    return found
 
 
 def dice_scores(prediction: np.ndarray | Tensor, truth: np.ndarray | Tensor) -> np.ndarray:

@@ -47,6 +47,7 @@ def model_card(run: Path, title: str, license_name: str, data: str) -> str:
         f"pixels, {model['channels']} channel{'s' if model['channels'] != 1 else ''}; masks of "
         f"{model['mask_grid'][0]} x {model['mask_grid'][1]} tokens.",
         "",
+        *_slices(run / "model" / "volume.json"),
         "## Evaluation",
         "",
     ]
@@ -62,6 +63,14 @@ def model_card(run: Path, title: str, license_name: str, data: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _slices(path: Path) -> list[str]:
+    """How the training images were cut out of volumes, where the model remembers that."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    axis, window = known.get("axis"), known.get("window")
+    words = [f"{axis} slices of volumes" if axis else "", f"window {window}" if window else ""]
+    return [f"Training images: {', '.join(filter(None, words))}.", ""] if any(words) else []
 
 
 def _table(name: str, summary: dict[str, Any]) -> list[str]:

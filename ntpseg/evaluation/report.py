@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 
 from ntpseg.evaluation.curves import curves
-from ntpseg.evaluation.metrics import METRICS
+from ntpseg.evaluation.metrics import METRICS, mm_metrics
 from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
 from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
-from ntpseg.evaluation.tables import finding_rows, interval, metric_rows, text_check_rows
+from ntpseg.evaluation.tables import (
+    finding_rows,
+    interval,
+    metric_rows,
+    modality_rows,
+    text_check_rows,
+    volume_group_rows,
+    volume_label,
+    volume_rows,
+)
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
 from ntpseg.utils.files import read_csv, write_text
 from ntpseg.utils.outputs import check_file, check_not_inputs
@@ -111,6 +120,12 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str
         "metrics": metric_rows(summary),
         "findings": finding_rows(summary),
         "convention": (summary.get("findings") or {}).get("convention", ""),
+        "distance_unit": _distance_unit(summary),
+        "modalities": modality_rows(summary),
+        "volumes": volume_rows(summary),
+        "volume_label": volume_label(summary) if summary.get("volumes") else "",
+        "volume_groups": volume_group_rows(summary)[:MAX_GROUPS],
+        "more_volume_groups": max(0, len(volume_group_rows(summary)) - MAX_GROUPS),
         "text_check": text_check_rows(summary),
         "groups": groups[:MAX_GROUPS],
         "more_groups": max(0, len(groups) - MAX_GROUPS),
@@ -168,8 +183,18 @@ def _tokens(cases: list[Case], probability: np.ndarray, grid: tuple[int, int], t
 
 
 def _caption(row: dict[str, str]) -> str:
-    shown = [metric for metric in METRICS.values() if metric.in_captions and metric.name in row]
+    known = {m.source: m for m in mm_metrics().values() if m.source and row.get(m.name)}
+    shown = [known.get(metric.name, metric) for metric in METRICS.values() if metric.in_captions and metric.name in row]
     return " · ".join(metric.caption(float(row[metric.name])) for metric in shown)
+
+
+def _distance_unit(summary: dict[str, Any]) -> str:
+    cases = {estimate["cases"] for estimate in summary.get("millimetres", {}).values()}
+    if not cases:
+        return "in pixels of the original image"
+    if cases == {summary["cases"]}:
+        return "in millimetres"
+    return "in pixels of the original image, over all images, and in millimetres over those where they are known"
 
 
 def _pairs(cases: list[Case]) -> list[list[dict[str, Any]]]:

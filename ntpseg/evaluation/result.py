@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntpseg.data.images import encode_png
-from ntpseg.evaluation.metrics import COUNTS, METRICS
+from ntpseg.evaluation.metrics import COUNTS, METRICS, mm_metrics
+from ntpseg.evaluation.volumes import VolumeScore, volume_metrics
 from ntpseg.utils.files import atomic_folder, atomic_open, naming, remove_folder, write_csv, write_json
 from ntpseg.utils.outputs import check_file, check_folder, check_not_inputs, is_inside, name_key, same_place
 
@@ -38,6 +39,7 @@ class Evaluation:
         checked: indices of the cases of the text check; `empty_dice`, `other_dice`, `other_text` and `other_masks`
             belong to them.
         windows: how each image of more than 8 bits was brought to 8 bits, see `read_windowed`; None for the others.
+        volumes: the structures of each volume, see `score_volumes`; none where no image is a slice of a volume.
     """
 
     records: list[Record]
@@ -52,11 +54,13 @@ class Evaluation:
     other_text: list[str] = field(default_factory=list)
     other_masks: list[np.ndarray] = field(default_factory=list)
     windows: Sequence[Window | None] = ()
+    volumes: Sequence[VolumeScore] = ()
 
     def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``cases.csv``, two arrays and the masks, in place of an earlier result's.
 
-        The arrays are ``confidence.npy`` and ``probability.npy``.
+        Where images are slices of volumes, ``volumes.csv`` has their scores. The arrays are ``confidence.npy`` and
+        ``probability.npy``.
 
         ``masks/FILE.png`` are the predictions, ``masks_other/FILE.png`` those for another image's text; the column
         ``file`` of the table says which case each one is.
@@ -74,6 +78,10 @@ class Evaluation:
             np.save(file, self.probability)
         columns, rows = self._table(names)
         write_csv(directory / "cases.csv", columns, rows)
+        if self.volumes:
+            write_csv(directory / "volumes.csv", *volume_table(self.volumes))
+        else:
+            (directory / "volumes.csv").unlink(missing_ok=True)
         write_json(directory / "summary.json", self.summary)
 
     def _table(self, names: list[str]) -> tuple[list[str], list[list[Any]]]:
@@ -81,6 +89,9 @@ class Evaluation:
         columns = ["case", "subject", "text", "file", "image", "mask", "mask_value", "image_sha1", "window"]
         columns += ["height", "width"]
         columns += [*scores, *COUNTS, "empty_text_dice", "other_text", "other_text_dice"]
+        millimetres = [name for name in mm_metrics() if name in self.per_case]
+        placed = any(record.place is not None for record in self.records)
+        columns += [*(_PLACE if placed else ()), *millimetres]
         position = {i: n for n, i in enumerate(self.checked)}
         rows = []
         for i, record in enumerate(self.records):
@@ -104,8 +115,42 @@ class Evaluation:
                 row += ["", ""]
             else:
                 row += [self.other_text[n], f"{self.other_dice[n]:.6g}"]
+            row += _place_cells(record) if placed else []
+            row += [_known(self.per_case[name][i]) for name in millimetres]
             rows.append(row)
         return columns, rows
+
+
+_PLACE = ("volume", "axis", "slice", "slice_mm", "row_mm", "column_mm", "modality", "structure")
+
+
+def _place_cells(record: Record) -> list[Any]:
+    place = record.place
+    if place is None:
+        return [""] * len(_PLACE)
+    index = place.index if place.volume else ""
+    spacing = ["" if value is None else value for value in (place.slice_mm, place.row_mm, place.column_mm)]
+    return [place.volume, place.axis, index, *spacing, place.modality, place.structure]
+
+
+def _known(value: float | None) -> str:
+    """A score, or nothing where it is not known."""
+    return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
+
+
+def volume_table(volumes: Sequence[VolumeScore]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of ``volumes.csv``: millimetres of a scored slice's distance to the next, volumes in ml."""
+    metrics = volume_metrics()
+    columns = ["volume", "structure", "text", "subject", "axis", "slices", "missing", "step"]
+    columns += ["slice_mm", "row_mm", "column_mm", *metrics, "true_ml", "predicted_ml", *COUNTS]
+    rows = []
+    for v in volumes:
+        row: list[Any] = [v.volume, v.structure, v.text, v.subject, v.axis, v.slices, v.missing, v.step]
+        row += [f"{value:.6g}" for value in v.voxel_mm] if v.voxel_mm else ["", "", ""]
+        row += [_known(v.scores.get(name)) for name in metrics]
+        row += [_known(None if v.voxel_ml is None else voxels * v.voxel_ml) for voxels in (v.true, v.predicted)]
+        rows.append([*row, v.intersection, v.predicted, v.true])
+    return columns, rows
 
 
 def _write_masks(folder: Path, masks: dict[str, np.ndarray]) -> None:
@@ -144,7 +189,8 @@ def check_result_folder(directory: Path, records: Sequence[Record], inputs: Sequ
                 f"--out must be a new folder or that of an earlier evaluation, got {directory} with a {folder.name}/ "
                 "and no cases.csv and summary.json; choose another"
             )
-    files = [directory / name for name in ("summary.json", "cases.csv", "confidence.npy", "probability.npy")]
+    names = ("summary.json", "cases.csv", "volumes.csv", "confidence.npy", "probability.npy")
+    files = [directory / name for name in names]
     check_not_inputs("--out", files, [*read, *inputs])
     for file in files:
         check_file("--out", file)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ntpseg.evaluation.metrics import COUNTS, METRICS
+from ntpseg.evaluation.metrics import COUNTS, METRICS, mm_metrics
 from ntpseg.utils.checks import check_integer, check_number
 
 
@@ -64,7 +64,8 @@ def summarise(
     Returns:
         ``{"cases": N, "subjects": S, "level": ..., "per_image": {metric: estimate}, "pooled": {...}}``; an estimate
         is ``{"value", "low", "high"}``; the bounds are None with fewer than two subjects. The per-image figure is the
-        mean of the cases' scores; the pooled one, for Dice and IoU, is the score of all pixels of all cases
+        mean of the cases' scores (where millimetres are known, ``millimetres`` has the same of `mm_metrics`, each with
+        the number of its ``cases``); the pooled one, for Dice and IoU, is the score of all pixels of all cases
         together (``2 sum|P & T| / sum(|P| + |T|)``).
 
     Raises:
@@ -96,8 +97,28 @@ def summarise(
         "subjects": num_subjects,
         "level": options.level,
         "per_image": {name: estimate(per_case[name], ones) for name in METRICS if name in per_case},
+        **_millimetres(per_case, subjects, options),
         "pooled": {name: estimate(*m.pooled(counts)) for name, m in METRICS.items() if m.pooled is not None},
     }
+
+
+def mean_estimate(values: np.ndarray, subjects: Sequence[str], bootstrap: Bootstrap | None = None) -> dict[str, Any]:
+    """The mean of N scores as ``{"value", "low", "high", "cases"}``, its interval over the subjects.
+
+    Args:
+        values: float ``[N]``; NaN where a case has no such score, and does not count.
+        subjects: the subject of each case, length N.
+        bootstrap: resampling options.
+
+    Raises:
+        ValueError: no case has a score, or the lengths differ.
+    """
+    known = np.isfinite(np.asarray(values, dtype=np.float64))
+    chosen = np.asarray(values, dtype=np.float64)[known]
+    names = [subject for subject, take in zip(subjects, known, strict=True) if take]
+    zeros = np.zeros(len(chosen))
+    cases = {"dice": chosen, **{name: zeros for name in COUNTS}}
+    return {**summarise(cases, names, bootstrap)["per_image"]["dice"], "cases": len(chosen)}
 
 
 def summarise_groups(
@@ -117,6 +138,14 @@ def summarise_groups(
         part = {name: np.asarray(values)[chosen] for name, values in per_case.items()}
         result[str(names[index])] = summarise(part, subject_of_case[chosen].tolist(), bootstrap)
     return result
+
+
+def _millimetres(
+    per_case: Mapping[str, np.ndarray], subjects: Sequence[str], bootstrap: Bootstrap
+) -> dict[str, dict[str, Any]]:
+    names = [name for name in mm_metrics() if name in per_case and np.isfinite(per_case[name]).any()]
+    found = {name: mean_estimate(per_case[name], subjects, bootstrap) for name in names}
+    return {"millimetres": found} if found else {}
 
 
 # How cases without a finding enter every average of Dice.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ntpseg.evaluation.metrics import METRICS
+from ntpseg.evaluation.metrics import METRICS, mm_metrics
+from ntpseg.evaluation.volumes import volume_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_GROUPS = 20
+_AVERAGES = ("per_image", "pooled")
 
 
 def interval(estimate: dict[str, Any], digits: int = 3) -> str:
@@ -21,16 +23,74 @@ def interval(estimate: dict[str, Any], digits: int = 3) -> str:
 
 
 def metric_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Heading, per-image mean and pooled score of each metric."""
+    """Heading, per-image mean and pooled score of each metric.
+
+    Distances are in millimetres where those of all images are known, and in pixels where none are; where some are,
+    there are both, the millimetres with the number of images that they are the mean of.
+    """
     rows = []
+    millimetres = summary.get("millimetres", {})
+    whole = {metric.source for metric in mm_metrics().values() if _is_whole(summary, metric.name)}
     for metric in METRICS.values():
         # A result that was written before the metric was added does not have it.
-        if metric.name in summary["per_image"]:
+        if metric.name in summary["per_image"] and metric.name not in whole:
             mean, pooled = summary["per_image"][metric.name], summary["pooled"].get(metric.name)
             rows.append(
                 (metric.heading, interval(mean, metric.digits), interval(pooled, metric.digits) if pooled else "")
             )
+    for scored in mm_metrics().values():
+        if scored.name in millimetres:
+            cases = "" if _is_whole(summary, scored.name) else f", {millimetres[scored.name]['cases']} images"
+            rows.append((f"{scored.heading}{cases}", interval(millimetres[scored.name], scored.digits), ""))
     return rows
+
+
+def _is_whole(summary: dict[str, Any], name: str) -> bool:
+    """Whether the millimetres of all cases are known."""
+    return summary.get("millimetres", {}).get(name, {}).get("cases") == summary["cases"]
+
+
+def volume_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Heading and mean over volumes of each volumetric score; empty where no image is a slice of a volume."""
+    volumes = summary.get("volumes")
+    if not volumes:
+        return []
+    rows = []
+    for metric in volume_metrics().values():
+        if metric.name in volumes["per_volume"]:
+            estimate = volumes["per_volume"][metric.name]
+            cases = "" if estimate["cases"] == volumes["cases"] else f", {estimate['cases']} of {volumes['cases']}"
+            rows.append((f"{metric.heading}{cases}", interval(estimate, metric.digits)))
+    return rows
+
+
+def volume_label(summary: dict[str, Any]) -> str:
+    """How much the volumetric scores are the mean of, such as "12 structures of 4 volumes, 310 slices"."""
+    volumes = summary["volumes"]
+    missing = f", {volumes['missing']} missing between them" if volumes["missing"] else ""
+    counts = [(volumes["cases"], "structure"), (volumes["volumes"], "volume"), (volumes["slices"], "slice")]
+    of, which, slices = (f"{number} {word}{'s' * (number != 1)}" for number, word in counts)
+    return f"{of} of {which}, {slices}{missing}"
+
+
+def volume_group_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Label, Dice, HD95 and volume error of each structure over volumes; empty with fewer than two structures."""
+    groups = (summary.get("volumes") or {}).get("structures", {})
+    rows = []
+    for name, group in groups.items() if len(groups) > 1 else ():
+        scores = group["per_volume"]
+        shown = [(scores.get(key), digits) for key, digits in (("dice", 3), ("hd95_mm", 2), ("volume_error_ml", 2))]
+        cells = ["" if estimate is None else interval(estimate, digits) for estimate, digits in shown]
+        rows.append((f"{group['cases']} x {name or '(empty text)'}", *cells))
+    return rows
+
+
+def modality_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, per-image Dice and pooled Dice of each modality; empty where there is one, or none is known."""
+    return [
+        (f"{group['cases']} x {name or 'modality unknown'}", *(interval(group[k]["dice"]) for k in _AVERAGES))
+        for name, group in summary.get("modalities", {}).items()
+    ]
 
 
 def text_check_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -92,6 +152,19 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
             table.add_row(label, f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(shown))
         if len(groups) > MAX_GROUPS:
             table.add_row(f"... and {len(groups) - MAX_GROUPS} more in summary.json", "", "", end_section=True)
+    modalities = modality_rows(summary)
+    for i, (label, dice, pooled) in enumerate(modalities):
+        table.add_row(Text(label), f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(modalities))
+    if volumes := volume_rows(summary):
+        table.add_row(Text(volume_label(summary)), "mean over volumes", "")
+        for i, (name, figure) in enumerate(volumes):
+            table.add_row(f"{name}, volume", figure, "", end_section=i + 1 == len(volumes))
+    by_structure = volume_group_rows(summary)
+    for i, (label, dice, distance, _) in enumerate(by_structure[:MAX_GROUPS]):
+        cells = f"Dice {dice}", f"HD95 {distance} mm" if distance else ""
+        table.add_row(Text(f"{label}, volume"), *cells, end_section=i + 1 == len(by_structure[:MAX_GROUPS]))
+    if len(by_structure) > MAX_GROUPS:
+        table.add_row(f"... and {len(by_structure) - MAX_GROUPS} more in summary.json", "", "", end_section=True)
     decoding = summary["decoding"]
     speed = f"{decoding['tokens_per_second']:,.0f} tokens/s"
     table.add_row(f"decoding ({decoding['method']}, {decoding['dtype']})", speed, f"{decoding['seconds']:.1f} s")

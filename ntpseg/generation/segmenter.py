@@ -162,7 +162,7 @@ class Segmenter:
             yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
 
     @overload
-    def segment_volume(
+    def segment_volume(  # type: ignore[overload-overlap]  # a str is a sequence of str too; it comes first
         self,
         volume: Volume | str | PathLike[str],
         text: str,

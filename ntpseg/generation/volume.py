@@ -17,6 +17,7 @@ from ntpseg.models.volume_input import VolumeInput
 from ntpseg.utils.checks import check_choice
 from ntpseg.volumes import AXES, Axis, Geometry, Volume
 from ntpseg.volumes.volume import display
+from ntpseg.volumes.windows import Rendered, parse_window, render
 
 if TYPE_CHECKING:
     from ntpseg.generation.segmenter import Segmenter
@@ -33,7 +34,8 @@ class VolumePrediction:
             chosen mask code. It says how sure the model is of the mask that it drew, not that the structure is there.
         probability: float16 ``[D, H, W]``, the foreground probability of each voxel before post-processing; None
             unless asked for.
-        axis, window: how the slices were cut and windowed.
+        axis: along which the volume was cut.
+        window: what was really used, such as "-160..240" for "auto".
         geometry: grid of `mask`.
         stored: grid of the volume's file.
         spacing_known: whether the file states its millimetres.
@@ -123,23 +125,30 @@ def segment_slices(
     Raises:
         ValueError: no sentence, one that says nothing, no axis or window, or a window that does not suit the volume.
     """
-    from ntpseg.volumes.windows import parse_window, render
+    cut, spec = chosen_input(segmenter.bundle.volume, axis, window)
+    return _stream(segmenter, render(volume, parse_window(spec)), volume.count(cut), _checked(texts), cut, progress)
 
+
+def _checked(texts: Sequence[str]) -> list[str]:
     texts = list(texts)
     if not texts or not all(isinstance(text, str) and is_sentence(text) for text in texts):
         raise ValueError(f"text must be a sentence that says what to segment, or several, got {texts}")
-    cut, spec = chosen_input(segmenter.bundle.volume, axis, window)
-    rendered = render(volume, parse_window(spec))
+    return texts
 
-    def run() -> Iterator[SlicePrediction]:
-        size = segmenter.options.batch_size
-        together = max(1, size // len(texts))
-        for first in range(0, volume.count(cut), together):
-            indices = range(first, min(first + together, volume.count(cut)))
-            slices = [rendered.slice(index, cut) for index in indices]
-            yield from _decode(segmenter, slices, indices, texts, progress)
 
-    return run()
+def _stream(
+    segmenter: Segmenter,
+    rendered: Rendered,
+    count: int,
+    texts: Sequence[str],
+    axis: Axis,
+    progress: Callable[[int], None] | None,
+) -> Iterator[SlicePrediction]:
+    together = max(1, segmenter.options.batch_size // len(texts))
+    for first in range(0, count, together):
+        indices = range(first, min(first + together, count))
+        slices = [rendered.slice(index, axis) for index in indices]
+        yield from _decode(segmenter, slices, indices, texts, progress)
 
 
 def _decode(
@@ -178,16 +187,18 @@ def segment_volume(
     """What each sentence refers to in a volume; see `Segmenter.segment_volume`."""
     from ntpseg.volumes.reading import read_volume
 
+    texts = _checked(texts)
     cut, spec = chosen_input(segmenter.bundle.volume, axis, window)
     post_processing = post_processing or PostProcessing()
     if not isinstance(volume, Volume):
         volume = read_volume(volume, series=series)
     post_processing.check(volume.header.spacing_known)
+    rendered = render(volume, parse_window(spec))
     shape = volume.geometry.shape
     masks = [np.zeros(shape, bool) for _ in texts]
     maps = [np.zeros(shape, np.float16) if probability else None for _ in texts]
     confidence = np.zeros((len(texts), volume.count(cut)), np.float32)
-    for found in segment_slices(segmenter, volume, texts, axis=cut, window=spec, progress=progress):
+    for found in _stream(segmenter, rendered, volume.count(cut), texts, cut, progress):
         for n, prediction in enumerate(found.predictions):
             display(masks[n], found.index, cut)[...] = prediction.mask
             confidence[n, found.index] = prediction.confidence.mean()
@@ -197,4 +208,5 @@ def segment_volume(
     for mask in masks:
         post_processing.apply(mask, voxel_ml(volume.geometry))
     grids = (volume.geometry, volume.stored, volume.header.spacing_known)
-    return [VolumePrediction(text, masks[n], confidence[n], maps[n], cut, spec, *grids) for n, text in enumerate(texts)]
+    used = rendered.window or spec
+    return [VolumePrediction(text, masks[n], confidence[n], maps[n], cut, used, *grids) for n, text in enumerate(texts)]

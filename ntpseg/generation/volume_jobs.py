@@ -29,11 +29,21 @@ class VolumeJob:
     name: str
 
 
-def find_volumes(folder: Path) -> list[Path]:
-    """The volumes right inside a folder, files and folders of DICOM slices, in the order of their names."""
-    from ntpseg.volumes.reading import is_volume
+def find_volumes(path: Path, series: str | None = None) -> list[Path]:
+    """The volumes of a path: itself, or those right inside a folder, in the order of their names; [] for pictures.
 
-    return [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".") and is_volume(entry)]
+    A folder is itself a volume where slices of DICOM lie in it, where it holds nothing but one folder of them, or where
+    `series` chooses one of several.
+    """
+    from ntpseg.volumes.reading import is_volume, kind_of
+
+    if not path.is_dir():
+        return [path] if is_volume(path) else []
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    inside = [entry for entry in entries if is_volume(entry)]
+    loose = any(entry.is_file() and entry not in inside and kind_of(entry) == "dicom" for entry in entries)
+    nested = len(inside) == 1 and inside[0].is_dir()
+    return [path] if (loose or nested or series is not None) and is_volume(path) else inside
 
 
 def volume_jobs(volumes: Sequence[Path], texts: Sequence[str], table: Path | None) -> list[VolumeJob]:

@@ -66,13 +66,14 @@ class VolumeTarget:
         return self.labels.name[: -len(self._ending)]
 
 
-def volume_target(job: VolumeJob, out: Path, inputs: Sequence[Path] = ()) -> VolumeTarget:
+def volume_target(job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[Path] = ()) -> VolumeTarget:
     """The files of a single volume.
 
     Args:
         job: the volume.
         out: a file ending in ``.nii.gz``, ``.nii`` or ``.dcm``, or a folder: one that exists, or a name without an
-            ending. There the labels are ``NAME.nii.gz``.
+            ending. There the labels are ``NAME.nii.gz``, or of another `kind`.
+        kind: one of `FORMATS`; None: as `out` ends.
         inputs: further files that are read.
 
     Raises:
@@ -82,11 +83,13 @@ def volume_target(job: VolumeJob, out: Path, inputs: Sequence[Path] = ()) -> Vol
     check_path("--out", out)
     given = out
     if out.is_dir() or (not out.suffix and not out.exists()):
-        out = out / f"{job.name}{NIFTI_SUFFIXES[0]}"
+        out = out / f"{job.name}.{kind or FORMATS[0]}"
     if not _ending(out):
         raise ValueError(
             f"--out must be a folder or end in {', '.join(NIFTI_SUFFIXES)} or {DICOM_SUFFIX} for a volume, got {out}"
         )
+    if kind is not None and _ending(out).lower() != f".{kind}":
+        raise ValueError(f"--format must be how --out ends, got {kind} for {out}; leave it out")
     target = VolumeTarget(job, out)
     check_file("--out", out)
     if job.volume.is_dir() and is_inside(out.parent, job.volume):
@@ -99,7 +102,7 @@ def volume_target(job: VolumeJob, out: Path, inputs: Sequence[Path] = ()) -> Vol
 
 
 def volume_targets(
-    jobs: Sequence[VolumeJob], folder: Path, out: Path, kind: str, inputs: Sequence[Path] = ()
+    jobs: Sequence[VolumeJob], folder: Path, out: Path, kind: str | None, inputs: Sequence[Path] = ()
 ) -> list[VolumeTarget]:
     """The files of a folder's volumes: ``NAME.nii.gz`` in `out`, and ``predictions.csv``.
 
@@ -107,7 +110,7 @@ def volume_targets(
         jobs: the volumes, with names as `volume_jobs` gives them.
         folder: their folder.
         out: the folder of the labels; made if absent.
-        kind: one of `FORMATS`.
+        kind: one of `FORMATS`; None: the first.
         inputs: further files that are read.
 
     Raises:
@@ -119,7 +122,7 @@ def volume_targets(
     if same_place(out, folder) or any(job.volume.is_dir() and is_inside(out, job.volume) for job in jobs):
         raise ValueError(f"--out must not be in a folder that is read, got {out}; choose another folder")
     check_folder("--out", out)
-    targets = [VolumeTarget(job, out / f"{job.name}.{kind}") for job in jobs]
+    targets = [VolumeTarget(job, out / f"{job.name}.{kind or FORMATS[0]}") for job in jobs]
     _check(targets, inputs, out / TABLE)
     return targets
 

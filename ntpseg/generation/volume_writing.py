@@ -43,10 +43,12 @@ class WrittenVolumes:
     Attributes:
         rows: of ``predictions.csv``, one for each sentence, see `COLUMNS`.
         failed: name and reason of each volume that could not be segmented.
+        notes: name and remark of what the reader found odd, see `ntpseg.volumes.Header.notes`.
     """
 
     rows: list[list[Any]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def write_volume_predictions(
@@ -95,6 +97,8 @@ def _write(
     from ntpseg.volumes.reading import read_volume
 
     job = target.job
+    # The current folder has no name of its own.
+    name = printable(job.volume.name or job.name)
     axis, window = chosen_input(segmenter.bundle.volume, settings.axis, settings.window)
     try:
         volume = read_volume(job.volume, series=settings.series)
@@ -110,8 +114,9 @@ def _write(
             progress=None if progress is None else counter(progress, printable(job.name), total),
         )
     except Exception as error:  # readers of broken files raise anything
-        written.failed.append((printable(job.volume.name), " ".join(str(error).split()) or type(error).__name__))
+        written.failed.append((name, _reason(error)))
         return
+    written.notes += [(name, note) for note in (*volume.header.notes, *_unsuited(predictions[0].window, volume))]
     source = job.volume if volume.header.source == "nifti" else None
     # Voxels are no longer needed, and may be the larger part of what is held.
     del volume
@@ -121,10 +126,13 @@ def _write(
         raise ValueError(
             f"labels must be written, got {error.filename or target.labels} ({error.strerror}); {cure(error)}"
         ) from error
+    except ValueError as error:  # what only this volume's headers are to blame for
+        written.failed.append((name, _reason(error)))
+        return
     for number, prediction in enumerate(predictions, start=1):
         written.rows.append(
             [
-                printable(job.volume.name),
+                name,
                 prediction.text,
                 printable(target.labels.name),
                 number,
@@ -136,6 +144,20 @@ def _write(
                 overlap[number - 1],
             ]
         )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unsuited(window: str, volume: Volume) -> list[str]:
+    """A remark on a window in Hounsfield units for what is no CT."""
+    from ntpseg.volumes.windows import WINDOWS
+
+    named = [part for part in window.split("+") if part in WINDOWS]
+    if not named or volume.header.modality in ("", "CT"):
+        return []
+    return [f"window {named[0]} is in Hounsfield units, which {volume.header.modality} does not have"]
 
 
 def _sources(target: VolumeTarget, volume: Volume, series: str | None) -> Any:
@@ -177,7 +199,8 @@ def _write_files(
         entries.append(entry)
     write_label_nifti(target.labels, predictions[0].to_stored(labels), stored, source)
     # nnU-Net's dataset.json calls the labels so; label 0 is the background.
-    names = {"background": 0, **{text: number for number, text in enumerate(texts, start=1)}}
+    names = {text: number for number, text in enumerate(texts, start=1)}
+    names = {"background": 0, **names} if "background" not in names else names
     write_json(target.names, {"labels": names, "sentences": entries})
     return overlap
 

@@ -48,6 +48,12 @@ def default_decoding(config: RunConfig) -> DecodingOptions:
 
 def make_datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     """The data sets of a prepared run: pixels for the front ends that read them, else tokens."""
+    made = _datasets(config, prepared)
+    made.training.sampling = prepared.sampling
+    return made
+
+
+def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     training, validation, sequence = prepared.training, prepared.validation, prepared.sequence
     if isinstance(training, PixelCache):
         augmentation = augmentation_of(config)

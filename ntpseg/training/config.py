@@ -52,6 +52,10 @@ class DataConfig:
             ``model.mask_inputs`` it must be 0.
         skip_bad: leave bad pairs out instead of refusing the data.
         keep_empty: keep cases without a finding (empty masks) in training and evaluation instead of refusing them.
+        empty_share: at most this share of a training epoch's pairs has no foreground; each epoch takes others of them.
+            Only with `keep_empty`. null: all of them in every epoch.
+        pairs_per_volume: at most so many pairs of a volume in a training epoch, each epoch others; with a number that
+            all volumes have, all count alike. null: all pairs.
         mask_value: class of label maps whose table names none, see `ntpseg.data.MaskOptions`; null: masks hold one.
         cache: folder of the token cache; the run's own by default.
     """
@@ -65,6 +69,8 @@ class DataConfig:
     mask_noise: float = 0.0
     skip_bad: bool = False
     keep_empty: bool = False
+    empty_share: float | None = None
+    pairs_per_volume: int | None = None
     mask_value: str | None = None
     cache: str | None = None
 

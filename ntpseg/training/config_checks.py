@@ -13,6 +13,7 @@ from ntpseg.training.argument_rules import (
     number,
     shown,
 )
+from ntpseg.training.sampling import SamplingOptions
 from ntpseg.utils.checks import check_choice, check_multiple
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ def check_sections(config: RunConfig) -> None:
     integer(1, MAX_SIZE)("data.size", config.data.size)
     integer(0, 10_000)("data.variants", config.data.variants)
     check_choice("data.layout", config.data.layout, LAYOUT_NAMES)
+    SamplingOptions(config.data.empty_share, config.data.pairs_per_volume)
+    if config.data.empty_share is not None and not config.data.keep_empty:
+        raise ValueError(
+            "data.empty_share must be null without data.keep_empty=true, which keeps pairs without foreground, "
+            f"got {config.data.empty_share}"
+        )
     _build("data.augment", Augmentation, config.data.augment)
     if config.text.path is None:
         integer(257, 10_000_000)("text.vocab_size", config.text.vocab_size)  # 256 bytes, end of text

@@ -16,6 +16,7 @@ from ntpseg.tokenizers.sequence import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from ntpseg.tokenizers.sequence import SequenceFormat
+    from ntpseg.training.sampling import SliceSampling
 
 
 class CodeSource(Protocol):
@@ -57,10 +58,14 @@ class EpochDataset(Dataset, ABC):
 
     Args:
         seed: of everything random.
+
+    Attributes:
+        sampling: which samples a training epoch visits; None: each of them once.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed, self.epoch = seed, 0
+        self.sampling: SliceSampling | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -170,6 +175,8 @@ class Collator:
 class EpochSampler(Sampler[int]):
     """A permutation of the data set that depends on its seed and epoch alone, the same on every rank.
 
+    Of a data set with a `sampling`, the samples that this chooses for the epoch.
+
     Args:
         dataset: the data set.
         multiple: the permutation is filled up to a multiple of this with padding, see `SampleIndex`. With the number of
@@ -181,12 +188,18 @@ class EpochSampler(Sampler[int]):
         self.dataset, self.multiple, self.shuffle = dataset, multiple, shuffle
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.multiple) * self.multiple
+        return -(-self._size() // self.multiple) * self.multiple
+
+    def _size(self) -> int:
+        sampling = self.dataset.sampling if self.shuffle else None
+        return len(self.dataset) if sampling is None else len(sampling)
 
     def __iter__(self) -> Iterator[int]:
-        epoch, size = self.dataset.epoch, len(self.dataset)
-        order = range(size)
-        if self.shuffle:
+        epoch, size = self.dataset.epoch, self._size()
+        order: Sequence[int] = range(size)
+        if self.shuffle and self.dataset.sampling is not None:
+            order = self.dataset.sampling.order(self.dataset.seed, epoch)
+        elif self.shuffle:
             order = np.random.default_rng((self.dataset.seed, epoch)).permutation(size).tolist()
         places = enumerate(islice(cycle(order), len(self)))
         return (SampleIndex(index, epoch, padding=place >= size) for place, index in places)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ntpseg.data import Augmentation, MaskOptions, Record, inspect_dataset, problem_table
 from ntpseg.data.checks import Checked
@@ -28,11 +28,14 @@ from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
 from ntpseg.training.same_data import in_stored_order, write_data
+from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling, write_sampling
 from ntpseg.utils.files import write_json, write_jsonl
 from ntpseg.utils.manifest import check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ntpseg.volumes import Axis
 
 PREPARED = "prepared.json"
 
@@ -47,6 +50,7 @@ class Prepared:
         sequence: the format of sequences.
         training: the training split: tokens or, for front ends that read pixels, pixels.
         validation: the validation split; None where the data set has none.
+        sampling: which training pairs an epoch visits; None: all.
         volume: axis and window of the training split's slices, see `volume_input`.
     """
 
@@ -55,6 +59,7 @@ class Prepared:
     sequence: SequenceFormat
     training: TokenCache | PixelCache
     validation: TokenCache | PixelCache | None
+    sampling: SliceSampling | None = None
     volume: VolumeInput = field(default_factory=VolumeInput)
 
 
@@ -104,15 +109,31 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         "pairs": {"training": len(training), "validation": len(validation)},
         "volume": dataclasses.asdict(volume),
     }
+    if sampling_of(config):
+        write_sampling(run, training)
+    sampling = _sampling(config, run, len(training))
+    if sampling is not None and progress:
+        print(sampling, file=sys.stderr)
     write_json(done, keys)
-    return Prepared(text, vision, sequence, first, second, volume)
+    return Prepared(text, vision, sequence, first, second, sampling, volume)
+
+
+def sampling_of(config: RunConfig) -> SamplingOptions:
+    """How the epochs of a run choose among its training pairs."""
+    return SamplingOptions(config.data.empty_share, config.data.pairs_per_volume)
+
+
+def _sampling(config: RunConfig, run: Path, pairs: int) -> SliceSampling | None:
+    options = sampling_of(config)
+    return read_sampling(run, pairs, options) if options else None
 
 
 def volume_input(records: Sequence[Record]) -> VolumeInput:
     """The axis and the window that all records share; what differs, or is not known of one, is None."""
     axes = {None if record.place is None else record.place.axis or None for record in records}
     windows = {None if record.place is None else record.place.window or None for record in records}
-    return VolumeInput(axes.pop() if len(axes) == 1 else None, windows.pop() if len(windows) == 1 else None)
+    axis = cast("Axis | None", axes.pop() if len(axes) == 1 else None)
+    return VolumeInput(axis, windows.pop() if len(windows) == 1 else None)
 
 
 def _read_keys(path: Path) -> dict[str, Any]:
@@ -163,13 +184,14 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
             )
         return made
 
-    second = keys["validation"]
+    first, second = cache("train", keys["training"]), keys["validation"]
     return Prepared(
         text=text,
         vision=vision,
         sequence=SequenceFormat.from_dict(keys["sequence"]),
-        training=cache("train", keys["training"]),
+        training=first,
         validation=None if second is None else cache("val", second),
+        sampling=_sampling(config, run, len(first)),
         volume=keys["volume"],
     )
 

@@ -80,7 +80,7 @@ def _rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    # Where a slice lies enters no token; `sampling` keeps what a run's own epochs are drawn by.
+    # Where a slice lies enters no token, and what epochs are drawn by is in the run's own sampling.json.
     skipped = ("image", "mask", "text", "split", "case", "subject", "place")
     other = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in skipped}
     return {

@@ -47,55 +47,74 @@ def write_dicom_seg(
     Raises:
         ValueError: highdicom is not installed, or the sources are not the slices of `stored`.
     """
+    headers, order = _ordered(sources, stored)
+    # Software that looks at no frame's position sees the grid of the series.
+    sparse = len(masks) > 1 and any(mask.any() for mask in masks)
+    segmentation = _segmentation(headers, _frames(masks, order), texts, omit_empty_frames=sparse)
+    pydicom = require("pydicom", "medical", "writing DICOM-SEG")
+    with atomic_open(path) as file:
+        pydicom.dcmwrite(file, segmentation, enforce_file_format=True)
+
+
+def _segmentation(headers: Sequence[Dataset], frames: np.ndarray, texts: Sequence[str], **options: Any) -> Any:
+    """highdicom's object; a `ValueError` without anything of the header where that is not as the standard wants."""
     highdicom = require("highdicom", "medical", "writing DICOM-SEG")
-    require("highdicom.seg", "medical", "writing DICOM-SEG")
-    from pydicom import dcmwrite
+    seg = require("highdicom.seg", "medical", "writing DICOM-SEG")
     from pydicom.sr.codedict import codes
 
     from ntpseg import __version__
 
-    headers, order = _ordered(sources, stored)
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="ntpseg", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
     segments = []
     for number, text in enumerate(texts, start=1):
-        segment = highdicom.seg.SegmentDescription(
+        segment = seg.SegmentDescription(
             segment_number=number,
             segment_label=_label(text),
             # What a sentence means has no code; this is what 3D Slicer gives a segment of unknown kind.
             segmented_property_category=codes.SCT.Tissue,
             segmented_property_type=codes.SCT.Tissue,
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_type=seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
         segment.SegmentDescription = text[:1024]
         segments.append(segment)
-    segmentation = highdicom.seg.Segmentation(
-        source_images=headers,
-        pixel_array=_frames(masks, order),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=segments,
-        series_instance_uid=highdicom.UID(),
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="ntpseg",
-        manufacturer_model_name="ntpseg",
-        software_versions=__version__,
-        device_serial_number="0",
-        series_description=SERIES_DESCRIPTION,
-        specific_character_set="ISO_IR 192",
-        # Software that looks at no frame's position sees the grid of the series.
-        omit_empty_frames=len(masks) > 1 and any(mask.any() for mask in masks),
-    )
-    with atomic_open(path) as file:
-        dcmwrite(file, segmentation, enforce_file_format=True)
+    try:
+        return seg.Segmentation(
+            source_images=headers,
+            pixel_array=frames,
+            segmentation_type=seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            series_instance_uid=highdicom.UID(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="ntpseg",
+            manufacturer_model_name="ntpseg",
+            software_versions=__version__,
+            device_serial_number="0",
+            series_description=SERIES_DESCRIPTION,
+            specific_character_set="ISO_IR 192",
+            **options,
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        # What it says may hold a patient's field.
+        raise ValueError(
+            f"a DICOM-SEG must be of a series whose header is as the standard wants, got one that is not "
+            f"({type(error).__name__}); end --out in .nii.gz"
+        ) from None
 
 
 def check_sources(sources: Sequence[Dataset], stored: Geometry) -> None:
-    """Raise a `ValueError` unless the headers are those of the slices of `stored`, with their positions."""
-    _ordered(sources, stored)
+    """Raise a `ValueError` unless a segmentation of `stored` can be written with these headers.
+
+    They must be those of its slices, with their positions and with a patient and a study as the standard wants them.
+    """
+    headers, _ = _ordered(sources, stored)
+    headers = headers[:1]
+    depth = int(headers[0].get("NumberOfFrames") or 1)
+    _segmentation(headers, np.zeros((depth, *stored.shape[1:]), np.uint8), ["check"], omit_empty_frames=False)
 
 
 def _label(text: str) -> str:
@@ -119,7 +138,10 @@ def _frames(masks: Sequence[np.ndarray], order: Sequence[int]) -> np.ndarray:
 
 def _ordered(sources: Sequence[Dataset], stored: Geometry) -> tuple[list[Dataset], list[int]]:
     """The headers, complete, and which slice of the grid each of their frames is."""
-    headers = [_complete(source) for source in sources]
+    known = [str(source.get("FrameOfReferenceUID") or "") for source in sources]
+    # One for all: slices of a series share their frame of reference, also where the file does not name it.
+    frame = next(filter(None, known), "") or _unknown_frame()
+    headers = [_complete(source, frame) for source in sources]
     try:
         positions = [position for header in headers for position in _positions(header)]
     except (AttributeError, IndexError) as error:
@@ -141,6 +163,8 @@ def _ordered(sources: Sequence[Dataset], stored: Geometry) -> tuple[list[Dataset
 
 def _positions(header: Dataset) -> list[Any]:
     if "NumberOfFrames" not in header:
+        if not header.ImagePositionPatient:
+            raise AttributeError("ImagePositionPatient")
         return [header.ImagePositionPatient]
     # What all frames have in common stands in one place; of a single frame that may be its position.
     shared = header.SharedFunctionalGroupsSequence[0]
@@ -148,10 +172,18 @@ def _positions(header: Dataset) -> list[Any]:
     return [group.PlanePositionSequence[0].ImagePositionPatient for group in groups]
 
 
-def _complete(source: Dataset) -> Dataset:
+def _unknown_frame() -> str:
+    from pydicom.uid import generate_uid
+
+    return str(generate_uid())
+
+
+def _complete(source: Dataset, frame: str) -> Dataset:
     for name in _COPIED:
         if name not in source:
             setattr(source, name, "")
     if source.PatientSex not in _SEXES:
         source.PatientSex = ""
+    if not source.get("FrameOfReferenceUID"):
+        source.FrameOfReferenceUID = frame
     return source

@@ -11,10 +11,9 @@ import numpy as np
 from ntpseg.utils.files import atomic_open
 from ntpseg.volumes.extras import require
 from ntpseg.volumes.geometry import Geometry
+from ntpseg.volumes.nifti import RAS_TO_LPS, open_nifti
 
 SUFFIXES = (".nii.gz", ".nii")
-# NIfTI's world is RAS, ours LPS.
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # All that says where the voxels lie; the texts of a header (descrip, db_name, aux_file, extensions) may name a patient.
 _GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -36,7 +35,7 @@ def write_label_nifti(path: Path, labels: np.ndarray, stored: Geometry, source: 
         ValueError: nibabel is not installed, or `source` has another grid.
     """
     nibabel = require("nibabel", "medical", "writing NIfTI")
-    original = None if source is None else nibabel.load(source)
+    original = None if source is None else open_nifti(source)
     # ANALYZE, which NIfTI grew out of, says nothing of where its voxels lie.
     if isinstance(original, (nibabel.Nifti1Pair, nibabel.Nifti2Pair)):
         image = _like(nibabel, labels, original, source)
@@ -70,7 +69,7 @@ def _like(nibabel: Any, labels: np.ndarray, original: Any, source: Path | None) 
 
 
 def _placed(nibabel: Any, labels: np.ndarray, stored: Geometry) -> Any:
-    affine = _TO_RAS @ stored.affine
+    affine = RAS_TO_LPS @ stored.affine
     image = nibabel.Nifti1Image(labels.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)

@@ -93,3 +93,20 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: py
 def test_eval_of_a_file_needs_a_result_folder(packed: Path) -> None:
     done = CliRunner().invoke(app, ["eval", "--model", str(packed), "--data", "anywhere"])
     assert done.exit_code != 0 and "--out must name the result folder" in str(done.exception)
+
+
+def test_the_card_and_the_file_say_which_slices_the_model_knows(tmp_path: Path) -> None:
+    from ntpseg.evaluation.model_card import model_card
+    from ntpseg.models.volume_input import VolumeInput
+
+    run = tmp_path / "run"
+    shutil.copytree(shared()[2], run)
+    card = ("Squares", "CC-BY-4.0", "Squares on noise.")
+    assert "slices of volumes" not in model_card(run, *card)
+    known = VolumeInput("axial", "lung+soft-tissue+bone")
+    bundle = Bundle.from_pretrained(run)
+    bundle.volume = known
+    bundle.save_pretrained(run / "model")
+    assert "Training images: axial slices of volumes, window lung+soft-tissue+bone." in model_card(run, *card)
+    out = pack_bundle(run / "model", tmp_path / "model.zip", model_card(run, *card))
+    assert Bundle.from_pretrained(out).volume == known

@@ -254,6 +254,49 @@ def test_nothing_of_the_patient_but_in_the_dicom_object(tmp_path: Path) -> None:
         assert secret not in output and secret.encode() not in content
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    from ntpseg.utils import files
+
+    source = write_nifti(tmp_path / "ct.nii.gz", ct(2))
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    message = refused(
+        *("--image", source, "--out", tmp_path / "out" / "o.nii.gz", "--text", "x"),
+        *("--axis", "axial", "--window", WINDOW),
+    )
+    assert message.startswith("labels must be written, got ") and message.endswith("run the same command again")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_series_are_volumes_of_their_own_or_chosen(tmp_path: Path, expected: np.ndarray) -> None:
+    folder = tmp_path / "study"
+    write_series(folder / "chest", ct(), LPS)
+    # Alone in a folder, a series is the volume.
+    segment(folder, tmp_path / "alone.nii.gz")
+    np.testing.assert_array_equal(labels_lps(tmp_path / "alone.nii.gz"), expected)
+    write_series(folder / "again", ct(), LPS)
+    segment(folder, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["again.nii.gz", "chest.nii.gz"]
+    segment(folder, tmp_path / "out2", "--series", "#2", "--format", "dcm")
+    names = {str(pydicom.dcmread(file).SeriesInstanceUID) for file in (folder / "chest").iterdir()}
+    dataset = pydicom.dcmread(tmp_path / "out2" / "study.dcm")
+    assert {item.SeriesInstanceUID for item in dataset.ReferencedSeriesSequence} == names
+
+
+def test_what_the_reader_finds_odd_is_told(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(ct(2).transpose(2, 1, 0), None)
+    nibabel.save(image, tmp_path / "ct.nii.gz")
+    assert "does not say how it lies in the patient" in segment(tmp_path / "ct.nii.gz", tmp_path / "o.nii.gz").output
+
+
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is refused before a model is loaded."""
@@ -288,6 +331,7 @@ def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path: Path) -> N
         (("--image", source.parent, "--out", source.parent, *text), "--out must not be in a folder that is read"),
         (("--image", source.parent, "--out", tmp_path / "x.nii.gz", *text), "a file's name"),
         (("--image", source.parent, "--out", tmp_path / "o", *text, "--format", "png"), "--format must be one of"),
+        (("--image", source, *out, *text, "--format", "dcm"), "--format must be how --out ends, got dcm"),
         (("--image", picture, "--out", tmp_path / "o.png", *text, "--axis", "axial"), "--axis must be given for a"),
         (("--image", picture, "--out", tmp_path / "o.png", *text, *text), "--text must be given once for images"),
     ):

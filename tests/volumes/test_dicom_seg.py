@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_files import PATIENT_ID, PATIENT_NAME, write_multiframe, write_series
 
-from ntpseg.volumes.dicom_seg import SERIES_DESCRIPTION, write_dicom_seg
+from ntpseg.volumes.dicom_seg import SERIES_DESCRIPTION, check_sources, write_dicom_seg
 from ntpseg.volumes.dicom_sources import source_headers
 from ntpseg.volumes.reading import read_volume
 
@@ -63,7 +63,7 @@ def masks_of(count: int, overlap: bool) -> list[np.ndarray]:
 def segment(path: Path, source: Path, masks: list[np.ndarray], texts: list[str]) -> Path:
     volume = read_volume(source)
     # Given where the series was written, turned to where the reader stores it.
-    write_dicom_seg(path, masks, texts, volume.stored, source_headers(source, None))
+    write_dicom_seg(path, masks, texts, volume.stored, source_headers(source))
     return path
 
 
@@ -156,7 +156,8 @@ def test_long_sentences_and_incomplete_sources_are_written(tmp_path: Path) -> No
     source = write_series(tmp_path / "ct", hounsfield(), affine_of("axial"))
     for file in source.iterdir():
         dataset = pydicom.dcmread(file)
-        del dataset.PatientSex, dataset.AccessionNumber, dataset.StudyID
+        del dataset.PatientSex, dataset.AccessionNumber, dataset.StudyID, dataset.FrameOfReferenceUID
+        del dataset.StudyDate, dataset.StudyTime, dataset.PatientBirthDate, dataset.ReferringPhysicianName
         dataset.SpecificCharacterSet, dataset.PatientName = "ISO_IR 100", "Müller^Jörg"
         dataset.save_as(file)
     text = "The nodule \\ mass in the " + "very " * 20 + "lower lobe."
@@ -172,6 +173,35 @@ def test_another_series_is_refused(tmp_path: Path) -> None:
     other = write_series(tmp_path / "other", hounsfield((4, 6, 8)), affine_of("axial"))
     with pytest.raises(ValueError, match=r"must be of the series that was read, \[5, 6, 8\] voxels, got 4 slices"):
         write_dicom_seg(
-            tmp_path / "x.dcm", masks_of(1, False), TEXTS[:1], read_volume(source).stored, source_headers(other, None)
+            tmp_path / "x.dcm", masks_of(1, False), TEXTS[:1], read_volume(source).stored, source_headers(other)
         )
     assert not (tmp_path / "x.dcm").exists()
+
+
+def test_a_header_that_is_not_as_the_standard_wants_is_refused_without_its_content(tmp_path: Path) -> None:
+    import pydicom
+
+    source = write_series(tmp_path / "ct", hounsfield(), affine_of("axial"))
+    for file in source.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset["PatientBirthDate"]._value = "in spring"
+        dataset.save_as(file)
+    stored = read_volume(source).stored
+    with pytest.raises(
+        ValueError, match=r"whose header is as the standard wants, .* \(ValueError\); end --out in"
+    ) as seen:
+        check_sources(source_headers(source), stored)
+    assert "spring" not in str(seen.value) and seen.value.__cause__ is None
+
+
+def test_slices_without_positions_are_refused(tmp_path: Path) -> None:
+    import pydicom
+
+    source = write_series(tmp_path / "ct", hounsfield(), affine_of("axial"))
+    stored = read_volume(source).stored
+    for file in source.iterdir():
+        dataset = pydicom.dcmread(file)
+        del dataset.ImagePositionPatient
+        dataset.save_as(file)
+    with pytest.raises(ValueError, match=r"must be of a series that states its slices' positions, got one without"):
+        check_sources(source_headers(source), stored)
