@@ -96,11 +96,19 @@ class _Evaluator:
                         f"masks must have their image's size, {list(pixels.shape[:2])}, got {list(mask.shape)} in "
                         f"{record.mask} of case {record.case!r}"
                     )
+                if record.place is not None and record.place.volume:
+                    first = sizes.setdefault(record.place.volume, mask.shape)
+                    if first != mask.shape:
+                        raise ValueError(
+                            f"slices of volume {record.place.volume!r} must have one size, got {list(first)} and "
+                            f"{list(mask.shape)} in case {record.case!r}"
+                        )
                 self.truth.append(mask)
                 self.windows.append(window)
                 self.pixel_mm.append(pixel_mm(record, (mask.shape[0], mask.shape[1])))
                 yield pixels
 
+        sizes: dict[str, tuple[int, ...]] = {}
         self.truth: list[np.ndarray] = []
         self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())

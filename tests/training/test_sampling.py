@@ -123,6 +123,8 @@ def test_options_are_checked(options: dict, message: str) -> None:
 def test_nothing_left_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.empty_share must leave a pair to train on, got 0\.2 with 4"):
         made(4, 0, 0.2)
+    with pytest.raises(ValueError, match=r"data\.pairs_per_volume must be null for a data set whose table has no"):
+        made(2, 4, None, most=3)
     with pytest.raises(ValueError, match=r"data\.empty_share must be null without data\.keep_empty=true"):
         load_config("tiny", ["data.empty_share=0.2"])
 
