@@ -97,7 +97,7 @@ class _Evaluator:
                         f"{record.mask} of case {record.case!r}"
                     )
                 if record.place is not None and record.place.volume:
-                    first = sizes.setdefault(record.place.volume, mask.shape)
+                    first = shapes.setdefault(record.place.volume, mask.shape)
                     if first != mask.shape:
                         raise ValueError(
                             f"slices of volume {record.place.volume!r} must have one size, got {list(first)} and "
@@ -108,7 +108,7 @@ class _Evaluator:
                 self.pixel_mm.append(pixel_mm(record, (mask.shape[0], mask.shape[1])))
                 yield pixels
 
-        sizes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         self.truth: list[np.ndarray] = []
         self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())
