@@ -28,6 +28,7 @@ def check(folder: Folder, layout: Layout = "auto", mask_value: MaskValue = "", k
 
     from ntpseg.data import MaskOptions, inspect_dataset
     from ntpseg.data.problems import problem_table, summary
+    from ntpseg.data.slice_stats import slice_stats, slice_table
 
     console = Console()
     checked = inspect_dataset(folder, layout, masks=MaskOptions(keep_empty, mask_value))
@@ -37,6 +38,8 @@ def check(folder: Folder, layout: Layout = "auto", mask_value: MaskValue = "", k
         wide.print(problem_table(checked.problems, title=f"What is wrong with {folder}"))
     if checked.notes:
         wide.print(problem_table(checked.notes, title=f"What is worth a look in {folder}"))
+    if rows := slice_stats(checked.records, checked.empty):
+        wide.print(slice_table(rows))
     console.print(f"{len(checked.records)} usable pairs; {summary(checked.problems)}", highlight=False)
     if checked.negatives:
         console.print(f"{checked.negatives} of the pairs hold no finding", highlight=False)
@@ -68,13 +71,15 @@ def stats(
 
     from ntpseg.data import MaskOptions
     from ntpseg.data.loading import list_dataset
-    from ntpseg.data.stats import common_captions, shared_subjects, split_stats
+    from ntpseg.data.slice_stats import slice_stats, slice_table
+    from ntpseg.data.stats import common_captions, empty_records, mask_contents, shared_subjects, split_stats
 
     console = Console()
     listing = list_dataset(folder, layout, MaskOptions(mask_value=mask_value))
     if not listing.records:
         raise ValueError(f"path must hold a pair of an image, a mask and a sentence, got none in {folder}")
-    rows = split_stats(listing.records)
+    contents = mask_contents(listing.records)
+    rows = split_stats(listing.records, contents)
     table = Table("", title=Text(str(folder)))
     for row in rows:
         table.add_column(row.split, justify="right")
@@ -86,6 +91,8 @@ def stats(
     for index, name in enumerate(("25 %", "median", "75 %")):
         table.add_row(f"mask area in % of the image, {name}", *(f"{100 * row.area[index]:.2f}" for row in rows))
     console.print(table)
+    if volumes := slice_stats(listing.records, empty_records(listing.records, contents)):
+        console.print(slice_table(volumes))
     for (first, second), number in shared_subjects(listing.records).items():
         console.print(f"{number} subjects are in {first} and in {second}", style="yellow", highlight=False)
     frequent = Table("pairs", "most frequent captions")

@@ -17,6 +17,7 @@ from ntpseg.data.patients import patient_notes
 from ntpseg.data.pixels import stored_orientation
 from ntpseg.data.problems import Problem
 from ntpseg.data.records import MaskOptions, Record
+from ntpseg.data.slice_stats import volume_notes
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
@@ -35,6 +36,7 @@ class Checked:
         notes: what is worth a look in records that are used.
         negatives: number of `records` without a finding, which `MaskOptions.keep_empty` kept.
         windows: of the images of more than 8 bits, by file.
+        empty: the `negatives` themselves.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Checked:
     notes: list[Problem] = field(default_factory=list)
     negatives: int = 0
     windows: dict[Path, Window] = field(default_factory=dict)
+    empty: list[Record] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +71,33 @@ def check_listing(listing: Listing, masks: MaskOptions | None = None) -> Checked
     good: list[Record] = []
     faults: list[Problem] = []
     notes: list[Problem] = []
-    negatives = 0
+    empty: list[Record] = []
+    sizes: dict[str, tuple[Size, Path]] = {}
     for record in listing.records:
         image = images[record.image]
         content = None if record.mask is None else contents[record.mask]
         found = list(_faults(record, image, content, listing, options))
+        if not found and isinstance(image, _Image):
+            found += _size_fault(record, image.size, sizes, listing)
         faults += found
         if not found and isinstance(image, _Image) and not isinstance(content, str):
             good.append(record)
             notes += _notes(record, image, content, listing)
-            negatives += content is not None and content.area(record.mask_value) < MIN_PIXELS
-    notes += patient_notes(good)
+            if content is not None and content.area(record.mask_value) < MIN_PIXELS:
+                empty.append(record)
+    notes += [*patient_notes(good), *volume_notes(good)]
     windows = {path: image.window for path, image in images.items() if isinstance(image, _Image) and image.window}
-    return Checked(good, faults, list(dict.fromkeys(notes)), negatives, windows)
+    return Checked(good, faults, list(dict.fromkeys(notes)), len(empty), windows, empty)
+
+
+def _size_fault(record: Record, size: Size, sizes: dict[str, tuple[Size, Path]], listing: Listing) -> Iterable[Problem]:
+    """Slices of a volume have the size of the first of them."""
+    if record.place is None or not record.place.volume:
+        return
+    first, path = sizes.setdefault(record.place.volume, (size, record.image))
+    if first != size:
+        detail = f"{size[1]}x{size[0]} pixels, {listing.short(path)} of the same volume {first[1]}x{first[0]}"
+        yield Problem(problems.SIZE_MISMATCH, record.split, listing.short(record.image), detail)
 
 
 def _faults(

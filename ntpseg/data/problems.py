@@ -31,6 +31,7 @@ MOSTLY_FOREGROUND = "mostly foreground"
 ORIENTATION = "turned image"
 OUTLIERS = "pixels far outside"
 UNUSUAL_MASK = "unusual mask"
+GAP = "volume with gaps"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -42,9 +43,31 @@ class SplitStats:
     words: float
 
 
-def split_stats(records: Sequence[Record]) -> list[SplitStats]:
-    """Statistics of every split that has records; opens every mask (unreadable ones are left out of the areas)."""
-    contents = map_files(mask_content, (record.mask for record in records if record.mask is not None))
+def mask_contents(records: Sequence[Record]) -> dict[Path, MaskContent | str]:
+    """What each record's mask file holds, or why it cannot be read."""
+    return map_files(mask_content, (record.mask for record in records if record.mask is not None))
+
+
+def empty_records(records: Sequence[Record], contents: Mapping[Path, MaskContent | str]) -> list[Record]:
+    """The records whose mask holds no finding."""
+    return [
+        record
+        for record in records
+        if record.mask is not None and 0 <= _area(contents[record.mask], record.mask_value)[0] < MIN_PIXELS
+    ]
+
+
+def split_stats(
+    records: Sequence[Record], contents: Mapping[Path, MaskContent | str] | None = None
+) -> list[SplitStats]:
+    """Statistics of every split that has records.
+
+    Args:
+        records: the data set.
+        contents: of its masks, see `mask_contents`; by default every mask is opened. Unreadable ones are left out of
+            the areas.
+    """
+    contents = mask_contents(records) if contents is None else contents
     known = {record.text for record in records if record.split == "train"}
     stats = []
     for split in SPLITS:

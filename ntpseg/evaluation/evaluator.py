@@ -11,6 +11,7 @@ import torch
 
 from ntpseg.data import read_truth, read_windowed, resize_mask
 from ntpseg.data.records import check_masks
+from ntpseg.data.spacing import pixel_mm
 from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, mm_metrics, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
@@ -83,7 +84,7 @@ class _Evaluator:
     ) -> None:
         self.segmenter, self.cases, self.options, self.progress = segmenter, cases, options, progress
         self.texts, self.subjects = [r.text for r in cases], [r.subject for r in cases]
-        self.pixel_mm = [None if r.place is None else r.place.pixel_mm for r in cases]
+        self.pixel_mm: list[tuple[float, float] | None] = []
 
     def run(self) -> Evaluation:
         def images() -> Any:
@@ -95,10 +96,19 @@ class _Evaluator:
                         f"masks must have their image's size, {list(pixels.shape[:2])}, got {list(mask.shape)} in "
                         f"{record.mask} of case {record.case!r}"
                     )
+                if record.place is not None and record.place.volume:
+                    first = shapes.setdefault(record.place.volume, mask.shape)
+                    if first != mask.shape:
+                        raise ValueError(
+                            f"slices of volume {record.place.volume!r} must have one size, got {list(first)} and "
+                            f"{list(mask.shape)} in case {record.case!r}"
+                        )
                 self.truth.append(mask)
                 self.windows.append(window)
+                self.pixel_mm.append(pixel_mm(record, (mask.shape[0], mask.shape[1])))
                 yield pixels
 
+        shapes: dict[str, tuple[int, ...]] = {}
         self.truth: list[np.ndarray] = []
         self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_GROUPS = 20
-_AVERAGES = ("per_image", "pooled")
 
 
 def interval(estimate: dict[str, Any], digits: int = 3) -> str:
@@ -80,15 +79,19 @@ def volume_group_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]
     for name, group in groups.items() if len(groups) > 1 else ():
         scores = group["per_volume"]
         shown = [(scores.get(key), digits) for key, digits in (("dice", 3), ("hd95_mm", 2), ("volume_error_ml", 2))]
-        cells = ["" if estimate is None else interval(estimate, digits) for estimate, digits in shown]
-        rows.append((f"{group['cases']} x {name or '(empty text)'}", *cells))
+        dice, distance, error = ("" if mean is None else interval(mean, digits) for mean, digits in shown)
+        rows.append((f"{group['cases']} x {name or '(empty text)'}", dice, distance, error))
     return rows
 
 
 def modality_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Label, per-image Dice and pooled Dice of each modality; empty where there is one, or none is known."""
     return [
-        (f"{group['cases']} x {name or 'modality unknown'}", *(interval(group[k]["dice"]) for k in _AVERAGES))
+        (
+            f"{group['cases']} x {name or 'modality unknown'}",
+            interval(group["per_image"]["dice"]),
+            interval(group["pooled"]["dice"]),
+        )
         for name, group in summary.get("modalities", {}).items()
     ]
 
@@ -153,16 +156,16 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         if len(groups) > MAX_GROUPS:
             table.add_row(f"... and {len(groups) - MAX_GROUPS} more in summary.json", "", "", end_section=True)
     modalities = modality_rows(summary)
-    for i, (label, dice, pooled) in enumerate(modalities):
-        table.add_row(Text(label), f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(modalities))
+    for i, (modality, dice, pooled) in enumerate(modalities):
+        table.add_row(Text(modality), f"Dice {dice}", f"Dice {pooled}", end_section=i + 1 == len(modalities))
     if volumes := volume_rows(summary):
         table.add_row(Text(volume_label(summary)), "mean over volumes", "")
         for i, (name, figure) in enumerate(volumes):
             table.add_row(f"{name}, volume", figure, "", end_section=i + 1 == len(volumes))
     by_structure = volume_group_rows(summary)
-    for i, (label, dice, distance, _) in enumerate(by_structure[:MAX_GROUPS]):
+    for i, (structure, dice, distance, _) in enumerate(by_structure[:MAX_GROUPS]):
         cells = f"Dice {dice}", f"HD95 {distance} mm" if distance else ""
-        table.add_row(Text(f"{label}, volume"), *cells, end_section=i + 1 == len(by_structure[:MAX_GROUPS]))
+        table.add_row(Text(f"{structure}, volume"), *cells, end_section=i + 1 == len(by_structure[:MAX_GROUPS]))
     if len(by_structure) > MAX_GROUPS:
         table.add_row(f"... and {len(by_structure) - MAX_GROUPS} more in summary.json", "", "", end_section=True)
     decoding = summary["decoding"]

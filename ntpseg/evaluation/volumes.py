@@ -128,7 +128,7 @@ def volume_scores(
         "predicted": np.array([np.count_nonzero(prediction)], np.float64),
         "true": np.array([np.count_nonzero(truth)], np.float64),
     }
-    sizes = counts["predicted"][0], counts["true"][0]
+    sizes = float(counts["predicted"][0]), float(counts["true"][0])
     scores: dict[str, float] = {}
     for metric in METRICS.values():
         if metric.pooled is not None:

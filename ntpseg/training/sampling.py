@@ -57,7 +57,7 @@ class SliceSampling:
         options: what an epoch holds.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or pairs per volume are limited and there is no volume.
     """
 
     def __init__(self, empty: Sequence[bool] | np.ndarray, volumes: Sequence[str], options: SamplingOptions) -> None:
@@ -67,6 +67,11 @@ class SliceSampling:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(filter(None, volumes)))}
         self._volume = np.array([numbers.get(name, -1) for name in volumes], dtype=np.int64)
         self.volumes = len(numbers)
+        if options.pairs_per_volume is not None and not numbers:
+            raise ValueError(
+                "data.pairs_per_volume must be null for a data set whose table has no column volume, "
+                f"got {options.pairs_per_volume}"
+            )
         filled, without = self._chosen(0, 0)
         self.with_foreground, self.without_foreground = len(filled), len(without)
         if not len(self):

@@ -58,6 +58,14 @@ def test_volumes_are_scored_from_the_masks_of_their_slices(evaluation: Evaluatio
     assert found["v0", "nothing"].step == 2 and summary["missing"] == 0
 
 
+def test_sizes_are_checked_before_anything_is_decoded() -> None:
+    records = [replace(r, place=SlicePlace("v", "axial", n)) for n, r in enumerate(shared()[0][:4])]
+    stages: list[str] = []
+    with pytest.raises(ValueError, match=r"slices of volume 'v' must have one size, got \[48, 48\] and \[40, 56\] in"):
+        evaluate(Segmenter(shared()[1]), records, progress=lambda stage, done, total: stages.append(stage))
+    assert "decoding" not in stages
+
+
 def test_groups_are_structures_and_modalities(evaluation: Evaluation) -> None:
     assert evaluation.summary["grouped_by"] == "structure"
     assert set(evaluation.summary["groups"]) == set(STRUCTURES)

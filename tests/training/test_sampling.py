@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import hashlib
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +14,16 @@ from PIL import Image
 from test_pipeline import FAST, write_data
 from toy import make_toy, sequence_of
 
-from ntpseg.training import TokenDataset, load_config
+from ntpseg.data import SlicePlace, load_records
+from ntpseg.evaluation.run_directory import training_log
+from ntpseg.tokenizers.cache_folder import content_key
+from ntpseg.training import TokenDataset, load_config, pipeline, train
+from ntpseg.training.callbacks import JsonLog
 from ntpseg.training.dataset import EpochSampler
 from ntpseg.training.pipeline import make_datasets
 from ntpseg.training.preparation import prepare_run
-from ntpseg.training.same_data import check_same_data
+from ntpseg.training.same_data import _row, check_same_data
 from ntpseg.training.sampling import SAMPLING, SamplingOptions, SliceSampling
-
-ROOT = Path(__file__).parents[2]
 
 
 def made(empties: int, filled: int, share: float | None, volumes: int = 0, most: int | None = None) -> SliceSampling:
@@ -123,6 +123,8 @@ def test_options_are_checked(options: dict, message: str) -> None:
 def test_nothing_left_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.empty_share must leave a pair to train on, got 0\.2 with 4"):
         made(4, 0, 0.2)
+    with pytest.raises(ValueError, match=r"data\.pairs_per_volume must be null for a data set whose table has no"):
+        made(2, 4, None, most=3)
     with pytest.raises(ValueError, match=r"data\.empty_share must be null without data\.keep_empty=true"):
         load_config("tiny", ["data.empty_share=0.2"])
 
@@ -165,36 +167,32 @@ def test_a_run_keeps_its_sampling(tmp_path: Path, capsys) -> None:
         prepare_run(settings, run, progress=False)
 
 
-CUT = """
-import os, signal, sys
-from transformers import TrainerCallback
-from ntpseg.training import callbacks, load_config, train
-class Kill(callbacks.JsonLog):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-import ntpseg.training.pipeline as pipeline
-pipeline.JsonLog = Kill
-train(load_config(sys.argv[1]), progress=False)
-"""
+def test_places_are_in_no_key(tmp_path: Path) -> None:
+    """Caches and runs of releases without these columns stay valid, and of tables that get them later."""
+    data = write_data(tmp_path / "data", 2, 1)
+    records = load_records(data)
+    placed = [replace(r, place=SlicePlace(f"v{n}", "axial", n, row_mm=0.5)) for n, r in enumerate(records)]
+    assert content_key({"kind": "test"}, placed) == content_key({"kind": "test"}, records)
+    rows = [_row(record) for record in records]
+    assert {row["other"] for row in rows} == {hashlib.sha256(b'{"mask_value": ""}').hexdigest()[:32]}
+    assert [_row(record) for record in placed] == rows
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    """Its steps are those of the unbroken run: two steps an epoch, killed after the first half of the third."""
-    from ntpseg.evaluation.run_directory import training_log
-    from ntpseg.training import train
-    from ntpseg.training.config import dump_config
-
-    volume_data(tmp_path / "data")
+def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are those of the unbroken run: two steps an epoch, cut off after the first half of the second."""
     more = ("training.num_train_epochs=3", "training.save_strategy=steps", "training.save_steps=3")
+    volume_data(tmp_path / "data")
     settings = config(tmp_path, *more)
-    whole = config(tmp_path, *more, f"output={tmp_path / 'whole'}")
-    train(whole, progress=False)
-    (tmp_path / "killed.yaml").write_text(dump_config(settings))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CUT, str(tmp_path / "killed.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    train(config(tmp_path, *more, f"output={tmp_path / 'whole'}"), progress=False)
+
+    class Cut(JsonLog):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 4:
+                raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(pipeline, "JsonLog", Cut)
+        train(settings, progress=False)
     train(settings, resume=True, progress=False)
     lines = [
         [(line["step"], line["loss"]) for line in training_log(tmp_path / name) if "loss" in line]

@@ -24,12 +24,12 @@ def read_place(row: Row) -> SlicePlace | None:
         ValueError: a slice without axis or number, or a cell that is no positive number of millimetres.
     """
     volume = row.get("volume", "")
-    millimetres = {name: _number(name, row.get(name, "")) for name in ("slice_mm", "row_mm", "column_mm")}
-    words = {name: row.get(name, "") for name in ("window", "modality", "structure")}
-    if not volume and not any(words.values()) and all(value is None for value in millimetres.values()):
+    slice_mm, row_mm, column_mm = (_number(name, row.get(name, "")) for name in ("slice_mm", "row_mm", "column_mm"))
+    window, modality, structure = (row.get(name, "") for name in ("window", "modality", "structure"))
+    if not any((volume, window, modality, structure)) and slice_mm is row_mm is column_mm is None:
         return None
     axis, index = (row.get("axis", "").lower(), _index(row.get("slice", ""))) if volume else ("", -1)
-    return SlicePlace(volume, axis, index, **millimetres, **words)
+    return SlicePlace(volume, axis, index, slice_mm, row_mm, column_mm, window, modality, structure)
 
 
 def _number(name: str, text: str) -> float | None:
