@@ -28,7 +28,7 @@ def serve(
     passes: Passes = None,
     samples: Samples = None,
     threshold: Threshold = None,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -46,8 +46,14 @@ def serve(
     options = ServerOptions(host=host, port=port, allowed_hosts=tuple(allow_host or ()))
     # Told before a large model is loaded.
     with listen(options) as listener:
-        decoding = {"method": method, "passes": passes, "samples": samples, "threshold": threshold}
         segmenter = Segmenter.from_pretrained(
-            model, device=usable_device(device), mirror=mirror or None, dtype=dtype, **decoding
+            model,
+            device=usable_device(device),
+            method=method,
+            passes=passes,
+            samples=samples,
+            threshold=threshold,
+            mirror=mirror,
+            dtype=dtype,
         )
         run_server(segmenter, options, listener, name=model.resolve().name, examples=example_sentences(model))
