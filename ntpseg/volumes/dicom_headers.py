@@ -6,7 +6,7 @@ Of a file only the elements of `TAGS` are parsed, so names, dates and descriptio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class Plane:
     path: Path
     frame: int
     frames: int
-    series: str
-    instance: str
+    series: str = field(repr=False)
+    instance: str = field(repr=False)
     number: int | None
     order: int
     modality: str
@@ -92,7 +92,7 @@ class Plane:
     bits: int
     signed: bool
     windows: tuple[tuple[float, float], ...]
-    phase: tuple[str, ...]
+    phase: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
 
 

