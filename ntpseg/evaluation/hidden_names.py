@@ -35,8 +35,10 @@ class HiddenNames:
 
     def row(self, row: dict[str, str]) -> dict[str, str]:
         """A row of ``cases.csv`` as it is shown; the files keep their paths, from which they are read."""
-        hidden = {key: self._numbers.get(row[key], "") for key in ("case", "subject", "volume") if key in row}
-        texts = {key: self.text(row[key]) for key in ("text", "other_text") if row.get(key)}
+        hidden: dict[str, str] = {
+            key: self._numbers.get(row[key], "") for key in ("case", "subject", "volume") if key in row
+        }
+        texts: dict[str, str] = {key: self.text(row[key]) for key in ("text", "other_text") if row.get(key)}
         return {**row, **hidden, **texts}
 
     def text(self, text: str) -> str:
