@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ntpseg.evaluation.curves import curves
+from ntpseg.evaluation.hidden_names import without_names
 from ntpseg.evaluation.metrics import METRICS
 from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
 from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
@@ -24,7 +25,13 @@ MAX_PAIRED_SENTENCES = 12
 
 
 def write_report(
-    run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3, grey: bool = False
+    run: Path,
+    out: Path | None = None,
+    *,
+    split: str | None = None,
+    examples: int = 3,
+    grey: bool = False,
+    hide_names: bool = False,
 ) -> Path:
     """Write the report of a run from its files; the model is not needed.
 
@@ -34,6 +41,8 @@ def write_report(
         split: which evaluation to show; test if there is one.
         examples: pictures of the best, the median and the worst cases, each this many.
         grey: show colour images in grey, for CT windows that are stored as colours.
+        hide_names: show numbers instead of the names of cases, subjects, files and folders; the configuration, which
+            holds paths, is left out.
 
     Returns:
         The file.
@@ -64,6 +73,16 @@ def write_report(
         shown = split or evaluated[0]
         context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples, grey)
         context["others"] = [(name, metric_rows(_summary(run / "eval" / name))) for name in evaluated if name != shown]
+    if hide_names:
+        rows = [row for name in evaluated for row in read_csv(run / "eval" / name / "cases.csv")]
+        evaluation = context["evaluation"] or {}
+        # Folders hold the names of patients and studies too.
+        folders = [evaluation.pop("data", "")] if evaluation else []
+        summary = evaluation.get("summary", {})
+        summary.pop("data", None)
+        context = without_names({**context, "name": "run", "config": ""}, rows, [name for name in folders if name])
+        if evaluation:
+            context["evaluation"]["data"] = ""
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("ntpseg.evaluation").joinpath("report.html").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from ntpseg.evaluation import EvaluationOptions, evaluate
 from ntpseg.evaluation.pictures import LEVELS, TOKEN_FRAMES, greyscale, probability_contours, token_frames
 from ntpseg.evaluation.report import write_report
 from ntpseg.generation import Segmenter
+from ntpseg.utils.files import read_csv
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -171,3 +172,16 @@ def test_command(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "r.html").stat().st_size > 20_000
+
+
+def test_hidden_names_are_nowhere_in_the_file(run: Path, tmp_path: Path) -> None:
+    rows = read_csv(next(run.glob("eval/*/cases.csv")))
+    plain = write_report(run, tmp_path / "plain.html").read_text(encoding="utf-8")
+    hidden = write_report(run, tmp_path / "hidden.html", hide_names=True).read_text(encoding="utf-8")
+    words = {row[key] for row in rows for key in ("case", "subject")} | {Path(row["image"]).name for row in rows}
+    words = {word for word in words if len(word) >= 4} | {str(run)}
+    text = re.sub(r"data:[^\"]*", "", hidden)
+    assert any(word in plain for word in words) and not [word for word in words if word in text]
+    assert "case 1" in text
+    # Pictures are encoded anew from pixels: no file of the data set, nor its metadata, is inside.
+    assert hidden.count("data:image") == plain.count("data:image")
