@@ -30,6 +30,9 @@ def check(folder: Folder, layout: Layout = "auto", mask_value: MaskValue = "", k
     from ntpseg.data.problems import problem_table, summary
     from ntpseg.data.slice_stats import slice_stats, slice_table
 
+    if layout == "auto" and _is_raw(folder):
+        _check_raw(folder)
+        return
     console = Console()
     checked = inspect_dataset(folder, layout, masks=MaskOptions(keep_empty, mask_value))
     # Wide enough for whole file names where the output goes to a file or a pipe.
@@ -194,3 +197,37 @@ def _fractions(text: str) -> tuple[float, float, float]:
     except ValueError as error:
         raise ValueError(f"--splits must be three numbers such as 0.7:0.15:0.15, got {text!r}") from error
     return train, val, test
+
+
+def _is_raw(path: Path) -> bool:
+    """Whether files of scanners are all that is there: neither a layout of a data set nor a table."""
+    from ntpseg.volumes.overview import holds_raw
+
+    tables = (".csv", ".tsv", ".xlsx", ".jsonl")
+    if path.is_file():
+        return path.suffix.lower() not in tables and holds_raw(path)
+    has_table = any(file.suffix.lower() in tables for file in path.rglob("*")) if path.is_dir() else True
+    return not has_table and holds_raw(path)
+
+
+def _check_raw(path: Path) -> None:
+    from rich.console import Console
+
+    from ntpseg.volumes.overview import overview_table, survey
+
+    console = Console()
+    wide = console if console.is_terminal else Console(width=max(console.width, 200))
+    found = survey(path)
+    if found.groups:
+        wide.print(overview_table(found, f"Volumes and images in {path}"))
+    for fault in found.faults:
+        wide.print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
+    for warning, count in found.privacy:
+        wide.print(f"privacy: {warning} ({count}x)", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    volumes = sum(group.volumes for group in found.groups)
+    console.print(
+        f"{volumes} can be read, {len(found.faults)} cannot; ntpseg data import makes a data set of them",
+        highlight=False,
+    )
+    if found.faults or not found.groups:
+        raise typer.Exit(1)

@@ -20,9 +20,10 @@ from ntpseg.data.demo_structures import STRUCTURES, Structure
 from ntpseg.data.tables import write_excel
 from ntpseg.utils.checks import check_integer, check_number
 from ntpseg.utils.files import atomic_folder
+from ntpseg.volumes import windows
 
 # Hounsfield units at black and white, one window a channel: lung, soft tissue, bone.
-WINDOWS = ((-1350.0, 150.0), (-160.0, 240.0), (-200.0, 1000.0))
+WINDOWS = tuple(windows.WINDOWS[name] for name in ("lung", "soft-tissue", "bone"))
 # Blocks of neighbouring slices go to the splits in this order, again and again.
 BLOCK_ORDER = ("train", "train", "test", "train", "train", "val", "train", "train")
 BLOCK_SLICES = 4

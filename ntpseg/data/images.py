@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from ntpseg.data.pixels import StrPath, open_pixels
+from ntpseg.data.pixels import StrPath, medical_pixels, open_pixels
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from ntpseg.volumes.volume import Volume
 
 # Percentiles of a deep image's pixels that become black and white, as in nnU-Net's normalisation of CT.
 WINDOW_PERCENTILES = (0.5, 99.5)
@@ -52,7 +56,8 @@ def read_image(path: StrPath) -> np.ndarray:
 
     Args:
         path: PNG, TIFF, JPEG, BMP or another of `ntpseg.data.pixels.FORMATS`, of at most
-            `ntpseg.data.pixels.MAX_PIXELS` pixels.
+            `ntpseg.data.pixels.MAX_PIXELS` pixels; or DICOM of one frame, or 2-D NIfTI, which are displayed by the
+            window "auto" of `ntpseg.volumes.windows`.
 
     Returns:
         uint8 [H, W] if grey, [H, W, 3] (RGB) if coloured.
@@ -66,6 +71,9 @@ def read_image(path: StrPath) -> np.ndarray:
 
 def read_windowed(path: StrPath) -> tuple[np.ndarray, Window | None]:
     """What `read_image` returns, and the window that was used; None for an image of 8 bits."""
+    medical = medical_pixels(Path(path))
+    if medical is not None:
+        return _displayed(path, medical)
     stored = open_pixels(path)
     pixels = stored.pixels if stored.palette is None else stored.palette[stored.pixels]
     if stored.alpha is not None:
@@ -78,6 +86,22 @@ def read_windowed(path: StrPath) -> tuple[np.ndarray, Window | None]:
     if pixels.dtype == np.uint8:
         return pixels, None
     return _to_eight_bits(path, pixels)
+
+
+def _displayed(path: StrPath, volume: Volume) -> tuple[np.ndarray, Window | None]:
+    """A DICOM or NIfTI image by the window "auto"."""
+    from ntpseg.volumes.windows import render
+
+    if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).any():
+        raise ValueError(f"{path} must have finite pixels, got NaN or infinity in all of them")
+    rendered = render(volume, "auto")
+    pixels = rendered.apply(volume.voxels[0])
+    if not rendered.limits:
+        return pixels, None
+    finite = volume.voxels[np.isfinite(volume.voxels)]
+    low, high = rendered.limits[0]
+    nonfinite = int(volume.voxels.size - finite.size)
+    return pixels, Window(low, high, float(finite.min()), float(finite.max()), nonfinite)
 
 
 def _to_eight_bits(path: StrPath, pixels: np.ndarray) -> tuple[np.ndarray, Window | None]:

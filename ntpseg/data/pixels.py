@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from ntpseg.volumes.volume import Volume
 
 StrPath = str | PathLike[str]
 
@@ -42,10 +46,16 @@ class Stored:
 def open_pixels(path: StrPath) -> Stored:
     """Decode an image file; the turn that its EXIF orientation asks for is applied.
 
+    A DICOM file of one frame and a 2-D NIfTI, NRRD or MetaImage file are images too: in the modality's unit, as stored
+    (rows and columns of a radiograph are those that it is displayed by).
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is not an image, damaged, larger than `MAX_PIXELS`, or has several pages; the message names it.
     """
+    medical = medical_pixels(Path(path))
+    if medical is not None:
+        return Stored(medical.voxels[0])
     image, orientation = _open(Path(path))
     mode = image.mode
     if mode in ("L", "RGB", "F", "I") or mode.startswith("I;16"):
@@ -66,8 +76,37 @@ def open_pixels(path: StrPath) -> Stored:
     return Stored(np.array(image.convert("RGB")), None, None, orientation)
 
 
+def medical_pixels(path: Path) -> Volume | None:
+    """A DICOM, NIfTI, NRRD or MetaImage file of one slice, ``voxels`` ``[1, H, W]`` as stored; None for others.
+
+    Raises:
+        ValueError: it is a volume, larger than `MAX_PIXELS`, damaged, or its package is not installed.
+    """
+    from ntpseg.volumes.contents import kind_of
+    from ntpseg.volumes.reading import is_volume, read_volume
+
+    if not path.is_file() or kind_of(path) is None:
+        return None
+    if is_volume(path):
+        raise ValueError(
+            f"{path} must be a 2-D image, got a volume; slice it with ntpseg data import, or give it to ntpseg predict"
+        )
+    volume = read_volume(path)
+    pixels = volume.to_stored(volume.voxels)
+    if pixels.shape[0] != 1:
+        raise ValueError(f"{path} must have its one slice along the last axis, got {list(pixels.shape[::-1])} voxels")
+    if pixels.shape[1] * pixels.shape[2] > MAX_PIXELS:
+        size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        raise ValueError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {size}; shrink or cut it")
+    return replace(volume, voxels=pixels)
+
+
 def stored_orientation(path: StrPath) -> int:
     """The EXIF orientation of a readable image file that `open_pixels` applies, 1 where there is none to apply."""
+    from ntpseg.volumes.contents import kind_of
+
+    if kind_of(Path(path)) is not None:
+        return 1
     with Image.open(path, formats=FORMATS) as image:
         return _orientation(image)
 
@@ -143,10 +182,8 @@ def _described(path: Path) -> str:
         return "a web page or XML: a download that failed?"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer instead of the file: run git lfs pull"
-    if start[128:132] == b"DICM":
-        return "DICOM: export it as PNG or TIFF"
-    if start[:2] == b"\x1f\x8b" or start[344:347] in (b"n+1", b"ni1"):
-        return "a compressed file or NIfTI: export its slices as PNG or TIFF"
+    if start[:2] == b"\x1f\x8b":
+        return "a compressed file: unpack it"
     if start[:2] == b"%!":
         return "PostScript, which is not read: export it as PNG"
     return "something else (cannot identify an image in it)"

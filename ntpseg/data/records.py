@@ -12,7 +12,9 @@ from ntpseg.utils.checks import check_choice, check_integer, check_number
 
 SPLITS = ("train", "val", "test")
 MASK_PREFIX = "mask_"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
+_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
+# A volume under one of the last names is refused where it is opened.
+IMAGE_SUFFIXES = (*_PICTURES, ".dcm", ".dicom", ".nii.gz", ".nii")
 
 # A subject is the unit that splits and bootstrap intervals must not cut. Tried in order on a case's name:
 SUBJECT_PATTERNS = (

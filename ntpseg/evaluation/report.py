@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ntpseg.evaluation.curves import curves
+from ntpseg.evaluation.hidden_names import HiddenNames, hide_paths
 from ntpseg.evaluation.metrics import METRICS, mm_metrics
 from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
 from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
@@ -33,7 +34,13 @@ MAX_PAIRED_SENTENCES = 12
 
 
 def write_report(
-    run: Path, out: Path | None = None, *, split: str | None = None, examples: int = 3, grey: bool = False
+    run: Path,
+    out: Path | None = None,
+    *,
+    split: str | None = None,
+    examples: int = 3,
+    grey: bool = False,
+    hide_names: bool = False,
 ) -> Path:
     """Write the report of a run from its files; the model is not needed.
 
@@ -43,6 +50,8 @@ def write_report(
         split: which evaluation to show; test if there is one.
         examples: pictures of the best, the median and the worst cases, each this many.
         grey: show colour images in grey, for CT windows that are stored as colours.
+        hide_names: show numbers in place of the names of cases, subjects and files; the run keeps its name, and what is
+            burnt into the pixels stays.
 
     Returns:
         The file.
@@ -62,16 +71,17 @@ def write_report(
         known = ", ".join(evaluated) or "none"
         raise ValueError(f"split must be one that was evaluated in {run} ({known}), got {split!r}")
     config = run / "config.yaml"
+    settings = config.read_text(encoding="utf-8") if config.is_file() else ""
     context: dict[str, Any] = {
         "name": run.resolve().name,
         "curves": curves(log),
-        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "config": hide_paths(settings) if hide_names and settings else settings,
         "evaluation": None,
         "others": [],
     }
     if evaluated:
         shown = split or evaluated[0]
-        context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples, grey)
+        context["evaluation"] = _evaluation(run / "eval" / shown, shown, examples, grey, hide_names)
         context["others"] = [(name, metric_rows(_summary(run / "eval" / name))) for name in evaluated if name != shown]
     from jinja2 import Environment, StrictUndefined
 
@@ -93,9 +103,11 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str, Any]:
+def _evaluation(folder: Path, split: str, examples: int, grey: bool, hide_names: bool) -> dict[str, Any]:
     summary = _summary(folder)
-    cases = [Case(row, folder, i, grey) for i, row in enumerate(read_csv(folder / "cases.csv"))]
+    rows = read_csv(folder / "cases.csv")
+    names = HiddenNames(rows) if hide_names else None
+    cases = [Case(names.row(row) if names else row, folder, i, grey) for i, row in enumerate(rows)]
     if not (folder / "probability.npy").is_file():
         raise ValueError(
             f"evaluation must hold probability.npy, got {folder} of an older version; run ntpseg eval again"
@@ -106,13 +118,15 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str
     missing = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
     if missing is not None:
         raise ValueError(f"files of {folder / 'cases.csv'} must exist, got {missing}, which is no longer there")
+    labels = names.groups(list(summary["groups"])) if names else list(summary["groups"])
     groups = [
-        (text, group["cases"], interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"]))
-        for text, group in summary["groups"].items()
+        (label, group["cases"], interval(group["per_image"]["dice"]), interval(group["pooled"]["dice"]))
+        for label, group in zip(labels, summary["groups"].values())
     ]
+    volume_groups = [(names.text(label) if names else label, *scores) for label, *scores in volume_group_rows(summary)]
     return {
         "split": split,
-        "data": summary.get("data", ""),
+        "data": "" if names else summary.get("data", ""),
         "summary": summary,
         "level": f"{100 * summary['level']:g}",
         "dice": interval(summary["per_image"]["dice"]),
@@ -124,8 +138,8 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool) -> dict[str
         "modalities": modality_rows(summary),
         "volumes": volume_rows(summary),
         "volume_label": volume_label(summary) if summary.get("volumes") else "",
-        "volume_groups": volume_group_rows(summary)[:MAX_GROUPS],
-        "more_volume_groups": max(0, len(volume_group_rows(summary)) - MAX_GROUPS),
+        "volume_groups": volume_groups[:MAX_GROUPS],
+        "more_volume_groups": max(0, len(volume_groups) - MAX_GROUPS),
         "text_check": text_check_rows(summary),
         "groups": groups[:MAX_GROUPS],
         "more_groups": max(0, len(groups) - MAX_GROUPS),

@@ -6,7 +6,10 @@ Of a file only the elements of `TAGS` are parsed, so names, dates and descriptio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ntpseg.volumes.contents import kind_of
 from ntpseg.volumes.extras import require
 
 Vector = tuple[float, ...]
+_SETTING = threading.RLock()
 
 # The UIDs only tell which files belong together; they stay in memory.
 _WANTED = """
@@ -72,8 +76,8 @@ class Plane:
     path: Path
     frame: int
     frames: int
-    series: str
-    instance: str
+    series: str = field(repr=False)
+    instance: str = field(repr=False)
     number: int | None
     order: int
     modality: str
@@ -92,7 +96,7 @@ class Plane:
     bits: int
     signed: bool
     windows: tuple[tuple[float, float], ...]
-    phase: tuple[str, ...]
+    phase: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
 
 
@@ -106,14 +110,24 @@ def read_planes(path: Path) -> list[Plane]:
         return []
     pydicom = require("pydicom", "medical", "reading DICOM")
     try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
-        if "Rows" not in dataset or "Columns" not in dataset or _text(dataset, "SOPClassUID").startswith(_NO_IMAGES):
-            return []
-        return _planes(path, dataset)
+        with unvalidated():
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
+            if not ("Rows" in dataset and "Columns" in dataset) or _text(dataset, "SOPClassUID").startswith(_NO_IMAGES):
+                return []
+            return _planes(path, dataset)
     except ValueError:
         raise
     except Exception as error:  # pydicom raises anything on a damaged header
         raise ValueError(f"{path} must be a readable DICOM file, got a damaged header; copy it again") from error
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Keep pydicom from logging the values that break the standard's rules on their form: a name may stand in any."""
+    config = require("pydicom.config", "medical", "reading DICOM")
+    # The setting is the process's: threads that leave the block in another order would restore a wrong one.
+    with _SETTING, config.disable_value_validation():
+        yield
 
 
 def _planes(path: Path, dataset: Any) -> list[Plane]:

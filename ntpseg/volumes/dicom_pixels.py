@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ntpseg.volumes.dicom_headers import Plane
+from ntpseg.volumes.dicom_headers import Plane, unvalidated
 from ntpseg.volumes.extras import require
 
 # What decoding needs of a file: the image pixel module, its tables and the pixels.
@@ -86,7 +86,8 @@ def _dtype(planes: Sequence[Plane]) -> Any:
 def _dataset(path: Path) -> Any:
     pydicom = require("pydicom", "medical", "reading DICOM")
     try:
-        dataset = pydicom.dcmread(path, specific_tags=list(_TAGS), force=True)
+        with unvalidated():
+            dataset = pydicom.dcmread(path, specific_tags=list(_TAGS), force=True)
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
             dataset.file_meta.TransferSyntaxUID = _guessed_syntax(dataset)
     except Exception as error:  # pydicom raises anything on a damaged file

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ntpseg.data.images import WINDOW_PERCENTILES as PERCENTILES
 from ntpseg.utils.checks import brief
 from ntpseg.volumes.geometry import Axis
 from ntpseg.volumes.volume import Volume, display
@@ -27,8 +28,6 @@ WINDOWS: dict[str, tuple[float, float]] = {
 }
 _ALIASES = {"soft_tissue": "soft-tissue", "softtissue": "soft-tissue", "soft tissue": "soft-tissue", "lungs": "lung"}
 RULES = ("auto", "header", "percentile")
-# Percentiles of the whole volume's voxels, as in nnU-Net's normalisation of CT.
-PERCENTILES = (0.5, 99.5)
 # Values that percentiles are taken of; every n-th voxel of a larger volume.
 _SAMPLE = 4_000_000
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"

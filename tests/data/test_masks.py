@@ -293,7 +293,7 @@ def test_large_images_are_refused_before_they_are_decoded(
         ("a.png", b"", "empty one (0 bytes)"),
         ("a.png", b"<!DOCTYPE html><html>", "web page"),
         ("a.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
-        ("a.png", b"\0" * 128 + b"DICM" + b"\0" * 20, "DICOM"),
+        ("a.png", b"\0" * 128 + b"DICM" + b"\0" * 20, "must hold a DICOM image"),
         ("a.tif", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -18,6 +20,7 @@ from ntpseg.evaluation import EvaluationOptions, evaluate
 from ntpseg.evaluation.pictures import LEVELS, TOKEN_FRAMES, greyscale, probability_contours, token_frames
 from ntpseg.evaluation.report import write_report
 from ntpseg.generation import Segmenter
+from ntpseg.utils.files import read_csv
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -171,3 +174,28 @@ def test_command(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "r.html").stat().st_size > 20_000
+
+
+def test_hidden_names_are_nowhere_in_the_page(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    table, summary = copy / "eval" / "test" / "cases.csv", copy / "eval" / "test" / "summary.json"
+    rows = read_csv(table)
+    for n, row in enumerate(rows):
+        row.update(case=f"scan_Miller{n}", subject=f"Miller{n}", text=f"The left square of Miller{n}.")
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    found["data"] = "/home/Miller/data"
+    found["groups"] = {f"Miller{n}": next(iter(found["groups"].values())) for n in range(len(rows))}
+    summary.write_text(json.dumps(found), encoding="utf-8")
+    (copy / "config.yaml").write_text("data:\n  path: Miller\n  table: /home/Miller.csv\n", encoding="utf-8")
+    assert "Miller" in write_report(copy, examples=1).read_text(encoding="utf-8")
+    page = parse(write_report(copy, examples=1, hide_names=True))
+    assert "Miller" not in page.text and "(hidden)" in page.text
+    assert re.search(r"case \d+", page.text) and re.search(r"The left square of subject \d+\.", page.text)
+    text = (copy / "report.html").read_text(encoding="utf-8")
+    assert "Miller" not in text
+    assert all(Path(row[key]).stem not in text for row in rows for key in ("image", "mask"))
