@@ -83,11 +83,11 @@ def medical_pixels(path: Path) -> Volume | None:
         ValueError: it is a volume, larger than `MAX_PIXELS`, damaged, or its package is not installed.
     """
     from ntpseg.volumes.contents import kind_of
-    from ntpseg.volumes.reading import is_volume, read_volume
+    from ntpseg.volumes.reading import has_several_slices, read_volume
 
     if not path.is_file() or kind_of(path) is None:
         return None
-    if is_volume(path):
+    if has_several_slices(path):
         raise ValueError(
             f"{path} must be a 2-D image, got a volume; slice it with ntpseg data import, or give it to ntpseg predict"
         )

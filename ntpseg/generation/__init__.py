@@ -13,7 +13,7 @@ _EXPORTS = {
     "METHODS": "ntpseg.generation.methods",
     "MaskGenerator": "ntpseg.generation.generate",
     "PostProcessing": "ntpseg.generation.post_processing",
-    "Prediction": "ntpseg.generation.segmenter",
+    "Prediction": "ntpseg.generation.options",
     "Segmenter": "ntpseg.generation.segmenter",
     "SlicePrediction": "ntpseg.generation.volume",
     "VolumePrediction": "ntpseg.generation.volume",
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from ntpseg.generation.methods import METHODS as METHODS
     from ntpseg.generation.options import DecodingOptions as DecodingOptions
     from ntpseg.generation.options import Generated as Generated
+    from ntpseg.generation.options import Prediction as Prediction
     from ntpseg.generation.post_processing import PostProcessing as PostProcessing
-    from ntpseg.generation.segmenter import Prediction as Prediction
     from ntpseg.generation.segmenter import Segmenter as Segmenter
     from ntpseg.generation.token_stream import DecodedTokens as DecodedTokens
     from ntpseg.generation.volume import SlicePrediction as SlicePrediction

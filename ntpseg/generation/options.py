@@ -133,6 +133,23 @@ class Generated:
         return np.exp(self.logprob).reshape(self.codes.shape)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """One segmented image.
+
+    Attributes:
+        mask: bool ``[H, W]``, the image's own size.
+        confidence: float32 ``[h, w]``, the probability of each patch's code among all mask codes.
+        codes: int64 ``[h, w]``, the mask codes.
+        probability: float32 ``[S, S]``, the foreground probability of every pixel at the model's size.
+    """
+
+    mask: np.ndarray
+    confidence: np.ndarray
+    codes: np.ndarray
+    probability: np.ndarray
+
+
 def resolve_dtype(name: str, model: Any) -> torch.dtype:
     """The dtype that `DecodingOptions.dtype` means for a model on its device."""
     if name != "auto":

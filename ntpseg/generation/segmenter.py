@@ -13,7 +13,7 @@ import torch
 
 from ntpseg.data import prepare, read_image, resize_mask, swap_laterality
 from ntpseg.generation.generate import MaskGenerator
-from ntpseg.generation.options import DecodingOptions, Generated
+from ntpseg.generation.options import DecodingOptions, Generated, Prediction
 from ntpseg.generation.token_stream import TokenListener
 from ntpseg.tokenizers.text import encode_text
 
@@ -51,23 +51,6 @@ class EncodedImages:
             None if self.pixels is None else self.pixels[index],
             None if self.mirrored is None else self.mirrored.take(chosen),
         )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One segmented image.
-
-    Attributes:
-        mask: bool ``[H, W]``, the image's own size.
-        confidence: float32 ``[h, w]``, the probability of each patch's code among all mask codes.
-        codes: int64 ``[h, w]``, the mask codes.
-        probability: float32 ``[S, S]``, the foreground probability of every pixel at the model's size.
-    """
-
-    mask: np.ndarray
-    confidence: np.ndarray
-    codes: np.ndarray
-    probability: np.ndarray
 
 
 class Segmenter:

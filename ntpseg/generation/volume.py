@@ -11,8 +11,8 @@ import numpy as np
 
 from ntpseg.data import resize_probability
 from ntpseg.data.tables import is_sentence
+from ntpseg.generation.options import Prediction
 from ntpseg.generation.post_processing import PostProcessing
-from ntpseg.generation.segmenter import Prediction
 from ntpseg.models.volume_input import VolumeInput
 from ntpseg.utils.checks import check_choice
 from ntpseg.volumes import AXES, Axis, Geometry, Volume

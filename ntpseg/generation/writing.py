@@ -18,7 +18,8 @@ from ntpseg.utils.outputs import cure
 
 if TYPE_CHECKING:
     from ntpseg.data.images import Window
-    from ntpseg.generation.segmenter import Prediction, Segmenter
+    from ntpseg.generation.options import Prediction
+    from ntpseg.generation.segmenter import Segmenter
 
 COLUMNS = ("image", "text", "mask", "area_fraction", "mean_confidence", "window")
 # Images held at a time; a multiple of the batch, so that batches are full.

@@ -59,26 +59,40 @@ def read_volume(path: str | PathLike[str], *, series: str | None = None) -> Volu
 def is_volume(path: str | PathLike[str]) -> bool:
     """Whether a path is read by `read_volume` rather than as a picture; opens headers only.
 
-    A file is a volume where it has more than one slice or frame, a folder where a DICOM file
-    in it says where its slice lies in the patient. A folder of X-rays is not.
+    A DICOM file is a volume where it has more than one frame, another file where it has three dimensions (one slice
+    counts), a folder where a DICOM file in it says where its slice lies in the patient. A folder of X-rays is not.
     """
     path = Path(path)
     if path.is_dir():
         return any(_is_slice(file) for file in _some_files(path))
+    shape = _shape(path)
+    return shape is not None and (len(shape) > 2 if kind_of(path) != "dicom" else shape[0] > 1)
+
+
+def has_several_slices(path: str | PathLike[str]) -> bool:
+    """Whether a file is no picture, which has one slice; opens headers only."""
+    shape = _shape(Path(path))
+    return shape is not None and max((*shape, 1, 1)[2:] if kind_of(Path(path)) != "dicom" else shape) > 1
+
+
+def _shape(path: Path) -> tuple[int, ...] | None:
+    """The dimensions of a file, of DICOM the frames alone; None where it is none of the formats.
+
+    A damaged file counts as a volume: reading it says what is wrong with it.
+    """
     kind = kind_of(path) if path.is_file() else None
     if kind is None:
-        return False
+        return None
     try:
         if kind == "dicom":
-            return len(read_planes(path)) > 1
+            return (len(read_planes(path)),)
         if kind == "nifti":
             from ntpseg.volumes.nifti import open_nifti
 
-            return max((*open_nifti(path).shape, 1, 1)[2:]) > 1
-        return _itk_dimensions(path) > 2
+            return tuple(int(size) for size in open_nifti(path).shape)
+        return _itk_size(path)
     except ValueError:
-        # A damaged volume: reading it says what is wrong with it.
-        return True
+        return (2, 2, 2)
 
 
 def _some_files(folder: Path) -> list[Path]:
@@ -99,7 +113,7 @@ def _is_slice(path: Path) -> bool:
     return bool(planes) and (planes[0].position is not None or len(planes) > 1)
 
 
-def _itk_dimensions(path: Path) -> int:
+def _itk_size(path: Path) -> tuple[int, ...]:
     sitk = require("SimpleITK", "medical", "reading NRRD and MetaImage")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -107,4 +121,4 @@ def _itk_dimensions(path: Path) -> int:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    return int(reader.GetDimension())
+    return tuple(int(size) for size in reader.GetSize())

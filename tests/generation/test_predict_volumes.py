@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ntpseg.cli import app
 from ntpseg.generation import Segmenter
 from ntpseg.utils.files import read_csv
-from ntpseg.volumes import Geometry, Volume
+from ntpseg.volumes import Geometry, Volume, list_series
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "volumes"))
 from dicom_files import PATIENT_ID, PATIENT_NAME, write_multiframe, write_series
@@ -285,7 +285,8 @@ def test_series_are_volumes_of_their_own_or_chosen(tmp_path: Path, expected: np.
     write_series(folder / "again", ct(), LPS)
     segment(folder, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["again.nii.gz", "chest.nii.gz"]
-    segment(folder, tmp_path / "out2", "--series", "#2", "--format", "dcm")
+    chosen = next(info.name for info in list_series(folder) if info.planes[0].path.parent.name == "chest")
+    segment(folder, tmp_path / "out2", "--series", chosen, "--format", "dcm")
     names = {str(pydicom.dcmread(file).SeriesInstanceUID) for file in (folder / "chest").iterdir()}
     dataset = pydicom.dcmread(tmp_path / "out2" / "study.dcm")
     assert {item.SeriesInstanceUID for item in dataset.ReferencedSeriesSequence} == names

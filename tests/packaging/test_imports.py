@@ -29,6 +29,7 @@ LAYERS = (
     ("tokenizers",),
     ("models",),
     ("generation",),
+    ("serving",),
     ("evaluation",),
     ("training",),
     ("commands",),
