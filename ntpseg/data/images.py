@@ -17,9 +17,6 @@ from ntpseg.utils.files import atomic_write
 if TYPE_CHECKING:
     from ntpseg.volumes.volume import Volume
 
-# Percentiles of a deep image's pixels that become black and white, as in nnU-Net's normalisation of CT.
-WINDOW_PERCENTILES = (0.5, 99.5)
-
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -51,8 +48,8 @@ def read_image(path: StrPath) -> np.ndarray:
 
     8-bit pixels are returned as stored; a palette is resolved; transparent pixels become black; grey pictures stored
     as colour become grey. Deeper pixels (16- or 32-bit, float) have no fixed meaning: the range between the
-    `WINDOW_PERCENTILES` of the image's own pixels is stretched to 0..255 (`read_windowed` tells it), unless
-    integers fit into 0..255 already. NaN and infinite pixels become black.
+    `ntpseg.volumes.windows.PERCENTILES` of the image's own pixels is stretched to 0..255 (`read_windowed` tells it),
+    unless integers fit into 0..255 already. NaN and infinite pixels become black.
 
     Args:
         path: PNG, TIFF, JPEG, BMP or another of `ntpseg.data.pixels.FORMATS`, of at most
@@ -105,6 +102,8 @@ def _displayed(path: StrPath, volume: Volume) -> tuple[np.ndarray, Window | None
 
 
 def _to_eight_bits(path: StrPath, pixels: np.ndarray) -> tuple[np.ndarray, Window | None]:
+    from ntpseg.volumes.windows import PERCENTILES
+
     values = pixels.astype(np.float64)
     finite = np.isfinite(values)
     if not finite.any():
@@ -114,8 +113,8 @@ def _to_eight_bits(path: StrPath, pixels: np.ndarray) -> tuple[np.ndarray, Windo
     if minimum >= 0 and maximum <= 255 and np.issubdtype(pixels.dtype, np.integer):
         return values.astype(np.uint8), None
     # Values that occur, so that a small picture loses none of its range.
-    low = float(np.percentile(inside, WINDOW_PERCENTILES[0], method="lower"))
-    high = float(np.percentile(inside, WINDOW_PERCENTILES[1], method="higher"))
+    low = float(np.percentile(inside, PERCENTILES[0], method="lower"))
+    high = float(np.percentile(inside, PERCENTILES[1], method="higher"))
     if low == high:
         # Nearly all pixels are equal: what differs is the picture.
         low, high = minimum, maximum

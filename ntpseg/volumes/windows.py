@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntpseg.data.images import WINDOW_PERCENTILES as PERCENTILES
 from ntpseg.utils.checks import brief
 from ntpseg.volumes.geometry import Axis
 from ntpseg.volumes.volume import Volume, display
@@ -27,6 +26,8 @@ WINDOWS: dict[str, tuple[float, float]] = {
     "angio": (0.0, 600.0),
 }
 _ALIASES = {"soft_tissue": "soft-tissue", "softtissue": "soft-tissue", "soft tissue": "soft-tissue", "lungs": "lung"}
+# Of a volume's voxels, or of a deep image's pixels, that become black and white, as in nnU-Net's normalisation of CT.
+PERCENTILES = (0.5, 99.5)
 RULES = ("auto", "header", "percentile")
 # Values that percentiles are taken of; every n-th voxel of a larger volume.
 _SAMPLE = 4_000_000

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.data import Record
-from ntpseg.data.images import WINDOW_PERCENTILES
 from ntpseg.evaluation import EvaluationOptions, evaluate, segmentation_metrics
 from ntpseg.evaluation.result import file_names
 from ntpseg.evaluation.run_directory import data_of
@@ -26,6 +25,7 @@ from ntpseg.evaluation.tables import finding_rows
 from ntpseg.generation import Segmenter
 from ntpseg.training.config import dump_config, load_config
 from ntpseg.utils.files import read_csv
+from ntpseg.volumes.windows import PERCENTILES
 
 
 def invoke(*arguments: object) -> Any:
@@ -138,7 +138,7 @@ def test_a_class_of_label_maps_is_chosen_and_windows_are_recorded(
         assert int(row["true"]) == 80, "the pixels of class 2"
         assert (row["window"] == "") == (record is not records[0])
     low, high = map(float, rows[records[0].case]["window"].split(".."))
-    assert (low, high) == tuple(np.percentile(deep, WINDOW_PERCENTILES))
+    assert (low, high) == tuple(np.percentile(deep, PERCENTILES))
 
 
 def test_the_function_refuses_a_mask_of_another_size(dataset: tuple[Path, list[Record]]) -> None:
