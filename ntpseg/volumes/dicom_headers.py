@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ntpseg.volumes.contents import kind_of
+from ntpseg.volumes.dicom_terms import BODY_PARTS, MODALITIES
 from ntpseg.volumes.extras import require
 
 Vector = tuple[float, ...]
@@ -173,8 +174,8 @@ def _plane(path: Path, dataset: Any, index: int, frames: int, group: Any, shared
         instance=_text(dataset, "SOPInstanceUID"),
         number=_whole(dataset.get("SeriesNumber")),
         order=index if frames > 1 else _whole(dataset.get("InstanceNumber")) or 0,
-        modality=_code(dataset, "Modality"),
-        body_part=_code(dataset, "BodyPartExamined").lower(),
+        modality=_code(dataset, "Modality", MODALITIES),
+        body_part=_code(dataset, "BodyPartExamined", BODY_PARTS).lower(),
         burnt_in={"YES": True, "NO": False}.get(_text(dataset, "BurnedInAnnotation").upper()),
         inverted=photometric == "MONOCHROME1",
         size=(int(dataset.Rows), int(dataset.Columns)),
@@ -200,7 +201,12 @@ def _frame_place(dataset: Any, index: int, step: float | None) -> tuple[Vector |
     source = detectors[0] if len(detectors) == 1 else dataset
     position = _vector(source.get("ImagePositionPatient"), 3)
     orientation = _orientation(source.get("ImageOrientationPatient"))
-    if position is None or orientation is None or step is None or _code(dataset, "Modality") not in ("NM", "PT", "CT"):
+    if (
+        position is None
+        or orientation is None
+        or step is None
+        or _code(dataset, "Modality", MODALITIES) not in ("NM", "PT", "CT")
+    ):
         return None, None
     normal = np.cross(orientation[:3], orientation[3:])
     return tuple(np.asarray(position) + index * step * normal), orientation
@@ -281,12 +287,10 @@ def _text(dataset: Any, tag: str) -> str:
     return str(dataset.get(tag) or "").strip()
 
 
-def _code(dataset: Any, tag: str) -> str:
-    """A code string as PS3.5 allows it; free text, in which a name might stand, is dropped."""
-    text = _text(dataset, tag)
-    return (
-        text if len(text) <= 16 and all(c.isascii() and (c.isupper() or c.isdigit() or c in " _") for c in text) else ""
-    )
+def _code(dataset: Any, tag: str, terms: frozenset[str]) -> str:
+    """A code, where it is one of `terms`; anything else, in which a name might stand, is dropped."""
+    text = _text(dataset, tag).strip().upper()
+    return text if text in terms else ""
 
 
 def _numbers(value: Any) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,16 @@ def test_slices_without_positions_are_refused(tmp_path: Path) -> None:
         dataset.save_as(file)
     with pytest.raises(ValueError, match=r"must be of a series that states its slices' positions, got one without"):
         check_sources(source_headers(source), stored)
+
+
+@pytest.mark.skipif(
+    shutil.which("dciodvfy") is None, reason="dciodvfy (dicom3tools) checks objects against the standard"
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_standards_checker_finds_no_fault(tmp_path: Path, count: int) -> None:
+    source = write_series(tmp_path / "ct", hounsfield(), affine_of("axial"))
+    masks = masks_of(count, overlap=False)
+    path = segment(tmp_path / "seg.dcm", source, masks, [f"sentence {n}" for n in range(count)])
+    done = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Segmentation" in done.stderr
+    assert "Error" not in done.stderr and "Warning" not in done.stderr, done.stderr

@@ -21,7 +21,7 @@ def test_no_text_of_the_header_is_kept(tmp_path, caplog, recwarn):
         for tag, (kind, *_) in DicomDictionary.items():
             if kind in TEXT and 0x00080000 <= tag < 0x00280000:
                 file.add_new(tag, kind, SENTINEL)
-        file.BodyPartExamined, file.SeriesInstanceUID = "Mr sentinel7", "1.2.3.777777"
+        file.BodyPartExamined, file.SeriesInstanceUID = SENTINEL, "1.2.3.777777"
         save(file, tmp_path / str(index))
     assert SENTINEL.encode() in (tmp_path / "0").read_bytes()
     # pydicom warns of such values where this test sets them; reading must not.
@@ -33,3 +33,16 @@ def test_no_text_of_the_header_is_kept(tmp_path, caplog, recwarn):
     told = [volume.header, series, *map(str, series), error.value, caplog.text, *(entry.message for entry in recwarn)]
     assert volume.header.modality == "CT" and SENTINEL.lower() not in " ".join(map(str, told)).lower()
     assert "777777" not in " ".join([str(volume.header), *map(str, series), str(error.value)])
+
+
+def test_only_terms_of_the_standard_are_kept(tmp_path):
+    for modality, part, kept in (
+        ("CT", "CHEST", ("CT", "chest")),
+        ("DOE", "DOE JANE", ("", "")),
+        ("mr ", "Liver", ("MR", "liver")),
+    ):
+        file = dataset(np.zeros((4, 4), np.int16), Modality=modality)
+        file.BodyPartExamined = part
+        save(file, tmp_path / "a")
+        header = read_volume(tmp_path / "a").header
+        assert (header.modality, header.body_part) == kept

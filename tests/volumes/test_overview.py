@@ -114,7 +114,7 @@ def test_nothing_that_identifies_leaves_the_header(tmp_path: Path) -> None:
         *("PatientName", "PatientID", "OtherPatientIDs", "PatientAddress", "PatientComments", "InstitutionName"),
         *("InstitutionAddress", "ReferringPhysicianName", "OperatorsName", "StudyDescription", "SeriesDescription"),
         *("ProtocolName", "AccessionNumber", "StudyID", "StationName", "DeviceSerialNumber", "ImageComments"),
-        *("RescaleType", "RequestedProcedureDescription", "Manufacturer"),
+        *("RescaleType", "RequestedProcedureDescription", "Manufacturer", "BodyPartExamined"),
     ]
     dates = ["PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"]
     slices = ct_slices(VOXELS, AFFINE)
