@@ -9,7 +9,7 @@ from ntpseg.volumes.dicom_series import SeriesInfo, choose_series, list_series
 from ntpseg.volumes.dicom_stack import stack
 from ntpseg.volumes.volume import Header, Volume
 
-__all__ = ["SeriesInfo", "choose_series", "list_series", "read_dicom", "source_files"]
+__all__ = ["SeriesInfo", "choose_series", "list_series", "read_dicom"]
 
 
 def read_dicom(path: Path, series: str | None = None) -> Volume:
@@ -37,9 +37,3 @@ def read_dicom(path: Path, series: str | None = None) -> Volume:
         notes=tuple(dict.fromkeys((*info.notes, *middle.notes, *notes))),
     )
     return Volume.from_stored(read_pixels(planes), affine, header)
-
-
-def source_files(path: Path, series: str | None = None) -> list[Path]:
-    """The files of the series that `read_dicom` reads, in the order of the slices of `Volume.stored`."""
-    planes, _, _, _ = stack(path, choose_series(path, series).planes)
-    return list(dict.fromkeys(plane.path for plane in planes))
