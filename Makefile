@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # A folder of cxr_referring (CC BY 4.0) in any layout, whose model `make weights` packs beside the CT's.
 CXR ?=
 WEIGHTS ?= weights
-.PHONY: help install test lint format demo weights clean bench gpu-check fuzz sanitize kills
+.PHONY: help install test lint format demo weights clean bench gpu-kit gpu-check fuzz sanitize kills
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -75,14 +75,22 @@ kills: install ## kill training KILLS times (200) at random moments; what is res
 clean: ## remove what was built
 	rm -rf build *.egg-info ntpseg/*.so .pytest_cache .mypy_cache .ruff_cache
 
-# Both run where nothing can be installed: the environment's own Python serves where there is no .venv.
+# These run where nothing can be installed: the environment's own Python serves where there is no .venv.
 BENCH_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# A folder of the peers' wheels (Liger, cut-cross-entropy, QuACK and what it needs) for gpu-check.
+# A folder of the peers' wheels (Liger, cut-cross-entropy, QuACK and what it needs) for gpu-kit and gpu-check.
 WHEELS ?=
+# 1: is it right, how fast, where does the time go; 2: tuning, the API, many rows; 3: profilers, peers, a training step.
+STAGE ?= all
+# The Python that has the PyTorch (for CUDA) and the Triton of the machine with the GPU.
+KIT_PYTHON ?= $(BENCH_PYTHON)
+CHECK_OUT := $(if $(filter-out demo,$(OUT)),--out $(OUT))
 
 bench: ## measure everything here (QUICK=1: a small grid) and write tables and plots
 	$(BENCH_PYTHON) -m benchmarks all $(if $(QUICK),--quick)
 	$(BENCH_PYTHON) -m benchmarks report
 
-gpu-check: ## GPU tests, quick benchmarks and a profile in under ten minutes; WHEELS=DIR brings the peers
-	$(BENCH_PYTHON) -m benchmarks.gpu_check $(if $(WHEELS),--wheels $(WHEELS))
+gpu-kit: ## build, without a GPU, what a machine with one but no network needs: build/gpu-kit; KIT_PYTHON, WHEELS=DIR
+	$(KIT_PYTHON) -m benchmarks.gpu_check.kit $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-check: ## GPU tests, benchmarks, a timeline: STAGE=1|2|3 in four minutes each, OUT=DIR gets one archive
+	$(BENCH_PYTHON) -m benchmarks.gpu_check --stage $(STAGE) $(CHECK_OUT) $(if $(WHEELS),--wheels $(WHEELS))

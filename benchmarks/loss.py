@@ -68,7 +68,7 @@ def shapes(device: torch.device, grid: Grid) -> list[Shape]:
 
 def _drawn(shape: Shape, grid: Grid, seed: int, settings: Settings) -> Comparison:
     operands = Operands.random(shape, settings.device, seed)
-    comparison = compare(operands, quick=grid == "quick")
+    comparison = compare(operands, settings.device, quick=grid == "quick")
     if grid == "gate":
         _gate(comparison, operands)
     return comparison
@@ -78,20 +78,21 @@ def _trained(operands: Operands, settings: Settings) -> Comparison:
     operands = operands.to(settings.device)
     backend = "triton" if settings.device.type == "cuda" else "torch"
     exact, filtered = (ours(operands, backend, threshold)() for threshold in (0.0, GRADIENT_FILTER))
-    comparison = compare(operands, filtered=True)
+    comparison = compare(operands, settings.device, filtered=True)
     comparison.facts["gradient_filter"] = filter_facts(operands, exact, filtered)
     return comparison
 
 
-def compare(operands: Operands, *, quick: bool = False, filtered: bool = False) -> Comparison:
+def compare(operands: Operands, device: torch.device, *, quick: bool = False, filtered: bool = False) -> Comparison:
     """All providers on the same operands.
 
     Args:
         operands: of any shape.
+        device: where they lie.
         quick: leave out what takes long to compile.
         filtered: ours with gradient filtering too.
     """
-    shape, device = operands.shape, operands.weight.device
+    shape = operands.shape
     torch.compiler.reset()  # after eight shapes of one function torch.compile would quietly run it uncompiled
     verifier = Verifier(operands)
     providers = {PRODUCTS: Provider(partial(products, operands.rows, operands.weight), computes="no loss at all")}

@@ -1,6 +1,6 @@
-"""Which kernels the loss spends its time in: torch.profiler, and Nsight Compute (ncu) where it runs.
+"""Which kernels the loss spends its time in, and where the device waits: torch.profiler, and Nsight Compute (ncu).
 
-    python -m benchmarks.profile_loss [--quick] [--device cpu] [--results DIR]
+    python -m benchmarks.profile_loss [--quick] [--no-ncu] [--device cpu] [--results DIR]
 
 ncu measures one step, started by this same script with ``--once``; it reads throughputs of the whole chip in percent of
 their peak, and leaves the clocks as they are.
@@ -30,6 +30,7 @@ from benchmarks.operands import Operands, Shape
 from ntpseg.utils.files import write_json
 
 _STEPS = 5
+_HEAD_START_CYCLES = 20_000_000  # about ten milliseconds: launching is slower under the profiler
 _METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -42,7 +43,8 @@ def shapes(device: torch.device, quick: bool) -> list[Shape]:
     """What is profiled."""
     if device.type != "cuda":
         return [Shape(64, 32, 300, dtype="float32")] if quick else [Shape(1568, 512, 32768, dtype="float32")]
-    return [Shape(6272, 1024, 32768), Shape(6272, 4096, 184622)]
+    small = [Shape(6272, width, 32768) for width in (1024, 2048, 4096)]
+    return small if quick else [*small, Shape(6272, 4096, 184622)]
 
 
 def kernels(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
@@ -66,6 +68,44 @@ def kernels(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any
     total = sum(row["seconds"] for row in rows) or 1.0
     rows.sort(key=lambda row: -row["seconds"])
     return [{**row, "share": row["seconds"] / total} for row in rows if row["seconds"] > 0][:30]
+
+
+def timeline(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """What ran on a CUDA device in one step, in order, and how long it idled between; microseconds.
+
+    The step starts behind other work, as it does in training, so that the host is ahead of the device; what idles then
+    waits for a synchronisation, or for launches that take longer than the kernels before them.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(_STEPS):
+            torch.cuda._sleep(_HEAD_START_CYCLES)
+            step()
+        torch.cuda.synchronize(device)
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type != torch.autograd.DeviceType.CPU
+    ]
+    spans.sort()
+    starts = [index for index, span in enumerate(spans) if "spin_kernel" in span[2]]
+    if not starts:
+        return {"unavailable": "the profiler saw no kernel"}
+    last = spans[starts[-1] + 1 :]
+    if not last:
+        return {"unavailable": "the profiler saw no kernel after the head start"}
+    launches, end = [], spans[starts[-1]][1]
+    begin = end
+    for start, stop, name in last:
+        idle = max(start - end, 0)
+        launches.append({"at": start - begin, "idle_before": idle, "takes": stop - start, "kernel": name[:120]})
+        end = max(end, stop)
+    busy = sum(item["takes"] for item in launches)
+    idle = sum(item["idle_before"] for item in launches)
+    return {"total": end - begin, "busy": busy, "idle": idle, "launches": launches}
 
 
 def nsight(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -113,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-ncu", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--once", type=int, nargs="?", const=0, help="run one step of this shape; what ncu starts")
     args = parser.parse_args(arguments)
@@ -124,20 +165,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     profiles: list[dict[str, Any]] = []
     path = args.results / f"profile-{device.type}{'-quick' if args.quick else ''}.json"
     for number, shape in enumerate(shapes(device, args.quick)):
-        rows = kernels(ours(Operands.random(shape, device), backend), device)
+        step = ours(Operands.random(shape, device), backend)
+        rows = kernels(step, device)
         entry = {"case": shape.parameters(), "backend": backend, **describe(device), "kernels": rows}
+        if device.type == "cuda":
+            entry["timeline"] = timeline(step, device)
+            print_timeline(entry["timeline"])
+        del step
         entry |= {"clock": clock_state(device)}
         profiles.append(entry)
         print(f"\n{json.dumps(shape.parameters())}")
         for row in rows[:12]:
             print(f"  {row['share']:6.1%} {row['seconds'] * 1e6:10.1f} us  {row['calls']:6.1f} x  {row['kernel'][:90]}")
         write_json(path, rounded({"profiles": profiles}))  # before ncu: it may be what takes too long
-        if device.type == "cuda":
+        if device.type == "cuda" and not args.no_ncu:
             torch.cuda.empty_cache()
             entry["ncu"] = nsight([str(number), "--device", args.device], _NCU_SECONDS[args.quick])
             write_json(path, rounded({"profiles": profiles}))
             print("  ncu:", entry["ncu"].get("unavailable") or f"{len(entry['ncu']['kernels'])} launches")
     print(f"written to {path}")
+
+
+def print_timeline(found: dict[str, Any]) -> None:
+    """A line a launch."""
+    if "unavailable" in found:
+        print(f"  timeline: {found['unavailable']}")
+        return
+    print(f"  timeline: {found['total']:.1f} us, of which {found['busy']:.1f} busy, {found['idle']:.1f} idle")
+    for item in found["launches"]:
+        print(f"  {item['at']:9.1f} +{item['idle_before']:6.1f} idle {item['takes']:9.1f} us  {item['kernel'][:80]}")
 
 
 def _run_once(step: Callable[[], Any]) -> None:

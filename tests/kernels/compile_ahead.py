@@ -89,15 +89,20 @@ def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for width in (128, 51):  # 51: rows that no wide load or descriptor can take
-                for negatives, hard in ((5, 2), (32, 16)):
-                    for filtered in (0.0, 2.0**-12):
-                        _run(dtype, width, negatives, hard, filtered, architecture)
-            _run_around(dtype)
+        launch_all(architecture)
     finally:
         JITFunction.run = original
     return list(distinct.values())
+
+
+def launch_all(architecture: str) -> None:
+    """Runs the chunk loop, and what is around it, over dtypes, alignments and options."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (128, 51):  # 51: rows that no wide load or descriptor can take
+            for negatives, hard in ((5, 2), (32, 16)):
+                for filtered in (0.0, 2.0**-12):
+                    _run(dtype, width, negatives, hard, filtered, architecture)
+        _run_around(dtype)
 
 
 def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:

@@ -1,0 +1,89 @@
+"""Which steps each stage has, in the order of their worth, and how long each may take."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+SECONDS = {"1": 235.0, "2": 235.0, "3": 235.0, "all": 590.0}  # of a slot's 15 minutes, starting the machine aside
+STAGES = ("1", "2", "3")
+_ENVIRONMENT = (
+    "import json, subprocess; from ntpseg.environment import describe; print(json.dumps(describe(), indent=1)); "
+    "print(subprocess.run(['nvidia-smi'], capture_output=True, text=True).stdout)"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: in the table and of its log.
+        seconds: its share of the stage.
+        command: what is run, from the root of the checkout.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+
+
+def stage_steps(stage: str, *, native: bool) -> list[Step]:
+    """The steps of a stage, or of all of them.
+
+    Args:
+        stage: "1" (is it right, how fast, where does the time go), "2" (tuning, the API, many rows), "3" (sanitizer,
+            Nsight Compute, peers, a training step, attention) or "all".
+        native: the CUDA operators are built already.
+    """
+    python, results = sys.executable, f"build/gpu-check/stage-{stage}/results"
+    build = (python, "setup.py", "-q", "build_ext", "--inplace")
+    chosen = {"1": _first, "2": _second, "3": _third}
+    steps = [] if native else [Step("build", 150.0, build)]
+    for number in STAGES if stage == "all" else (stage,):
+        steps += chosen[number](python, results)
+    return steps
+
+
+def _bench(python: str, results: str, name: str, *arguments: str) -> tuple[str, ...]:
+    return (python, "-m", "benchmarks", name, "--quick", "--device", "cuda", "--results", results, *arguments)
+
+
+def _tests(python: str, *arguments: str, workers: int = 8) -> tuple[str, ...]:
+    # compiling dominates, so many processes share the device; what is timed is left to the steps that run alone
+    command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfE", "--tb=short", "-n", str(workers))
+    return (*command, "--dist", "worksteal", *arguments)
+
+
+def _first(python: str, results: str) -> list[Step]:
+    loss = _bench(python, results, "loss", "--only", "ntpseg triton", "--where", "R=6272", "--seconds", "1.5")
+    timed = "tests/gpu/test_topn_cuda.py::test_timing_targets"
+    tests = _tests(python, "tests/gpu", "-m", "not slow", "--deselect", timed)
+    return [
+        Step("environment", 15.0, (python, "-c", _ENVIRONMENT)),
+        Step("tests", 75.0, tests),
+        Step("loss", 50.0, loss),
+        Step("timeline", 25.0, (python, "-m", "benchmarks.profile_loss", "--quick", "--no-ncu", "--results", results)),
+        Step("topn", 15.0, _bench(python, results, "topn")),
+        Step("tune", 50.0, (python, "-m", "benchmarks.tune", "--classes", "32768", "--repetitions", "15")),
+    ]
+
+
+def _second(python: str, results: str) -> list[Step]:
+    many = _bench(python, results, "loss", "--only", "ntpseg triton", "--where", "R=32768", "--seconds", "2")
+    tune = (python, "-m", "benchmarks.tune", "--classes", "32768", "184622", "--repetitions", "20")
+    return [
+        Step("rows-32768", 25.0, many),
+        Step("tune-more", 60.0, tune),
+    ]
+
+
+def _third(python: str, results: str) -> list[Step]:
+    return [
+        Step("train", 45.0, _bench(python, results, "train")),
+        Step("attention", 35.0, _bench(python, results, "attention")),
+        Step("peers", 60.0, _bench(python, results, "loss")),
+        Step("decode", 30.0, _bench(python, results, "decode")),
+        Step("ncu", 45.0, (python, "-m", "benchmarks.profile_loss", "--quick", "--results", results)),
+        Step("sanitizer", 30.0, _tests(python, "tests/gpu", "-m", "slow", workers=3)),
+    ]

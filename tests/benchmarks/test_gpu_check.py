@@ -1,0 +1,217 @@
+"""``make gpu-check``: its stages, its limits, what it keeps of a step that ends badly, and the kit that travels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check.runner import archive, run_step, time_limit
+from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
+from benchmarks.gpu_check.wheels import unpack
+from benchmarks.harness.environment import ROOT
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu
+def test_without_a_gpu_it_fails_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == 1
+    assert "nothing was checked" in capfd.readouterr().err
+
+
+def test_it_wants_a_folder_of_wheels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--wheels", str(tmp_path / "none")]) == 2
+    assert "must be a folder" in capfd.readouterr().err
+
+
+def test_it_names_the_steps_that_there_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--stage", "1", "--anywhere", "--kit", str(tmp_path), "--out", str(tmp_path), "--steps", "lost"]
+    assert gpu_check.main(arguments) == 2
+    assert "got lost" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_fits_its_slot_and_names_only_what_exists(stage: str) -> None:
+    steps = stage_steps(stage, native=True)
+    assert len({step.name for step in steps}) == len(steps)
+    assert sum(step.seconds for step in steps) <= SECONDS[stage] + 30  # shares: what is fast leaves its time
+    assert SECONDS[stage] <= 240
+    for step in steps:
+        for part in step.command:
+            if part.startswith("tests/"):
+                assert (ROOT / part.split("::")[0]).exists(), part
+        if "-m" in step.command and step.command[step.command.index("-m") + 1].startswith("benchmarks."):
+            module = step.command[step.command.index("-m") + 1].replace(".", "/")
+            assert (ROOT / f"{module}.py").exists(), module
+
+
+def test_the_first_stage_asks_first_whether_it_is_right() -> None:
+    names = [step.name for step in stage_steps("1", native=True)]
+    assert names.index("tests") < names.index("loss") < names.index("timeline")
+    assert stage_steps("1", native=False)[0].name == "build"
+    everything = [step.name for step in stage_steps("all", native=True)]
+    assert set(names) <= set(everything) and len(everything) > len(names)
+
+
+def test_steps_share_the_time() -> None:
+    seconds, left = [15.0, 75.0, 50.0], 140.0
+    for index in range(len(seconds)):  # every step takes all that it may
+        share = time_limit(seconds[index:], left)
+        assert share == pytest.approx(seconds[index])
+        left -= share
+    assert time_limit(seconds[1:], 139.0) > 75.0  # the first was fast
+
+
+def test_a_step_is_stopped_at_its_limit_and_may_still_speak(tmp_path: Path) -> None:
+    test = tmp_path / "test_slow.py"
+    test.write_text(
+        "import time\n\ndef test_wrong():\n    assert 1 == 2, 'the reason'\n\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", str(test)]
+    result = run_step("slow", command, 25.0, dict(os.environ), tmp_path)
+    assert result["result"] == "out of time" and result["seconds"] < 45
+    assert "the reason" in (tmp_path / "slow.log").read_text()
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('hello', flush=True); time.sleep(60)"
+    )
+    result = run_step("deaf", [sys.executable, "-c", deaf], 6.0, dict(os.environ), tmp_path)
+    assert result["result"] == "out of time" and result["seconds"] < 30 and result["tail"] == ["hello"]
+    command = [sys.executable, "-c", "raise SystemExit(4)"]
+    assert run_step("bad", command, 60.0, dict(os.environ), tmp_path)["result"] == "failed (4)"
+    assert run_step("late", command, 1.0, dict(os.environ), tmp_path)["result"] == "out of time"
+
+
+def test_results_and_logs_come_back_in_one_archive(tmp_path: Path) -> None:
+    work = tmp_path / "stage"
+    for part in ("results", "logs"):
+        (work / part).mkdir(parents=True)
+        (work / part / "file").write_text(part)
+    archive(work, tmp_path / "stage.tar.gz")
+    with tarfile.open(tmp_path / "stage.tar.gz") as file:
+        assert file.getnames() == ["results", "results/file", "logs", "logs/file"]
+    assert [path.name for path in tmp_path.glob("*.tar.gz*")] == ["stage.tar.gz"]
+
+
+def test_the_table_shows_the_end_of_what_failed() -> None:
+    good = {"step": "loss", "seconds": 3.0, "result": "passed", "tail": ["unseen"]}
+    bad = {"step": "tests", "seconds": 2.5, "result": "failed (1)", "tail": ["FAILED tests/gpu/test_x.py"]}
+    text = gpu_check.table([good, bad], 5.5)
+    assert "FAILED tests/gpu" in text and "unseen" not in text and "loss" in text
+
+
+def test_the_steps_find_what_the_kit_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "NTPSEG_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    empty = gpu_check.step_environment(tmp_path / "none", None, tmp_path)
+    assert "TRITON_CACHE_DIR" not in empty and "NTPSEG_COMMIT" not in empty
+    kit = tmp_path / "kit"
+    for folder in ("triton-cache", "site-packages"):
+        (kit / folder).mkdir(parents=True)
+    (kit / "kit.json").write_text(json.dumps({"commit": "abc1234"}))
+    environment = gpu_check.step_environment(kit, None, tmp_path)
+    assert environment["TRITON_CACHE_DIR"] == str(kit / "triton-cache") and environment["NTPSEG_COMMIT"] == "abc1234"
+    assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(kit / "site-packages")]
+
+
+@no_gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_kit_holds_what_a_device_asks_for(tmp_path: Path) -> None:
+    """Compiled under a driver that is not there; asked for again under the same one, nothing is compiled anew."""
+    pytest.importorskip("triton")
+    code = (
+        "import os, sys, tempfile, pathlib, triton\n"
+        "from benchmarks.gpu_check import warm\n"
+        "folder = pathlib.Path(tempfile.mkdtemp())\n"
+        "warm.stub_libcuda(folder)\n"
+        "triton.runtime.driver.set_active(warm.PretendedDriver(90))\n"
+        "import triton.compiler.compiler as compiler\n"
+        "made = []\n"
+        "original = compiler.ASTSource.make_ir\n"
+        "compiler.ASTSource.make_ir = lambda self, *a, **k: (made.append(self.name), original(self, *a, **k))[1]\n"
+        "from ntpseg.kernels.gemm_configs import GEMM_CONFIGS\n"
+        "with warm.Counter() as counter:\n"
+        "    warm.launch_candidate(GEMM_CONFIGS['sm_90'].forward)\n"
+        "print(len(counter.kernels), len(made), counter.failed)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append(done.stdout.strip().splitlines()[-1])
+    assert printed == ["1 1 []", "1 0 []"]
+
+
+def _wheel(folder: Path, name: str, tag: str = "py3-none-any", **files: str) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-{tag}.whl", "w") as file:
+        for path, text in files.items():
+            file.writestr(path.replace("__", "/").replace("_dot_", "."), text)
+        file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{name}-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        file.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+def test_wheels_are_unpacked_beside_the_environment(tmp_path: Path) -> None:
+    wheels, peers = tmp_path / "wheels", tmp_path / "peers"
+    for name in ("peer", "torch", "sympy"):  # the last is a requirement of PyTorch's
+        _wheel(wheels, name, **{f"{name}_module_dot_py": "value = 7\n"})
+    _wheel(wheels, "paths", paths_dot_pth="inner\n", inner__inner_module_dot_py="")
+    # nvidia-cutlass-dsl adds its folder by a line of code, which PYTHONPATH alone would never run
+    code = "import sys, os, outer; sys.path.insert(0, os.path.join(outer.__path__[0], 'packages'))\n"
+    _wheel(wheels, "code", code_dot_pth=code, outer__packages__cute_module_dot_py="")
+    paths = unpack(wheels, peers)
+    peers /= "site-packages"
+    assert set(paths) == {str(peers), str(peers / "inner"), str(peers / "outer" / "packages")}
+    assert paths[0] == str(peers)
+    assert (peers / "peer_module.py").exists()
+    assert not (peers / "torch_module.py").exists() and not (peers / "sympy_module.py").exists()
+
+
+def test_a_wheel_for_another_machine_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wheels, peers = tmp_path / "wheels", tmp_path / "peers"
+    _wheel(wheels, "peer", peer_module_dot_py="")
+    _wheel(wheels, "other", "cp27-cp27m-win32", other_module_dot_py="")
+    assert unpack(wheels, peers) == [str(peers / "site-packages")]
+    peers /= "site-packages"
+    assert (peers / "peer_module.py").exists() and not (peers / "other_module.py").exists()
+    assert "left out" in capfd.readouterr().err
+
+
+def test_no_wheels_is_no_path(tmp_path: Path) -> None:
+    assert unpack(tmp_path, tmp_path / "peers") == []
+
+
+@no_gpu
+def test_a_stage_is_rehearsed_on_a_device_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check.pretend",
+        "benchmarks",
+        "topn",
+        "--quick",
+        "--device",
+        "cuda",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["--seconds", "0.1", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("topn*pretended-device*.json")
+    rows = json.loads(path.read_text())
+    assert {row["kind"] for row in rows} == {"cuda"} and any(row["status"] == "ok" for row in rows)
