@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ntpseg.tokenizers.still_image import encode_still
 from ntpseg.tokenizers.vision import check_codes, check_images
 from ntpseg.utils.checks import check_multiple, one_line
 from ntpseg.utils.files import write_json
@@ -92,10 +93,10 @@ class Emu3Vision:
         mean, std = self._statistics()
         self.model.eval()
         codes = [torch.empty(0, *self.image_grid, dtype=torch.int64, device=self.device)]
-        for part in x.to(self.device, torch.float32).split(self._batch):
+        # one frame an image here, and all of them only where they are smallest
+        for part in x.to(self.device, torch.float32).split(max(1, _BATCH_PIXELS // self.image_size**2)):
             normalised = ((part + 1) / 2 - mean) / std
-            sizes = torch.tensor([[self.image_size] * 2] * len(part), device=self.device)
-            codes.append(torch.stack(list(self.model.encode(normalised, image_sizes=sizes).image_tokens)))
+            codes.append(encode_still(self.model, normalised))
         return torch.cat(codes)
 
     def encode_mask(self, x: Tensor) -> Tensor:
