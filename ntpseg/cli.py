@@ -18,7 +18,20 @@ app = typer.Typer(
 )
 
 # Each module defines `register(app)`; heavy imports happen inside its command functions.
-COMMANDS = ("env", "data", "tokenizer", "train", "evaluate", "predict", "serve", "report", "pack", "bench", "reproduce")
+COMMANDS = (
+    "env",
+    "doctor",
+    "data",
+    "tokenizer",
+    "train",
+    "evaluate",
+    "predict",
+    "serve",
+    "report",
+    "pack",
+    "bench",
+    "reproduce",
+)
 
 # How PyTorch's allocators of the CPU and of CUDA begin, and C++.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc")
