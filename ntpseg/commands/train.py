@@ -43,6 +43,7 @@ def train(
     from ntpseg.training import load_config
     from ntpseg.training import train as run_training
     from ntpseg.training.distributed import rank
+    from ntpseg.training.interruption import TrainingInterrupted
     from ntpseg.utils.progress import disable_loading_bars
 
     disable_loading_bars()
@@ -54,7 +55,12 @@ def train(
         settings.output = str(Path("runs") / Path(config).stem)
     if not resume:
         _check_output(settings, Path(settings.output).expanduser(), overwrite)
-    run = run_training(settings, resume=resume, overwrite=overwrite)
+    try:
+        run = run_training(settings, resume=resume, overwrite=overwrite)
+    except TrainingInterrupted as stop:  # what a scheduler asked for is no failure
+        if rank() == 0:
+            typer.echo(f"stopped by {stop.name} after step {stop.step}, checkpoint saved; --resume goes on from there")
+        return
     if rank() == 0:
         typer.echo(f"trained model: {run / 'model'}")
 

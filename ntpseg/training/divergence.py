@@ -54,8 +54,11 @@ def judge_step(
     supervised: Tensor,
     *,
     world_size: int = 1,
-) -> str | None:
-    """Why a step must be skipped, the same text on every rank; None where it counts. Looks at the device once.
+    signal: int = 0,
+) -> tuple[str | None, int]:
+    """Why a step must be skipped, the same text on every rank, None where it counts; and whether training must end.
+
+    Looks at the device once, and reduces over the ranks once.
 
     Args:
         batches: this rank's part of the step.
@@ -63,20 +66,26 @@ def judge_step(
         norm: of the gradient; None: is not looked at, as where a loss scaler does.
         supervised: 0-dim, supervised rows of the whole step over all ranks.
         world_size: the number of ranks.
+        signal: number of the signal that asked this rank to end, 0 = none.
+
+    Returns:
+        The reason, and the largest `signal` of any rank.
     """
-    flags = torch.zeros(3, device=supervised.device)
+    flags = torch.zeros(4, device=supervised.device)
     if batches:
         flags[0] = 1.0 - torch.stack([batch.values for batch in batches]).isfinite().all().to(flags)
     if norm is not None:
         flags[1] = 1.0 - torch.as_tensor(norm, device=flags.device).isfinite().to(flags)
     flags[2] = (supervised == 0).to(flags)
+    if signal:
+        flags[3] = signal
     if world_size > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    loss, gradient, unlabelled = (bool(flag) for flag in flags.tolist())
+    loss, gradient, unlabelled, asked = (int(flag) for flag in flags.tolist())
     if unlabelled:
-        return "no label of its samples is supervised"
+        return "no label of its samples is supervised", asked
     if not loss and not gradient:
-        return None
+        return None, asked
     odd = [batch for batch in batches if not (loss and bool(batch.values.isfinite().all()))]
     mine: list[Any] = [{}, sorted({sample for batch in odd for sample in batch.culprits()})]
     for batch in odd:
@@ -93,7 +102,7 @@ def judge_step(
         # The loss itself says less than its parts do.
         parts = {name: value for name, value in parts.items() if name != "loss" or len(parts) == 1}
         what = ", ".join(f"{name} is {value}" for name, value in parts.items())
-    return f"{what}, sample ids {_listed(samples)}"
+    return f"{what}, sample ids {_listed(samples)}", asked
 
 
 def check_weights(model: nn.Module, what: str, *, world_size: int = 1) -> None:

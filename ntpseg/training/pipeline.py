@@ -20,6 +20,7 @@ from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
 from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
+from ntpseg.training.interruption import TrainingInterrupted
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
 from ntpseg.training.same_data import check_same_data
 from ntpseg.utils.files import is_litter, publish_folder, remove_folder, remove_litter, write_json, write_text
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from ntpseg.training.trainer import NTPSegTrainer
+
+
+STOPPED = "stopped.json"  # of a run that a signal ended early; a start removes it
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
@@ -47,6 +51,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
 
     Raises:
         ntpseg.data.DataProblems: the data set is not in order; its text is the table of all problems.
+        ntpseg.training.interruption.TrainingInterrupted: a scheduler asked for the machine by SIGTERM or SIGUSR1; a
+            checkpoint was saved, ``stopped.json`` names signal and step, and `resume` goes on from there.
         ValueError: a setting cannot be used, or the output exists and neither `resume` nor `overwrite` is given.
     """
     if config.output is None:
@@ -73,7 +79,14 @@ def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> Non
             prepared = prepare_run(config, run, progress=shown)
         trainer = make_trainer(config, prepared, args, run, progress=shown)
         checkpoint = last_checkpoint(run) if resume else None
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if args.process_index == 0:
+            (run / STOPPED).unlink(missing_ok=True)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except TrainingInterrupted as interruption:
+            if args.process_index == 0:
+                write_json(run / STOPPED, {"signal": interruption.name, "step": interruption.step})
+            raise
         mirrored = bool(config.data.augment.get("flip"))
         _save(trainer, prepared, run, default_decoding(config), mirrored=mirrored, progress=shown)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
 from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge_step
+from ntpseg.training.interruption import Interruption
 from ntpseg.training.loss_means import EvaluationMeans, LossMeans
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
@@ -59,6 +61,8 @@ class StepTrainer(Trainer):
         self._gradient_norm: Tensor | float | None = None
         self._steps_counted, self._moved = 0, False
         self._skip_reason: str | None = None
+        self._interruption = Interruption()
+        self._asked: str | None = None
         self._save_due = False
 
     # ---- data
@@ -188,8 +192,17 @@ class StepTrainer(Trainer):
         if self.args.fp16:
             # A loss scaler expects gradients that overflow and finds its scale by them.
             norm = None
-        reason = judge_step(self._step, self._means.names, norm, self._supervised, world_size=self.args.world_size)
+        reason, asked = judge_step(
+            self._step,
+            self._means.names,
+            norm,
+            self._supervised,
+            world_size=self.args.world_size,
+            signal=int(self._interruption.signal or 0),
+        )
         self._skip_reason = reason
+        if asked:
+            self._asked = signal.Signals(asked).name
         if reason is None:
             self.skipped_in_row = 0
             self._steps_counted += 1

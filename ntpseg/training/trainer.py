@@ -30,6 +30,7 @@ from ntpseg.training.checkpoint import (
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.divergence import CURE, TrainingDiverged, check_weights
 from ntpseg.training.ema import WeightAverage
+from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.steps import StepTrainer
@@ -84,6 +85,7 @@ class NTPSegTrainer(StepTrainer):
         self._evaluation_due = False
         self._matrix_parameters: int | None = None
         self.add_callback(_Epochs(self))
+        self.add_callback(SaveAndLeave(lambda: self._asked))
         if budget is not None:
             self.add_callback(budget)
 
@@ -98,13 +100,15 @@ class NTPSegTrainer(StepTrainer):
         Raises:
             ValueError: there is no batch, no step was taken, or the checkpoint is none, or none of this model's.
             TrainingDiverged: too many steps in a row had to be skipped, or weights are not finite.
+            TrainingInterrupted: SIGTERM or SIGUSR1 came (to any rank); a checkpoint of the step then was saved.
         """
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
+        self._asked = None
         self._means.reset()
         checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             # The best checkpoint may be read at the end, even where none is at the beginning.
-            with weights_only():
+            with weights_only(), self._interruption:
                 result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except BaseException:
             self._close_bars()

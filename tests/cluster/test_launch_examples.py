@@ -34,6 +34,26 @@ def _environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "DATA": str(data), "OUTPUT": str(output)}
 
 
+def _slurm(tmp_path: Path) -> None:
+    requeue = f'if [[ $1 == requeue ]]; then echo "$*" >> {tmp_path / "requeued"}; else printf "node1\\nnode2\\n"; fi'
+    _program(tmp_path / "bin", "scontrol", requeue)
+    _program(tmp_path / "bin", "srun", '[[ $1 == --* ]] && shift; exec "$@"')
+
+
+def test_slurm_queues_again_what_a_signal_stopped(tmp_path: Path) -> None:
+    environment = _environment(tmp_path) | {"SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77"}
+    _slurm(tmp_path)
+    command = ["bash", LAUNCH / "slurm.sbatch"]
+    _program(tmp_path / "bin", "torchrun", '[[ "$*" == *doctor* ]] || exit 9')
+    assert subprocess.run(command, env=environment).returncode == 9 and not (tmp_path / "requeued").exists()
+    stopped = tmp_path / "run" / "stopped.json"
+    _program(
+        tmp_path / "bin", "torchrun", f'[[ "$*" == *doctor* ]] || {{ mkdir -p {stopped.parent}; > {stopped}; exit 9; }}'
+    )
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_slurm_examines_the_ranks_then_trains_or_goes_on(begun: bool, tmp_path: Path) -> None:
     environment = _environment(tmp_path) | {
@@ -42,8 +62,7 @@ def test_slurm_examines_the_ranks_then_trains_or_goes_on(begun: bool, tmp_path: 
         "SLURM_JOB_ID": "77",
         "SLURM_GPUS_ON_NODE": "4",
     }
-    _program(tmp_path / "bin", "scontrol", "printf 'node1\\nnode2\\n'")
-    _program(tmp_path / "bin", "srun", '[[ $1 == --* ]] && shift; exec "$@"')
+    _slurm(tmp_path)
     if begun:
         (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
     done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True)
@@ -66,17 +85,8 @@ def test_a_folder_that_is_not_named_ends_in_a_line(name: str, tmp_path: Path) ->
 
 
 def test_slurms_directives_are_ones_that_it_knows() -> None:
-    known = {
-        "job-name",
-        "nodes",
-        "ntasks-per-node",
-        "gpus-per-node",
-        "cpus-per-task",
-        "time",
-        "output",
-        "signal",
-        "requeue",
-    }
+    known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "output"}
+    known |= {"open-mode", "signal", "requeue"}
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     directives = [line for line in lines if line.startswith("#SBATCH")]
     assert lines[0].startswith("#!") and len(directives) >= 5

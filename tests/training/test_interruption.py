@@ -1,0 +1,139 @@
+"""A scheduler's signal: a checkpoint of the step it comes in, an end without an error, and nothing else is changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_pipeline import FAST, write_data
+from test_resume import figures
+from toy import losses, make_toy, make_trainer
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from ntpseg.cli import app
+from ntpseg.training.callbacks import JsonLog
+from ntpseg.training.checkpoint import last_checkpoint
+from ntpseg.training.interruption import Interruption, TrainingInterrupted
+
+HERE = Path(__file__).parent
+
+
+class Send(TrainerCallback):
+    """Sends this process a signal at an event of a step."""
+
+    def __init__(self, event: str, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+        def send(args, state, control, **kwargs) -> None:
+            if state.global_step == step and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), number)
+
+        self.sent = False
+        setattr(self, event, send)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "number", "saved"),
+    [
+        ("on_step_begin", 4, signal.SIGTERM, 5),
+        ("on_substep_end", 5, signal.SIGUSR1, 6),  # in the middle of an accumulated step
+        ("on_step_end", 4, signal.SIGTERM, 5),  # after the ranks have agreed on this one: the next
+        ("on_step_begin", 3, signal.SIGTERM, 4),  # the last step of an epoch
+    ],
+)
+def test_the_run_goes_on_as_if_it_had_not_been_asked(event, step, number, saved, tmp_path) -> None:
+    fields = {"num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    toy, whole, asked = make_toy(32), tmp_path / "whole", tmp_path / "asked"
+    for run in (whole, asked):
+        run.mkdir()
+    expected = make_trainer(toy, whole, callbacks=[JsonLog(whole)], **fields)
+    expected.train()
+    before = signal.getsignal(number)
+    trainer = make_trainer(toy, asked, callbacks=[JsonLog(asked), Send(event, step, number)], **fields)
+    with pytest.raises(TrainingInterrupted) as stop:
+        trainer.train()
+    assert (stop.value.step, stop.value.name) == (saved, number.name)
+    assert signal.getsignal(number) is before
+    checkpoint = last_checkpoint(asked)
+    assert checkpoint is not None and checkpoint.name == f"checkpoint-{saved}"
+    resumed = make_trainer(toy, asked, callbacks=[JsonLog(asked)], **fields)
+    resumed.train(str(checkpoint))
+    assert figures(asked) == figures(whole) and len(figures(whole)) == 12
+    for (name, value), other in zip(
+        expected.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
+def test_a_second_signal_acts_as_ever() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.signal == signal.SIGTERM
+            with pytest.raises(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path) -> None:
+    done = []
+    trainer = make_trainer(make_toy(4), tmp_path, num_train_epochs=1)
+    thread = threading.Thread(target=lambda: done.append(trainer.train()))
+    thread.start()
+    thread.join(timeout=120)
+    assert len(done) == 1 and losses(trainer)
+
+
+def test_the_command_ends_well_and_says_how_to_go_on(tmp_path, monkeypatch) -> None:
+    from ntpseg.training import pipeline
+
+    data, output = write_data(tmp_path / "data"), tmp_path / "run"
+    make, send = pipeline.make_trainer, Send("on_step_begin", 1)
+
+    def with_signal(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        trainer.add_callback(send)
+        return trainer
+
+    monkeypatch.setattr(pipeline, "make_trainer", with_signal)
+    settings = ["train", "tiny", f"data.path={data}", f"output={output}", *FAST]
+    result = CliRunner().invoke(app, settings)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "stopped by SIGTERM after step 2, checkpoint saved; --resume goes on" in result.output
+    assert json.loads((output / "stopped.json").read_text()) == {"signal": "SIGTERM", "step": 2}
+    assert not (output / "model").exists()
+    result = CliRunner().invoke(app, [*settings, "--resume"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert (output / "model").is_dir() and not (output / "stopped.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_ranks_agree_when_one_of_them_is_asked(mode, tmp_path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(HERE / "interrupted_ranks.py"), str(tmp_path), mode]
+    seen = []
+    for step in ("4", "0"):
+        done = subprocess.run([*command, step], env=environment, capture_output=True, text=True, timeout=140)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        seen.append([json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)])
+    assert [(rank["signal"], rank["step"]) for rank in seen[0]] == [("SIGTERM", 5)] * 2
+    # the state of a checkpoint holds the log of the steps before it
+    fields = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
+    single = make_trainer(make_toy(16, variants=1), tmp_path / "single", k=3, **fields)
+    single.train()
+    expected = losses(single, "loss", "het")
+    assert len(seen[1][0]["losses"]) == len(expected) == 6
+    torch.testing.assert_close(torch.tensor(seen[1][0]["losses"]), torch.tensor(expected), rtol=1e-3, atol=1e-5)
