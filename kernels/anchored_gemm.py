@@ -18,12 +18,26 @@ from ntpseg.kernels.workspace import Anchors, BlockStats
 
 @triton.jit
 def epilogue(
-    z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N: tl.constexpr, TMA: tl.constexpr
+    z,
+    e,
+    anchor,
+    limit,
+    row_0,
+    row,
+    class_0,
+    rows,
+    classes,
+    e_stride_8,
+    store,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """Turns logits into E, stores it and returns the tile's row sum, maximum and arg-max."""
     column = class_0 + tl.arange(0, BLOCK_N)
-    # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
-    z = tl.where(column[None, :] < classes, z, float("-inf"))
+    if not EVEN_N:
+        # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
+        z = tl.where(column[None, :] < classes, z, float("-inf"))
     value, row_sum, row_max, argmax = anchored_exp(z, anchor, limit, column)
     if store != 0:
         if TMA:
@@ -52,12 +66,13 @@ def epilogue_subtiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr,
 ):
     """`epilogue` on column parts, one after the other: fewer temporaries and less staging memory at a time."""
     if EPILOGUE_SUBTILE == 1:
         row_sum, row_max, argmax = epilogue(
-            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N, TMA
+            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N, TMA, EVEN_N
         )
     else:
         half: tl.constexpr = BLOCK_N // 2
@@ -77,6 +92,7 @@ def epilogue_subtiles(
             BLOCK_M,
             half,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE // 2,
         )
         class_1 = class_0 + half
@@ -95,6 +111,7 @@ def epilogue_subtiles(
             BLOCK_M,
             half,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE // 2,
         )
         # each part may have taken its own maximum as anchor: bring both sums to that of the whole
@@ -134,11 +151,15 @@ def anchored_gemm_kernel(
     GROUP_SIZE_M: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr,
 ):
     # strides arrive in units of 8 so that 16-byte alignment is known to the compiler also where D % 16 == 8
     width = width_8 * 8
-    num_row_blocks = tl.load(num_row_blocks_ptr)
+    if num_row_blocks_ptr is None:
+        num_row_blocks = tl.cdiv(rows, BLOCK_M)
+    else:
+        num_row_blocks = tl.load(num_row_blocks_ptr)
     num_class_blocks = tl.cdiv(classes, BLOCK_N)
     depth = tl.cdiv(width, BLOCK_K)
     # About GROUP_SIZE_M row blocks share each weight tile while it is in L2; groups of one size, or a last group of a
@@ -150,7 +171,11 @@ def anchored_gemm_kernel(
         size = tl.minimum(num_row_blocks - first, group_rows)
         slot = first + (tile % (group_rows * num_class_blocks)) % size
         class_block = (tile % (group_rows * num_class_blocks)) // size
-        row_0 = tl.load(row_blocks_ptr + slot) * BLOCK_M
+        if row_blocks_ptr is None:
+            row_block = slot
+        else:
+            row_block = tl.load(row_blocks_ptr + slot)
+        row_0 = row_block * BLOCK_M
         class_0 = class_block * BLOCK_N
         row = row_0 + tl.arange(0, BLOCK_M)
         column = class_0 + tl.arange(0, BLOCK_N)
@@ -193,6 +218,7 @@ def anchored_gemm_kernel(
             BLOCK_M,
             BLOCK_N,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE,
         )
         offsets = class_block * rows + row
@@ -207,8 +233,8 @@ def anchored_gemm(
     e: Tensor | None,
     anchors: Anchors,
     block_stats: BlockStats,
-    row_blocks: Tensor,
-    num_row_blocks: Tensor,
+    row_blocks: Tensor | None,
+    num_row_blocks: Tensor | None,
     config: GemmConfig,
     programs: int,
 ) -> None:
@@ -221,7 +247,8 @@ def anchored_gemm(
         anchors: per row, see `Anchors`.
         block_stats: overwritten for the row blocks that are computed.
         row_blocks: int32, row blocks of ``config.BLOCK_M`` to compute; the first `num_row_blocks` entries are read.
-        num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation.
+            None: the first `num_row_blocks` row blocks, and no list stands between a tile and its loads.
+        num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation. None: all.
         config: tile shape and pipelining.
         programs: size of the persistent grid.
     """
@@ -259,6 +286,7 @@ def anchored_gemm(
         GROUP_SIZE_M=config.GROUP_SIZE_M,
         TMA=config.TMA,
         FLATTEN=config.FLATTEN,
+        EVEN_N=weight.shape[0] % config.BLOCK_N == 0,
         EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -279,9 +279,7 @@ def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
         matmul(chunk.hidden, weight.t(), chunk.logits)
         logits_stats(chunk.logits, chunk.anchors, chunk.block_stats)
     elif plan.classes:
-        blocks = -(-chunk.hidden.shape[0] // plan.configs.forward.BLOCK_M)
-        every = torch.arange(blocks, dtype=torch.int32, device=plan.device)
-        _fused_forward(chunk, weight, plan, every, torch.full((), blocks, dtype=torch.int32, device=plan.device))
+        _fused_forward(chunk, weight, plan)
     row_reduce(
         all_reduce_stats(chunk.block_stats, chunk.anchors, plan.shard),
         chunk.anchors,
@@ -302,9 +300,16 @@ def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
         _fused_forward(chunk, weight, plan, *blocks_and_count)
 
 
-def _fused_forward(chunk: _Chunk, weight: Tensor, plan: _Plan, row_blocks: Tensor, num_row_blocks: Tensor) -> None:
+def _fused_forward(
+    chunk: _Chunk,
+    weight: Tensor,
+    plan: _Plan,
+    row_blocks: Tensor | None = None,
+    num_row_blocks: Tensor | None = None,
+) -> None:
+    """Over the listed row blocks; None takes all."""
     config = plan.configs.forward
-    grid = persistent_grid(config, row_blocks.shape[0] * plan.class_blocks, plan.device)
+    grid = persistent_grid(config, -(-chunk.hidden.shape[0] // config.BLOCK_M) * plan.class_blocks, plan.device)
     anchored_gemm(
         chunk.hidden, weight, chunk.e, chunk.anchors, chunk.block_stats, row_blocks, num_row_blocks, config, grid
     )

@@ -33,21 +33,18 @@ def _anchors(logit: torch.Tensor, gap: float = 48.0) -> Anchors:
     return Anchors(logit, logit * LOG2E, logit + gap)
 
 
-def _every(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(blocks, dtype=torch.int32), torch.tensor(blocks, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS.forward], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_with_epilogue(config: GemmConfig, dtype: torch.dtype) -> None:
-    rows, classes, width = 100, 333, 72
+@pytest.mark.parametrize("classes", [333, 256], ids=["ragged", "whole-blocks"])
+def test_product_with_epilogue(config: GemmConfig, dtype: torch.dtype, classes: int) -> None:
+    rows, width = 100, 72
     hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
     z = hidden.float() @ weight.float().t()
     anchors = _anchors(z[:, 7].clone())
     blocks = -(-classes // config.BLOCK_N)
     block_stats = BlockStats.empty(blocks, rows, torch.device("cpu"))
-    e = torch.full((rows, 384), math.nan, dtype=dtype)
-    anchored_gemm(hidden, weight, e, anchors, block_stats, *_every(2), config, 2)
+    e = torch.full((rows, -(-classes // 128) * 128), math.nan, dtype=dtype)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, None, config, 2)
 
     expected = torch.exp(z.double() - z[:, 7:8].double())
     assert distance(e[:, :classes], expected) < (1e-5 if dtype == torch.float32 else 2.5e-3)
@@ -73,6 +70,9 @@ def test_only_the_listed_row_blocks_are_written() -> None:
     e = torch.full((150, 128), -5.0)
     anchored_gemm(hidden, weight, e, _anchors(z[:, 0]), block_stats, chosen, torch.tensor(0).int(), POINTERS, 2)
     assert (e == -5).all()
+    # without a list the first row blocks, as many as the device says
+    anchored_gemm(hidden, weight, e, _anchors(z[:, 0]), block_stats, None, torch.tensor(2).int(), POINTERS, 2)
+    assert (e[:128] >= 0).all() and (e[128:] == -5).all()
 
 
 def test_statistics_survive_an_overflow_of_the_anchor() -> None:
@@ -84,7 +84,7 @@ def test_statistics_survive_an_overflow_of_the_anchor() -> None:
     assert (z.amax(1) - logit > 200).all()
     block_stats = BlockStats.empty(3, 40, torch.device("cpu"))
     e = torch.empty(40, 320)
-    anchored_gemm(hidden, weight, e, anchors, block_stats, *_every(1), POINTERS, 1)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, None, POINTERS, 1)
     assert e.isfinite().all() and block_stats.row_sum.isfinite().all()
 
     row_stats = RowStats.empty(40, torch.device("cpu"))
