@@ -235,6 +235,13 @@ def test_scaled_rows(out_dtype: torch.dtype) -> None:
     assert torch.equal(result, expected.to(out_dtype))
     inplace = source.clone()
     assert torch.equal(scale_rows(inplace, scale, inplace, 4.0), expected)
+    index = torch.randperm(50)[:33]
+    index[7] = -1
+    placed = scale_rows(source, scale, torch.full((50, 1500), 5.0, dtype=out_dtype), 4.0, index)
+    there = torch.full((50, 1500), 5.0).to(out_dtype)
+    kept = torch.arange(33) != 7
+    there[index[kept]] = expected.to(out_dtype)[kept]
+    assert torch.equal(placed, there)
 
 
 def test_pass_over_written_logits() -> None:
