@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ntpseg.kernels.gemm_configs import GemmConfig
-from ntpseg.kernels.tl_utils import anchored_exp, downcast, rescale_factor, upcast_if_interpreted
+from ntpseg.kernels.tl_utils import ROW_POINTERS, anchored_exp, downcast, rescale_factor, upcast_if_interpreted
 from ntpseg.kernels.workspace import Anchors, BlockStats
 
 
@@ -125,7 +125,8 @@ def epilogue_subtiles(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "classes", "width_8", "hidden_stride_8", "weight_stride_8", "e_stride_8", "store"]
+    do_not_specialize=["rows", "classes", "width_8", "hidden_stride_8", "weight_stride_8", "e_stride_8", "store"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def anchored_gemm_kernel(
     hidden,

@@ -93,7 +93,7 @@ def gather_rows_dot_kernel(
         target = target.to(tl.int32)
     weight_row = target * weight_stride
     if PER_HEAD:
-        weight_row += (index % heads).to(target.dtype) * matrix_stride
+        weight_row += (index.to(tl.int32) % heads).to(target.dtype) * matrix_stride
     source_row = row_offsets(index, heads, time, sample_stride, time_stride, head_stride, FLAT, WIDE)
     out_row = row
     if WIDE:

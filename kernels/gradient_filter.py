@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ntpseg.kernels.gemm_configs import GemmConfig
-from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, downcast, upcast_if_interpreted
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, ROW_POINTERS, downcast, upcast_if_interpreted
 from ntpseg.kernels.workspace import BlockStats, RowStats
 
 
@@ -52,7 +52,7 @@ class BlockMask:
         return replace(self, row_num_blocks=self.row_num_blocks[blocks], row_indices=self.row_indices[blocks])
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["rows", "blocks", "threshold"], do_not_specialize_on_alignment=ROW_POINTERS)
 def mark_probable_kernel(
     row_max_ptr,
     target_logit_ptr,
@@ -80,7 +80,7 @@ def mark_probable_kernel(
     tl.store(active_ptr + row_block * blocks + block, active, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "columns"])
+@triton.jit(do_not_specialize=["rows", "blocks", "columns"], do_not_specialize_on_alignment=ROW_POINTERS)
 def mark_tokens_kernel(
     token_ptr,
     target_ptr,
@@ -186,7 +186,10 @@ def create_block_mask(
     return BlockMask(BLOCK_M, BLOCK_N, active, class_num_blocks, class_indices, row_num_blocks, row_indices)
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "blocks", "width_8", "e_stride_8", "weight_stride_8", "out_stride_8"])
+@triton.jit(
+    do_not_specialize=["rows", "classes", "blocks", "width_8", "e_stride_8", "weight_stride_8", "out_stride_8"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
 def filtered_d_hidden_kernel(
     e,
     weight,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ntpseg.kernels.tl_utils import INTERPRETED
 
 
-@triton.jit(do_not_specialize=["pairs", "columns"])
+@triton.jit(do_not_specialize=["pairs", "columns"], do_not_specialize_on_alignment=["token_ptr"])
 def indexed_dot_kernel(
     hidden,
     weight,

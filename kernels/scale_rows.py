@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import INTERPRETED, downcast, upcast_if_interpreted
+from ntpseg.kernels.tl_utils import INTERPRETED, ROW_POINTERS, downcast, upcast_if_interpreted
 
 
 @triton.jit(
     do_not_specialize=["rows", "factor"],
-    # rows of a head begin anywhere: compiled once
-    do_not_specialize_on_alignment=["scale_ptr", "index_ptr"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def scale_rows_kernel(
     source,
