@@ -5,7 +5,6 @@ Reference: ``z = hidden @ weight.T; E = exp(z - anchor); E.sum(1), z.max(1)``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -161,6 +160,8 @@ def anchored_gemm_kernel(
         num_row_blocks = tl.cdiv(rows, BLOCK_M)
     else:
         num_row_blocks = tl.load(num_row_blocks_ptr)
+        if num_row_blocks == 0:  # the usual end of a launch over rows to recompute: before barriers and descriptors
+            return
     num_class_blocks = tl.cdiv(classes, BLOCK_N)
     depth = tl.cdiv(width, BLOCK_K)
     # About GROUP_SIZE_M row blocks share each weight tile while it is in L2; groups of one size, or a last group of a
@@ -228,6 +229,26 @@ def anchored_gemm_kernel(
         tl.store(argmax_ptr + offsets, argmax, mask=row_mask)
 
 
+def gemm_operands(hidden: Tensor, weight: Tensor, e: Tensor | None, config: GemmConfig) -> tuple[object, ...]:
+    """The matrices as `anchored_gemm_kernel` takes them: made once where a chunk is launched twice.
+
+    Args:
+        hidden, weight, e, config: see `anchored_gemm`.
+
+    Returns:
+        Tensors, or descriptors of them.
+    """
+    # statistics alone still compile the store: it gets a block that it never writes
+    target = e if e is not None else hidden.new_empty(config.BLOCK_M, config.BLOCK_N)
+    if not config.TMA:
+        return hidden, weight, target
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [config.BLOCK_N, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(target, [config.BLOCK_M, config.BLOCK_N // config.EPILOGUE_SUBTILE]),
+    )
+
+
 def anchored_gemm(
     hidden: Tensor,
     weight: Tensor,
@@ -238,6 +259,7 @@ def anchored_gemm(
     num_row_blocks: Tensor | None,
     config: GemmConfig,
     programs: int,
+    operands: tuple[object, ...] | None = None,
 ) -> None:
     """Launches `anchored_gemm_kernel` on the current stream.
 
@@ -252,19 +274,10 @@ def anchored_gemm(
         num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation. None: all.
         config: tile shape and pipelining.
         programs: size of the persistent grid.
+        operands: from `gemm_operands` of the same matrices; None makes them.
     """
     rows, width = hidden.shape
-    # statistics alone still compile the store: it gets a block that it never writes
-    target = (
-        e if e is not None else torch.empty(config.BLOCK_M, config.BLOCK_N, dtype=hidden.dtype, device=hidden.device)
-    )
-    operands: list[object] = [hidden, weight, target]
-    if config.TMA:
-        operands = [
-            TensorDescriptor.from_tensor(hidden, [config.BLOCK_M, config.BLOCK_K]),
-            TensorDescriptor.from_tensor(weight, [config.BLOCK_N, config.BLOCK_K]),
-            TensorDescriptor.from_tensor(target, [config.BLOCK_M, config.BLOCK_N // config.EPILOGUE_SUBTILE]),
-        ]
+    operands = operands or gemm_operands(hidden, weight, e, config)
     anchored_gemm_kernel[(programs,)](
         *operands,
         anchors.anchor,
@@ -279,7 +292,7 @@ def anchored_gemm(
         width // 8,
         hidden.stride(0) // 8,
         weight.stride(0) // 8,
-        target.stride(0) // 8,
+        (e.stride(0) if e is not None else config.BLOCK_N) // 8,
         int(e is not None),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,

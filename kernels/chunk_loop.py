@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.anchored_gemm import anchored_gemm
+from ntpseg.kernels.anchored_gemm import anchored_gemm, gemm_operands
 from ntpseg.kernels.chunks import Chunks, plan_chunks, row_stride
 from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, persistent_grid
@@ -289,11 +289,13 @@ class _Chunk:
 
 def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
     """E and the row results, by the fused product or from written logits."""
+    operands = None
     if chunk.logits is not None:
         matmul(chunk.hidden, weight.t(), chunk.logits)
         logits_stats(chunk.logits, chunk.anchors, chunk.block_stats)
     elif plan.classes:
-        _fused_forward(chunk, weight, plan)
+        operands = gemm_operands(chunk.hidden, weight, chunk.e, plan.configs.forward)
+        _fused_forward(chunk, weight, plan, operands)
     row_reduce(
         all_reduce_stats(chunk.block_stats, chunk.anchors, plan.shard),
         chunk.anchors,
@@ -311,13 +313,14 @@ def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
         logits_exp(chunk.logits, chunk.anchors, chunk.e)
     else:
         blocks_and_count = recompute_blocks(chunk.row_stats.recompute, plan.configs.forward.BLOCK_M)
-        _fused_forward(chunk, weight, plan, *blocks_and_count)
+        _fused_forward(chunk, weight, plan, operands, *blocks_and_count)
 
 
 def _fused_forward(
     chunk: _Chunk,
     weight: Tensor,
     plan: _Plan,
+    operands: tuple[object, ...] | None,
     row_blocks: Tensor | None = None,
     num_row_blocks: Tensor | None = None,
 ) -> None:
@@ -325,7 +328,16 @@ def _fused_forward(
     config = plan.configs.forward
     grid = persistent_grid(config, -(-chunk.hidden.shape[0] // config.BLOCK_M) * plan.class_blocks, plan.device)
     anchored_gemm(
-        chunk.hidden, weight, chunk.e, chunk.anchors, chunk.block_stats, row_blocks, num_row_blocks, config, grid
+        chunk.hidden,
+        weight,
+        chunk.e,
+        chunk.anchors,
+        chunk.block_stats,
+        row_blocks,
+        num_row_blocks,
+        config,
+        grid,
+        operands,
     )
 
 
