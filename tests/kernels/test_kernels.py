@@ -137,13 +137,18 @@ def test_recompute_blocks_holds_the_blocks_in_order() -> None:
     assert result[: int(count)].tolist() == [0, 1, 39]
 
 
+@pytest.mark.parametrize("columns", [1, 3, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_single_logits(dtype: torch.dtype) -> None:
-    hidden, weight = torch.randn(50, 150).to(dtype), torch.randn(90, 150).to(dtype)
-    token = torch.randint(-1, 90, (50, 3))
+def test_single_logits(dtype: torch.dtype, columns: int) -> None:
+    hidden, weight = torch.randn(300, 150).to(dtype), torch.randn(90, 150).to(dtype)
+    token = torch.randint(-1, 90, (300, columns))
+    token[2] = -1
     expected = (hidden.double().unsqueeze(1) * weight.double()[token.clamp_min(0)]).sum(-1).masked_fill(token < 0, 0)
     assert distance(indexed_dot(hidden, weight, token), expected) < 1e-6
-    assert indexed_dot(hidden, weight, token[:, :0]).shape == (50, 0)
+    assert indexed_dot(hidden, weight, token[:, :0]).shape == (300, 0)
+    hidden[2:4], token[3, 0] = math.nan, -1
+    poisoned = indexed_dot(hidden, weight, token)
+    assert not poisoned[2].any() and torch.equal(poisoned[3].isnan(), token[3] >= 0)
 
 
 def test_contrastive_tokens() -> None:
