@@ -62,10 +62,8 @@ def comparison(rows: int, classes: int, width: int, settings: Settings) -> Compa
     def fused(config: GemmConfig) -> Callable[[], None]:
         block_stats = BlockStats.empty(-(-classes // config.BLOCK_N), rows, device)
         blocks = -(-rows // config.BLOCK_M)
-        every = torch.arange(blocks, dtype=torch.int32, device=device)
-        count = torch.full((), blocks, dtype=torch.int32, device=device)
         grid = persistent_grid(config, blocks * block_stats.row_sum.shape[0], device)
-        return partial(anchored_gemm, hidden, weight, e, anchors, block_stats, every, count, config, grid)
+        return partial(anchored_gemm, hidden, weight, e, anchors, block_stats, None, None, config, grid)
 
     name = architecture(device)
     providers = {"cuBLAS": Provider(lambda: partial(torch.mm, hidden, weight.t(), out=z[:, :classes]))}

@@ -5,25 +5,38 @@ Reference: ``z = hidden @ weight.T; E = exp(z - anchor); E.sum(1), z.max(1)``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ntpseg.kernels.gemm_configs import GemmConfig
-from ntpseg.kernels.tl_utils import anchored_exp, downcast, rescale_factor, upcast_if_interpreted
+from ntpseg.kernels.tl_utils import ROW_POINTERS, anchored_exp, downcast, rescale_factor, upcast_if_interpreted
 from ntpseg.kernels.workspace import Anchors, BlockStats
 
 
 @triton.jit
 def epilogue(
-    z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N: tl.constexpr, TMA: tl.constexpr
+    z,
+    e,
+    anchor,
+    limit,
+    row_0,
+    row,
+    class_0,
+    rows,
+    classes,
+    e_stride_8,
+    store,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """Turns logits into E, stores it and returns the tile's row sum, maximum and arg-max."""
     column = class_0 + tl.arange(0, BLOCK_N)
-    # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
-    z = tl.where(column[None, :] < classes, z, float("-inf"))
+    if not EVEN_N:
+        # In every block, not behind a branch for the last: a branch yields z twice, and each exponential is made twice.
+        z = tl.where(column[None, :] < classes, z, float("-inf"))
     value, row_sum, row_max, argmax = anchored_exp(z, anchor, limit, column)
     if store != 0:
         if TMA:
@@ -52,12 +65,13 @@ def epilogue_subtiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr,
 ):
     """`epilogue` on column parts, one after the other: fewer temporaries and less staging memory at a time."""
     if EPILOGUE_SUBTILE == 1:
         row_sum, row_max, argmax = epilogue(
-            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N, TMA
+            z, e, anchor, limit, row_0, row, class_0, rows, classes, e_stride_8, store, BLOCK_N, TMA, EVEN_N
         )
     else:
         half: tl.constexpr = BLOCK_N // 2
@@ -77,6 +91,7 @@ def epilogue_subtiles(
             BLOCK_M,
             half,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE // 2,
         )
         class_1 = class_0 + half
@@ -95,6 +110,7 @@ def epilogue_subtiles(
             BLOCK_M,
             half,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE // 2,
         )
         # each part may have taken its own maximum as anchor: bring both sums to that of the whole
@@ -108,7 +124,8 @@ def epilogue_subtiles(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "classes", "width_8", "hidden_stride_8", "weight_stride_8", "e_stride_8", "store"]
+    do_not_specialize=["rows", "classes", "width_8", "hidden_stride_8", "weight_stride_8", "e_stride_8", "store"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def anchored_gemm_kernel(
     hidden,
@@ -134,11 +151,17 @@ def anchored_gemm_kernel(
     GROUP_SIZE_M: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr,
 ):
     # strides arrive in units of 8 so that 16-byte alignment is known to the compiler also where D % 16 == 8
     width = width_8 * 8
-    num_row_blocks = tl.load(num_row_blocks_ptr)
+    if num_row_blocks_ptr is None:
+        num_row_blocks = tl.cdiv(rows, BLOCK_M)
+    else:
+        num_row_blocks = tl.load(num_row_blocks_ptr)
+        if num_row_blocks == 0:  # the usual end of a launch over rows to recompute: before barriers and descriptors
+            return
     num_class_blocks = tl.cdiv(classes, BLOCK_N)
     depth = tl.cdiv(width, BLOCK_K)
     # About GROUP_SIZE_M row blocks share each weight tile while it is in L2; groups of one size, or a last group of a
@@ -150,7 +173,11 @@ def anchored_gemm_kernel(
         size = tl.minimum(num_row_blocks - first, group_rows)
         slot = first + (tile % (group_rows * num_class_blocks)) % size
         class_block = (tile % (group_rows * num_class_blocks)) // size
-        row_0 = tl.load(row_blocks_ptr + slot) * BLOCK_M
+        if row_blocks_ptr is None:
+            row_block = slot
+        else:
+            row_block = tl.load(row_blocks_ptr + slot)
+        row_0 = row_block * BLOCK_M
         class_0 = class_block * BLOCK_N
         row = row_0 + tl.arange(0, BLOCK_M)
         column = class_0 + tl.arange(0, BLOCK_N)
@@ -193,6 +220,7 @@ def anchored_gemm_kernel(
             BLOCK_M,
             BLOCK_N,
             TMA,
+            EVEN_N,
             EPILOGUE_SUBTILE,
         )
         offsets = class_block * rows + row
@@ -201,16 +229,37 @@ def anchored_gemm_kernel(
         tl.store(argmax_ptr + offsets, argmax, mask=row_mask)
 
 
+def gemm_operands(hidden: Tensor, weight: Tensor, e: Tensor | None, config: GemmConfig) -> tuple[object, ...]:
+    """The matrices as `anchored_gemm_kernel` takes them: made once where a chunk is launched twice.
+
+    Args:
+        hidden, weight, e, config: see `anchored_gemm`.
+
+    Returns:
+        Tensors, or descriptors of them.
+    """
+    # statistics alone still compile the store: it gets a block that it never writes
+    target = e if e is not None else hidden.new_empty(config.BLOCK_M, config.BLOCK_N)
+    if not config.TMA:
+        return hidden, weight, target
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [config.BLOCK_N, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(target, [config.BLOCK_M, config.BLOCK_N // config.EPILOGUE_SUBTILE]),
+    )
+
+
 def anchored_gemm(
     hidden: Tensor,
     weight: Tensor,
     e: Tensor | None,
     anchors: Anchors,
     block_stats: BlockStats,
-    row_blocks: Tensor,
-    num_row_blocks: Tensor,
+    row_blocks: Tensor | None,
+    num_row_blocks: Tensor | None,
     config: GemmConfig,
     programs: int,
+    operands: tuple[object, ...] | None = None,
 ) -> None:
     """Launches `anchored_gemm_kernel` on the current stream.
 
@@ -221,22 +270,14 @@ def anchored_gemm(
         anchors: per row, see `Anchors`.
         block_stats: overwritten for the row blocks that are computed.
         row_blocks: int32, row blocks of ``config.BLOCK_M`` to compute; the first `num_row_blocks` entries are read.
-        num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation.
+            None: the first `num_row_blocks` row blocks, and no list stands between a tile and its loads.
+        num_row_blocks: 0-dim int32 on the device, so that an empty list needs no synchronisation. None: all.
         config: tile shape and pipelining.
         programs: size of the persistent grid.
+        operands: from `gemm_operands` of the same matrices; None makes them.
     """
     rows, width = hidden.shape
-    # statistics alone still compile the store: it gets a block that it never writes
-    target = (
-        e if e is not None else torch.empty(config.BLOCK_M, config.BLOCK_N, dtype=hidden.dtype, device=hidden.device)
-    )
-    operands: list[object] = [hidden, weight, target]
-    if config.TMA:
-        operands = [
-            TensorDescriptor.from_tensor(hidden, [config.BLOCK_M, config.BLOCK_K]),
-            TensorDescriptor.from_tensor(weight, [config.BLOCK_N, config.BLOCK_K]),
-            TensorDescriptor.from_tensor(target, [config.BLOCK_M, config.BLOCK_N // config.EPILOGUE_SUBTILE]),
-        ]
+    operands = operands or gemm_operands(hidden, weight, e, config)
     anchored_gemm_kernel[(programs,)](
         *operands,
         anchors.anchor,
@@ -251,7 +292,7 @@ def anchored_gemm(
         width // 8,
         hidden.stride(0) // 8,
         weight.stride(0) // 8,
-        target.stride(0) // 8,
+        (e.stride(0) if e is not None else config.BLOCK_N) // 8,
         int(e is not None),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -259,6 +300,7 @@ def anchored_gemm(
         GROUP_SIZE_M=config.GROUP_SIZE_M,
         TMA=config.TMA,
         FLATTEN=config.FLATTEN,
+        EVEN_N=weight.shape[0] % config.BLOCK_N == 0,
         EPILOGUE_SUBTILE=config.EPILOGUE_SUBTILE,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.anchored_gemm import anchored_gemm
+from ntpseg.kernels.anchored_gemm import anchored_gemm, gemm_operands
 from ntpseg.kernels.chunks import Chunks, plan_chunks, row_stride
 from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, persistent_grid
@@ -40,6 +40,7 @@ class Segment:
         hard_tokens: ``[R, h]`` int64 contiguous, -1 = none.
         weights: factors of the loss; ``row_weight`` is ``[R]`` fp32.
         negatives: m.
+        target_logit: ``[R]`` fp32, z_y, 0 on padding rows; None has it computed.
     """
 
     hidden: Tensor
@@ -48,6 +49,7 @@ class Segment:
     hard_tokens: Tensor
     weights: LossWeights
     negatives: int
+    target_logit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ class SegmentResult:
     Attributes:
         row_stats: row results.
         tcl, het: ``[R]`` fp32 terms per row.
-        d_hidden: ``[R, D]`` or None.
+        d_hidden: ``[R, D]`` or None; with an index ``[N, D]`` contiguous, whose other rows are left as they are.
         d_weight: ``[V, D]`` or None.
+        d_hidden_index: ``[R]`` integer, contiguous, row of ``d_hidden`` that each row's gradient goes to, -1 = none;
+            None keeps their order.
     """
 
     row_stats: RowStats
@@ -84,6 +88,7 @@ class SegmentResult:
     het: Tensor
     d_hidden: Tensor | None
     d_weight: Tensor | None
+    d_hidden_index: Tensor | None = None
 
 
 def aligned(*operands: Tensor) -> bool:
@@ -118,7 +123,9 @@ def run_segment(
     if result.d_hidden is not None and buffers.e is None:
         result.d_hidden.zero_()  # a rank without classes
     # all anchors at once: one launch, and with a shard one reduction, rather than one a chunk
-    target_logit = token_logits(segment.hidden, weight, segment.target.unsqueeze(1), shard).squeeze(1)
+    target_logit = segment.target_logit
+    if target_logit is None:
+        target_logit = token_logits(segment.hidden, weight, segment.target.unsqueeze(1), shard).squeeze(1)
     anchors = Anchors(target_logit, target_logit * LOG2E.value, target_logit + overflow_gap(plan.dtype))
     # in time order: the negatives of a chunk's first rows are what the chunk before has predicted
     for start in range(0, plan.rows, plan.chunks.rows):
@@ -233,7 +240,7 @@ class _Chunk:
         rows: which of the segment's; C of them.
         hidden, target, hard_tokens, weights: see `Segment`.
         anchors, row_stats, block_stats: see `ntpseg.kernels.workspace`.
-        tcl, het, d_hidden: see `SegmentResult`.
+        tcl, het, d_hidden, d_hidden_index: see `SegmentResult`.
         e, logits: see `_Buffers`; ``logits`` as wide as there are classes.
     """
 
@@ -248,6 +255,7 @@ class _Chunk:
     tcl: Tensor
     het: Tensor
     d_hidden: Tensor | None
+    d_hidden_index: Tensor | None
     e: Tensor | None
     logits: Tensor | None
 
@@ -256,6 +264,11 @@ class _Chunk:
         rows: slice, segment: Segment, anchors: Anchors, result: SegmentResult, plan: _Plan, buffers: _Buffers
     ) -> _Chunk:
         count = rows.stop - rows.start
+        d_hidden, index = result.d_hidden, result.d_hidden_index
+        if index is None:
+            d_hidden = None if d_hidden is None else d_hidden[rows]
+        else:
+            index = index[rows]
         return _Chunk(
             rows=rows,
             hidden=segment.hidden[rows],
@@ -267,7 +280,8 @@ class _Chunk:
             block_stats=BlockStats.empty(plan.class_blocks, count, plan.device),
             tcl=result.tcl[rows],
             het=result.het[rows],
-            d_hidden=None if result.d_hidden is None else result.d_hidden[rows],
+            d_hidden=d_hidden,
+            d_hidden_index=index,
             e=None if buffers.e is None else buffers.e[:count],
             logits=None if buffers.logits is None else buffers.logits[:count, : plan.classes],
         )
@@ -275,13 +289,13 @@ class _Chunk:
 
 def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
     """E and the row results, by the fused product or from written logits."""
+    operands = None
     if chunk.logits is not None:
         matmul(chunk.hidden, weight.t(), chunk.logits)
         logits_stats(chunk.logits, chunk.anchors, chunk.block_stats)
     elif plan.classes:
-        blocks = -(-chunk.hidden.shape[0] // plan.configs.forward.BLOCK_M)
-        every = torch.arange(blocks, dtype=torch.int32, device=plan.device)
-        _fused_forward(chunk, weight, plan, every, torch.full((), blocks, dtype=torch.int32, device=plan.device))
+        operands = gemm_operands(chunk.hidden, weight, chunk.e, plan.configs.forward)
+        _fused_forward(chunk, weight, plan, operands)
     row_reduce(
         all_reduce_stats(chunk.block_stats, chunk.anchors, plan.shard),
         chunk.anchors,
@@ -299,14 +313,31 @@ def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
         logits_exp(chunk.logits, chunk.anchors, chunk.e)
     else:
         blocks_and_count = recompute_blocks(chunk.row_stats.recompute, plan.configs.forward.BLOCK_M)
-        _fused_forward(chunk, weight, plan, *blocks_and_count)
+        _fused_forward(chunk, weight, plan, operands, *blocks_and_count)
 
 
-def _fused_forward(chunk: _Chunk, weight: Tensor, plan: _Plan, row_blocks: Tensor, num_row_blocks: Tensor) -> None:
+def _fused_forward(
+    chunk: _Chunk,
+    weight: Tensor,
+    plan: _Plan,
+    operands: tuple[object, ...] | None,
+    row_blocks: Tensor | None = None,
+    num_row_blocks: Tensor | None = None,
+) -> None:
+    """Over the listed row blocks; None takes all."""
     config = plan.configs.forward
-    grid = persistent_grid(config, row_blocks.shape[0] * plan.class_blocks, plan.device)
+    grid = persistent_grid(config, -(-chunk.hidden.shape[0] // config.BLOCK_M) * plan.class_blocks, plan.device)
     anchored_gemm(
-        chunk.hidden, weight, chunk.e, chunk.anchors, chunk.block_stats, row_blocks, num_row_blocks, config, grid
+        chunk.hidden,
+        weight,
+        chunk.e,
+        chunk.anchors,
+        chunk.block_stats,
+        row_blocks,
+        num_row_blocks,
+        config,
+        grid,
+        operands,
     )
 
 
@@ -358,13 +389,14 @@ def _backward(chunk: _Chunk, token: Tensor, weight: Tensor, plan: _Plan, weight_
             local_tokens(chunk.target, plan.shard),
         )
     if chunk.d_hidden is not None:
-        out = chunk.d_hidden
+        out, index = chunk.d_hidden, chunk.d_hidden_index
         if block_mask is not None:
-            filtered_d_hidden(e, weight, scale, out, block_mask, plan.configs.d_hidden)
+            filtered_d_hidden(e, weight, scale, out, block_mask, plan.configs.d_hidden, index)
         else:
-            # scaled in fp32 and rounded once; a result in fp32 holds the unscaled product meanwhile
-            unscaled = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-            scale_rows(matmul(e, weight, unscaled), scale, out)
+            # scaled in fp32 and rounded once; a result in fp32 holds the unscaled product meanwhile, if in its place
+            in_place = out.dtype == torch.float32 and index is None
+            unscaled = out if in_place else torch.empty(chunk.hidden.shape, dtype=torch.float32, device=plan.device)
+            scale_rows(matmul(e, weight, unscaled), scale, out, index=index)
     if weight_grad is not None:
         # here the row scale goes to the other operand: rows are the dimension that is summed over
         scaled = scale_rows(chunk.hidden, scale, torch.empty_like(chunk.hidden), weight_grad.scaled_by)
@@ -384,11 +416,22 @@ def _run_padded(
         copy[:, :width] = x
         return copy
 
-    def padded_like(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.new_empty(x.shape[0], padded_width)
+    def padded_like(x: Tensor | None, rows: int) -> Tensor | None:
+        return None if x is None else x.new_empty(rows, padded_width)
 
-    inner = replace(result, d_hidden=padded_like(result.d_hidden), d_weight=padded_like(result.d_weight))
+    rows, index = segment.hidden.shape[0], result.d_hidden_index
+    inner = replace(
+        result,
+        d_hidden=padded_like(result.d_hidden, rows),
+        d_weight=padded_like(result.d_weight, weight.shape[0]),
+        d_hidden_index=None,
+    )
     run_segment(replace(segment, hidden=padded(segment.hidden)), padded(weight), inner, options, shard)
-    for out, wide in ((result.d_hidden, inner.d_hidden), (result.d_weight, inner.d_weight)):
-        if out is not None and wide is not None:
-            out.copy_(wide[:, :width])
+    if result.d_weight is not None and inner.d_weight is not None:
+        result.d_weight.copy_(inner.d_weight[:, :width])
+    if result.d_hidden is not None and inner.d_hidden is not None:
+        if index is None:
+            result.d_hidden.copy_(inner.d_hidden[:, :width])
+        else:
+            one = torch.ones(rows, dtype=torch.float32, device=weight.device)
+            scale_rows(inner.d_hidden[:, :width], one, result.d_hidden, index=index)

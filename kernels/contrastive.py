@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, downcast, log1p
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, ROW_POINTERS, downcast, log1p
 from ntpseg.kernels.workspace import LossWeights, RowStats
 
 
-@triton.jit(do_not_specialize=["row_start", "rows", "negatives", "columns"])
+@triton.jit(
+    do_not_specialize=["row_start", "rows", "negatives", "columns"], do_not_specialize_on_alignment=ROW_POINTERS
+)
 def contrastive_tokens_kernel(
     prediction_ptr,
     target_ptr,
@@ -44,7 +46,11 @@ def contrastive_tokens_kernel(
     tl.store(token_ptr + offsets, token.to(tl.int32), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["rows", "negatives", "columns", "class_start", "classes"])
+@triton.jit(
+    do_not_specialize=["rows", "negatives", "columns", "class_start", "classes"],
+    # single entries of E are written, and without E another array stands in for it
+    do_not_specialize_on_alignment=(*ROW_POINTERS, "e_ptr"),
+)
 def contrastive_kernel(
     e_ptr,
     token_ptr,

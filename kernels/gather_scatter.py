@@ -1,6 +1,6 @@
 """Rows gathered from the batch into their compact order, and row results scattered back to it.
 
-Reference: ``out[r] = source[index[r]]``, zero where the index is -1.
+Reference: ``out[r] = source[index[r]]``, zero where the index is -1; ``logit[r] = (out[r] * weight[target[r]]).sum()``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ntpseg.kernels.tl_utils import INTERPRETED
+
+
+@triton.jit
+def row_offsets(index, heads, time, sample_stride, time_stride, head_stride, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Where rows (sample, time, head) begin; a division only where their strides are not one."""
+    if WIDE:
+        index = index.to(tl.int64)
+    else:
+        index = index.to(tl.int32)
+    if FLAT:
+        return index * head_stride
+    sample = index // (heads * time)
+    step = index // heads - sample * time
+    return sample * sample_stride + step * time_stride + index % heads * head_stride
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "time"])
@@ -25,16 +39,79 @@ def gather_rows_kernel(
     sample_stride,
     time_stride,
     head_stride,
+    FLAT: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    index = tl.load(index_ptr + row, mask=row < rows, other=-1).to(tl.int64)
+    row_mask = row < rows
+    index = tl.load(index_ptr + row, mask=row_mask, other=-1)
+    if WIDE:
+        row = row.to(tl.int64)
     feature_mask = (feature < width)[None, :]
-    offsets = index // heads // time * sample_stride + index // heads % time * time_stride + index % heads * head_stride
+    offsets = row_offsets(index, heads, time, sample_stride, time_stride, head_stride, FLAT, WIDE)
     value = tl.load(source + offsets[:, None] + feature[None, :], mask=(index >= 0)[:, None] & feature_mask, other=0)
-    tl.store(out + row[:, None] * width + feature[None, :], value, mask=(row < rows)[:, None] & feature_mask)
+    tl.store(out + row[:, None] * width + feature[None, :], value, mask=row_mask[:, None] & feature_mask)
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "time", "classes"])
+def gather_rows_dot_kernel(
+    source,
+    index_ptr,
+    out,
+    weight,
+    target_ptr,
+    logit_ptr,
+    rows,
+    width,
+    heads,
+    time,
+    sample_stride,
+    time_stride,
+    head_stride,
+    classes,
+    weight_stride,
+    matrix_stride,
+    FLAT: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_WEIGHT: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    index = tl.load(index_ptr + row, mask=row_mask, other=-1)
+    target = tl.load(target_ptr + row, mask=row_mask, other=-1)
+    # a label that is out of range is refused later: it must not be followed until then
+    valid = (index >= 0) & (target >= 0) & (target < classes)
+    if WIDE_WEIGHT:
+        target = target.to(tl.int64)
+    else:
+        target = target.to(tl.int32)
+    weight_row = target * weight_stride
+    if PER_HEAD:
+        weight_row += (index.to(tl.int32) % heads).to(target.dtype) * matrix_stride
+    source_row = row_offsets(index, heads, time, sample_stride, time_stride, head_stride, FLAT, WIDE)
+    out_row = row
+    if WIDE:
+        out_row = row.to(tl.int64)
+    out_row = out_row * width
+    total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for start in range(0, width, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)
+        feature_mask = (feature < width)[None, :]
+        bits = tl.load(
+            source + source_row[:, None] + feature[None, :], mask=(index >= 0)[:, None] & feature_mask, other=0
+        )
+        b = tl.load(weight + weight_row[:, None] + feature[None, :], mask=valid[:, None] & feature_mask, other=0.0)
+        tl.store(out + out_row[:, None] + feature[None, :], bits, mask=row_mask[:, None] & feature_mask)
+        a = bits.to(weight.dtype.element_ty, bitcast=True)
+        total += a.to(tl.float32) * b.to(tl.float32)
+    # a row without a target has no logit, whatever it holds
+    tl.store(logit_ptr + row, tl.where(valid, tl.sum(total, 1), 0.0), mask=row_mask)
 
 
 def gather_rows(source: Tensor, index: Tensor) -> Tensor:
@@ -48,30 +125,115 @@ def gather_rows(source: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``[R, D]`` contiguous.
     """
-    rows, width = len(index), source.shape[-1]
-    out = source.new_empty(rows, width)
+    out = source.new_empty(len(index), source.shape[-1])
     if out.numel() == 0:
         return out
-    if source.dim() == 2:
-        source = source.unsqueeze(1).unsqueeze(0)
-    if source.stride(3) != 1:
-        source = source.contiguous()
-    # nothing is computed; and the interpreter rounds what it takes for bf16 numbers
-    bits = (source.view(torch.int16), out.view(torch.int16)) if out.dtype == torch.bfloat16 else (source, out)
+    source, strides, layout = _layout(source, out)
     size, depth = (512, 1024) if INTERPRETED else (4, 1024)
-    gather_rows_kernel[(triton.cdiv(rows, size), triton.cdiv(width, depth))](
-        bits[0],
+    gather_rows_kernel[(triton.cdiv(len(index), size), triton.cdiv(out.shape[1], depth))](
+        _bits(source), index, _bits(out), *out.shape, *strides, **layout, BLOCK_M=size, BLOCK_D=depth, num_warps=4
+    )
+    return out
+
+
+def gather_rows_dot(source: Tensor, index: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`gather_rows`, and on the way each row's logit of its target: ``(out * weight[target]).sum(1)``.
+
+    Args:
+        source: ``[B, T, k, D]``, see `gather_rows`.
+        index: ``[R]`` integer, contiguous.
+        weight: ``[V, D]`` or, a matrix for each head, ``[k, V, D]``; the same dtype, last dimension contiguous.
+        target: ``[R]`` integer, contiguous, class in the head's matrix.
+
+    Returns:
+        ``[R, D]`` contiguous, and ``[R]`` fp32, 0 where the index or the target is -1 or the target no class.
+    """
+    out = source.new_empty(len(index), source.shape[-1])
+    logit = torch.empty(len(index), dtype=torch.float32, device=source.device)
+    if out.numel() == 0:
+        return out, logit.zero_()
+    source, strides, layout = _layout(source, out)
+    size, depth = (512, 1024) if INTERPRETED else (4, 1024)
+    gather_rows_dot_kernel[(triton.cdiv(len(index), size),)](
+        _bits(source),
         index,
-        bits[1],
-        rows,
-        width,
-        source.shape[2],
-        source.shape[1],
-        *source.stride()[:3],
+        _bits(out),
+        weight,
+        target,
+        logit,
+        *out.shape,
+        *strides,
+        weight.shape[-2],
+        weight.stride(-2),
+        weight.stride(0) if weight.dim() == 3 else 0,
+        **layout,
+        WIDE_WEIGHT=_reach(weight) >= 1 << 31,
+        PER_HEAD=weight.dim() == 3,
         BLOCK_M=size,
         BLOCK_D=depth,
         num_warps=4,
     )
+    return out, logit
+
+
+def _layout(source: Tensor, out: Tensor) -> tuple[Tensor, tuple[int, ...], dict[str, bool]]:
+    """`source` with features side by side; its heads, times and strides; and how its rows are addressed."""
+    if source.dim() == 2:
+        source = source.unsqueeze(1).unsqueeze(0)
+    if source.stride(3) != 1:
+        source = source.contiguous()
+    _, time, heads, width = source.shape
+    try:
+        row_stride = source.view(-1, width).stride(0)
+    except RuntimeError:
+        flat, strides = False, source.stride()[:3]
+    else:
+        flat, strides = True, (0, 0, row_stride)
+    wide = max(_reach(source), out.numel()) >= 1 << 31
+    return source, (heads, time, *strides), {"FLAT": flat, "WIDE": wide}
+
+
+def _reach(x: Tensor) -> int:
+    """Entries between the first and the last, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """For kernels that move numbers: the interpreter rounds what it takes for bf16."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit(do_not_specialize=["rows"])
+def zero_missing_rows_kernel(
+    index_ptr, out, rows, width, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    missing = tl.load(index_ptr + row, mask=row < rows, other=0) < 0
+    if WIDE:
+        row = row.to(tl.int64)
+    zero = tl.zeros((BLOCK_M, BLOCK_D), dtype=out.dtype.element_ty)
+    tl.store(out + row[:, None] * width + feature[None, :], zero, mask=missing[:, None] & (feature < width)[None, :])
+
+
+def zero_missing_rows(out: Tensor, index: Tensor) -> Tensor:
+    """Zeros the rows of `out` whose index is negative, writes nothing else, and returns it.
+
+    Args:
+        out: ``[N, D]`` contiguous.
+        index: ``[N]`` integer, contiguous.
+    """
+    if out.numel():
+        size, depth = (512, 1024) if INTERPRETED else (8, 1024)
+        zero_missing_rows_kernel[(triton.cdiv(out.shape[0], size), triton.cdiv(out.shape[1], depth))](
+            index,
+            _bits(out),
+            *out.shape,
+            WIDE=out.numel() >= 1 << 31,
+            BLOCK_M=size,
+            BLOCK_D=depth,
+            num_warps=4,
+        )
     return out
 
 

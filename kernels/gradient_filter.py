@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ntpseg.kernels.gemm_configs import GemmConfig
-from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, downcast, upcast_if_interpreted
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, ROW_POINTERS, downcast, upcast_if_interpreted
 from ntpseg.kernels.workspace import BlockStats, RowStats
 
 
@@ -52,7 +52,7 @@ class BlockMask:
         return replace(self, row_num_blocks=self.row_num_blocks[blocks], row_indices=self.row_indices[blocks])
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["rows", "blocks", "threshold"], do_not_specialize_on_alignment=ROW_POINTERS)
 def mark_probable_kernel(
     row_max_ptr,
     target_logit_ptr,
@@ -80,7 +80,7 @@ def mark_probable_kernel(
     tl.store(active_ptr + row_block * blocks + block, active, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "columns"])
+@triton.jit(do_not_specialize=["rows", "blocks", "columns"], do_not_specialize_on_alignment=ROW_POINTERS)
 def mark_tokens_kernel(
     token_ptr,
     target_ptr,
@@ -186,7 +186,10 @@ def create_block_mask(
     return BlockMask(BLOCK_M, BLOCK_N, active, class_num_blocks, class_indices, row_num_blocks, row_indices)
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "blocks", "width_8", "e_stride_8", "weight_stride_8", "out_stride_8"])
+@triton.jit(
+    do_not_specialize=["rows", "classes", "blocks", "width_8", "e_stride_8", "weight_stride_8", "out_stride_8"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
 def filtered_d_hidden_kernel(
     e,
     weight,
@@ -201,6 +204,7 @@ def filtered_d_hidden_kernel(
     weight_stride_8,
     out_stride_8,
     scale_ptr,
+    index_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,8 +238,12 @@ def filtered_d_hidden_kernel(
     scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
     # a row without weight is zero whatever its E holds
     total = tl.where(scale[:, None] == 0.0, 0.0, total * scale[:, None])
-    offsets = row.to(tl.int64)[:, None] * (out_stride_8 * 8) + feature[None, :]
-    mask = (row < rows)[:, None] & (feature < width)[None, :]
+    if index_ptr is None:
+        place = row
+    else:
+        place = tl.load(index_ptr + row, mask=row < rows, other=-1)
+    offsets = place.to(tl.int64)[:, None] * (out_stride_8 * 8) + feature[None, :]
+    mask = ((row < rows) & (place >= 0))[:, None] & (feature < width)[None, :]
     tl.store(out_ptr + offsets, downcast(total, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -306,21 +314,38 @@ def filtered_d_weight_kernel(
 
 
 def filtered_d_hidden(
-    e: Tensor, weight: Tensor, scale: Tensor, out: Tensor, block_mask: BlockMask, config: GemmConfig
+    e: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    block_mask: BlockMask,
+    config: GemmConfig,
+    index: Tensor | None = None,
 ) -> None:
-    """``out = diag(scale) E @ weight`` over the active tiles.
+    """``out[index] = diag(scale) E @ weight`` over the active tiles.
 
     Args:
         e: ``[R, V]``, 16-byte aligned rows.
         weight: ``[V, D]``, the same.
         scale: ``[R]`` fp32.
-        out: ``[R, D]``, overwritten.
+        out: ``[N, D]``; the other rows are left as they are.
         block_mask: its row tile must equal ``config.BLOCK_M``.
         config: M, N, K = rows, features, classes.
+        index: ``[R]`` integer, contiguous, row of `out` that each goes to, -1 = none; None keeps their order, N = R.
     """
     tile = [config.BLOCK_M, config.BLOCK_K]
     indices, num_blocks = block_mask.class_indices, block_mask.class_num_blocks
-    _launch(filtered_d_hidden_kernel, (e, tile), weight, out, (indices, num_blocks), scale, block_mask, config)
+    _launch(
+        filtered_d_hidden_kernel,
+        (e, tile),
+        weight,
+        out,
+        e.shape[0],
+        (indices, num_blocks),
+        (scale, index),
+        block_mask,
+        config,
+    )
 
 
 def filtered_d_weight(
@@ -339,7 +364,15 @@ def filtered_d_weight(
     tile = [config.BLOCK_K, config.BLOCK_M]
     indices, num_blocks = block_mask.row_indices, block_mask.row_num_blocks
     _launch(
-        filtered_d_weight_kernel, (e, tile), scaled, out, (indices, num_blocks), int(accumulate), block_mask, config
+        filtered_d_weight_kernel,
+        (e, tile),
+        scaled,
+        out,
+        e.shape[1],
+        (indices, num_blocks),
+        (int(accumulate),),
+        block_mask,
+        config,
     )
 
 
@@ -348,12 +381,14 @@ def _launch(
     left: tuple[Tensor, list[int]],
     right: Tensor,
     out: Tensor,
+    height: int,
     active: tuple[Tensor, Tensor],
-    extra: Tensor | int,
+    extra: tuple[Tensor | int | None, ...],
     block_mask: BlockMask,
     config: GemmConfig,
 ) -> None:
-    """What both products share: `left` is E and the tile of it that a step reads, `extra` the kernel's own argument."""
+    """What both products share: `left` is E and the tile of it that a step reads, `height` the rows of the product,
+    `extra` the kernel's own arguments."""
     e, tile = left
     indices, num_blocks = active
     operands: list[object] = [e, right]
@@ -363,7 +398,7 @@ def _launch(
             TensorDescriptor.from_tensor(right, [config.BLOCK_K, config.BLOCK_N]),
         ]
     rows, classes = e.shape
-    height, width = out.shape
+    width = out.shape[1]
     kernel[(triton.cdiv(width, config.BLOCK_N), triton.cdiv(height, config.BLOCK_M))](
         *operands,
         out,
@@ -376,7 +411,7 @@ def _launch(
         e.stride(0) // 8,
         right.stride(0) // 8,
         out.stride(0) // 8,
-        extra,
+        *extra,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -13,35 +13,46 @@ from torch import Tensor
 from ntpseg.kernels.tl_utils import INTERPRETED
 
 
-@triton.jit(do_not_specialize=["pairs", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["token_ptr"])
 def indexed_dot_kernel(
     hidden,
     weight,
     token_ptr,
     out_ptr,
-    pairs,
+    rows,
     columns,
     width,
     hidden_stride,
     weight_stride,
-    BLOCK_SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = pair < pairs
-    token = tl.load(token_ptr + pair, mask=mask, other=-1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    pair = row[:, None] * columns + column[None, :]
+    token = tl.load(token_ptr + pair, mask=mask, other=-1)
+    if WIDE:
+        row, token = row.to(tl.int64), token.to(tl.int64)
+    else:
+        token = token.to(tl.int32)
     valid = token >= 0
-    total = tl.zeros((BLOCK_SIZE, BLOCK_D), dtype=tl.float32)
-    if tl.max(valid.to(tl.int32), 0) > 0:  # most negatives of a trained model equal the target and drop out
-        a_ptr = hidden + (pair // columns)[:, None] * hidden_stride
-        b_ptr = weight + token[:, None] * weight_stride
+    used = tl.max(valid.to(tl.int32), 1) > 0
+    total = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_D), dtype=tl.float32)
+    if tl.max(used.to(tl.int32), 0) > 0:  # most negatives of a trained model equal the target and drop out
+        a_ptr = hidden + row[:, None] * hidden_stride
+        b_ptr = weight + token[:, :, None] * weight_stride
         for start in range(0, width, BLOCK_D):
             feature = start + tl.arange(0, BLOCK_D)
-            operand_mask = valid[:, None] & (feature < width)[None, :]
-            a = tl.load(a_ptr + feature[None, :], mask=operand_mask, other=0.0)
-            b = tl.load(b_ptr + feature[None, :], mask=operand_mask, other=0.0)
-            total += a.to(tl.float32) * b.to(tl.float32)
-    tl.store(out_ptr + pair, tl.sum(total, 1), mask=mask)
+            feature_mask = feature < width
+            # a row is read once for all of its tokens
+            a = tl.load(a_ptr + feature[None, :], mask=used[:, None] & feature_mask[None, :], other=0.0)
+            b = tl.load(b_ptr + feature[None, None, :], mask=valid[:, :, None] & feature_mask[None, None, :], other=0.0)
+            total += a.to(tl.float32)[:, None, :] * b.to(tl.float32)
+    # a missing token has no logit, whatever the row holds
+    tl.store(out_ptr + pair, tl.where(valid, tl.sum(total, 2), 0.0), mask=mask)
 
 
 def indexed_dot(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
@@ -59,18 +70,21 @@ def indexed_dot(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
     out = torch.empty(rows, columns, dtype=torch.float32, device=hidden.device)
     if out.numel() == 0:
         return out
-    size, depth = (256, 128) if INTERPRETED else (16, 256)
-    indexed_dot_kernel[(triton.cdiv(out.numel(), size),)](
+    size, depth = (256, 128) if INTERPRETED else (8, 512)
+    step = min(8, triton.next_power_of_2(columns))
+    indexed_dot_kernel[(triton.cdiv(rows, size // step), triton.cdiv(columns, step))](
         hidden,
         weight,
         token,
         out,
-        out.numel(),
+        rows,
         columns,
         hidden.shape[1],
         hidden.stride(0),
         weight.stride(0),
-        BLOCK_SIZE=size,
+        WIDE=max(rows * hidden.stride(0), weight.shape[0] * weight.stride(0), out.numel()) >= 1 << 31,
+        BLOCK_M=size // step,
+        BLOCK_N=step,
         BLOCK_D=depth,
         num_warps=4,
     )

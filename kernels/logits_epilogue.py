@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, anchored_exp, downcast
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E, ROW_POINTERS, anchored_exp, downcast
 from ntpseg.kernels.workspace import Anchors, BlockStats
 
 LOGITS_BLOCK_N = 512
 
 
-@triton.jit(do_not_specialize=["rows", "classes"])
+@triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=ROW_POINTERS)
 def logits_stats_kernel(
     z_ptr,
     anchor_ptr,
@@ -47,7 +47,7 @@ def logits_stats_kernel(
     tl.store(argmax_ptr + block_offsets, argmax, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["rows", "classes"])
+@triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=ROW_POINTERS)
 def logits_exp_kernel(
     z_ptr, e_ptr, anchor_ptr, rows, classes, z_stride, e_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):

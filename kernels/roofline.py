@@ -60,8 +60,9 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
     statistics = (12 + 16) * rows * blocks  # written once; maxima read twice, sums and ids once
     d_hidden = (4 + 4 + 2) * rows * width  # fp32 product, read to be scaled, written
     scaled = (2 + 2) * rows * width
-    gathered = 2 * (2 + 2) * rows * width  # rows gathered from the batch, their gradient put back
-    token_logits = 2 * 2 * rows * (1 + _NEGATIVES) * width  # both operands of every single logit, none dropped
+    gathered = (2 + 2) * rows * width  # rows gathered from the batch; their gradient is written in its place
+    # the weight's rows of targets and negatives, none dropped; hidden once more, for the negatives
+    token_logits = 2 * rows * (1 + _NEGATIVES + 1) * width
     accumulator = 0
     if plan.count > 1:  # the gradient's own write is in any product
         passes = 6 * (plan.count - 1) if plan.split_accumulator else 4 * (2 * plan.count - 1) + 4

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import FAR_ANCHOR, INT32_MAX, INTERPRETED, LN2, LOG2E
+from ntpseg.kernels.tl_utils import FAR_ANCHOR, INT32_MAX, INTERPRETED, LN2, LOG2E, ROW_POINTERS
 from ntpseg.kernels.workspace import Anchors, BlockStats, LossWeights, RowStats
 
 # Above exp(48) the smallest row scale would leave the normal range of bf16; float16 itself ends at exp(11).
@@ -23,7 +23,7 @@ def overflow_gap(dtype: torch.dtype) -> float:
     return _LIMIT.get(dtype, _DEFAULT_LIMIT)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "num_hard", "classes"])
+@triton.jit(do_not_specialize=["rows", "blocks", "num_hard", "classes"], do_not_specialize_on_alignment=ROW_POINTERS)
 def row_reduce_kernel(
     row_sum_ptr,
     row_max_ptr,
@@ -134,7 +134,7 @@ def row_reduce_kernel(
     tl.store(limit_ptr + row, tl.where(recompute, float("inf"), limit), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
+@triton.jit(do_not_specialize=["rows", "blocks"], do_not_specialize_on_alignment=ROW_POINTERS)
 def recompute_blocks_kernel(
     recompute_ptr, blocks_ptr, num_blocks_ptr, rows, blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):

@@ -17,6 +17,27 @@ INT32_MAX = tl.constexpr(2147483647)
 # An anchor above every logit: exp2 of the difference is exactly zero, so the dense part of the row vanishes.
 FAR_ANCHOR = tl.constexpr(1.0e30)
 
+# Per-row arguments of kernels that get some rows of a longer array. Where those begin depends on the batch (with a
+# weight per head, on how many rows each head has): keyed on their alignment, a kernel would be compiled again for each.
+ROW_POINTERS = (
+    "anchor_ptr",
+    "hard_tokens_ptr",
+    "het_ptr",
+    "index_ptr",
+    "limit_ptr",
+    "lse_ptr",
+    "margin_ptr",
+    "nll_ptr",
+    "num_negatives_ptr",
+    "prediction_ptr",
+    "recompute_ptr",
+    "row_weight_ptr",
+    "scale_ptr",
+    "target_logit_ptr",
+    "target_ptr",
+    "tcl_ptr",
+)
+
 
 def _patch_interpreter() -> None:
     """Lets a scalar be the bound of a loop: a one-element array there, which is no ``int`` to NumPy 2.5 and later.

@@ -26,7 +26,8 @@ What it computes, for row r with g = row_weight[r], y = target[r], z = weight @ 
     sum_r g * (nll + tcl_weight * tcl + z_loss * lse^2) + het_weight * entry_weight * het
 
 What it returns: `RowsResult`. The caller forms the scalar parts from it, scatters the gradients and multiplies them
-with the incoming one. Rows never overlap, so the scatter is a plain index copy.
+with the incoming one. Rows never overlap, so the scatter is a plain index copy; a backend that is given
+`rows.inverse_index` may write the gradient of hidden to its places itself and say so (`RowsResult.in_place`).
 
 A new backend adds one line to `_BACKENDS`.
 """
@@ -55,6 +56,7 @@ class RowsResult:
         d_hidden: ``[R, D]`` or None when not wanted. The dtype of hidden, but work for float16 (a loss scale is
             multiplied in later, and must find what float16 would have flushed to zero).
         d_weight: the shape of weight, or None; the same rule for its dtype. Accumulated in work.
+        in_place: ``d_hidden`` is ``[B * T * k, D]``, the rows in the places of `rows.gather_index` and zeros elsewhere.
     """
 
     prediction: Tensor
@@ -65,6 +67,7 @@ class RowsResult:
     lse: Tensor
     d_hidden: Tensor | None
     d_weight: Tensor | None
+    in_place: bool = False
 
 
 class RowsLoss(Protocol):

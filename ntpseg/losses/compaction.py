@@ -40,6 +40,10 @@ class Rows:
         segments: per weight matrix its ``(start, stop)`` rows; one segment for a shared ``[V, D]`` weight, k for
             ``[k, V, D]``. Host integers.
         index: ``[R]`` int64, position of the row in a flattened ``[k, B, T]``; -1 for padding.
+        gather_index: ``[R]`` int64, position of the row in a flattened ``[B, T, k]``, that of the hidden states; -1 for
+            padding. None where a backend has no use for it.
+        inverse_index: ``[B * T * k]`` int32, the row of each (sample, time, head), -1 = none; or None with it.
+        target_logit: ``[R]`` float32, the logit of the target where finding the rows has left it, or None.
     """
 
     hidden: Tensor
@@ -50,6 +54,9 @@ class Rows:
     entry_weight: Tensor
     segments: tuple[tuple[int, int], ...]
     index: Tensor
+    gather_index: Tensor | None = None
+    inverse_index: Tensor | None = None
+    target_logit: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
-from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
+from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
 from ntpseg.losses.compaction import Compaction, Rows, check_max_rows, refuse
 from ntpseg.losses.options import LossOptions, TokenResults
@@ -40,9 +40,17 @@ class TritonCompaction(Compaction):
 
 
 def compact_triton(
-    hidden: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, per_head_weight: bool
+    hidden: Tensor,
+    supervision: Supervision,
+    classes: int,
+    options: LossOptions,
+    *,
+    per_head_weight: bool,
+    weight: Tensor | None = None,
 ) -> TritonCompaction:
     """See `ntpseg.losses.compaction.compact` for the arguments and errors; not for float64.
+
+    With `weight`, all classes of it, the targets' logits are computed in the pass that gathers the rows.
 
     Counts rows and entries in the kernels that find them, by the rule of `ntpseg.losses.supervision`: its operators
     would be as many launches again.
@@ -88,8 +96,12 @@ def compact_triton(
         hard_tokens = labels.new_empty(total_rows, 0)
     else:
         hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, width)
+    if weight is None:
+        compact_hidden, target_logit = gather_rows(hidden, table.gather_index), None
+    else:
+        compact_hidden, target_logit = gather_rows_dot(hidden, table.gather_index, weight, table.target)
     rows = Rows(
-        hidden=gather_rows(hidden, table.gather_index),
+        hidden=compact_hidden,
         target=table.target,
         row_weight=table.row_weight,
         num_negatives=table.num_negatives,
@@ -97,6 +109,9 @@ def compact_triton(
         entry_weight=table.entry_weight,
         segments=segments,
         index=table.index,
+        gather_index=table.gather_index,
+        inverse_index=table.inverse_index,
+        target_logit=target_logit,
     )
     return TritonCompaction(rows, table.ntp_weight, (batch, time, heads), layout.shift, table.inverse_index)
 

@@ -38,7 +38,7 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
     )
     # kernels go to the current device, whatever the tensors are on
     with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
-        compaction = _compact(hidden, supervision, classes, options, per_head_weight=weight.dim() == 3)
+        compaction = _compact(hidden, weight, supervision, classes, options, sharded=bool(inputs.group))
         rows = compaction.rows
         shard = None
         if inputs.group:
@@ -57,28 +57,33 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
         loss = parts.nktp + options.tcl_weight * parts.tcl + options.het_weight * parts.het + options.z_loss * parts.z
         tokens = compaction.scatter_results(result.prediction, result.nll, result.margin, class_start)
         d_hidden, d_weight = result.d_hidden, result.d_weight
+        if d_hidden is not None:
+            d_hidden = d_hidden.view(hidden.shape) if result.in_place else compaction.scatter_gradient(d_hidden)
         return LossOutputs(
             loss=loss.to(work),
             parts=torch.stack(parts).to(work),
             prediction=tokens.prediction,
             nll=tokens.nll,
             margin=tokens.margin,
-            d_hidden=_no_gradient(hidden) if d_hidden is None else compaction.scatter_gradient(d_hidden),
+            d_hidden=_no_gradient(hidden) if d_hidden is None else d_hidden,
             d_weight=_no_gradient(weight) if d_weight is None else d_weight,
         )
 
 
 def _compact(
-    hidden: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, per_head_weight: bool
+    hidden: Tensor, weight: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, sharded: bool
 ) -> Compaction:
     """By kernels on a GPU, in plain PyTorch elsewhere; see `ntpseg.losses.compaction.compact`."""
+    per_head = weight.dim() == 3
     if options.backend == "triton" and hidden.dtype != torch.float64 and supervision.labels.numel():
         from ntpseg.kernels.tl_utils import INTERPRETED
         from ntpseg.losses.compaction_triton import compact_triton
 
         if hidden.is_cuda or INTERPRETED:
-            return compact_triton(hidden, supervision, classes, options, per_head_weight=per_head_weight)
-    return compact(hidden, supervision, classes, options, per_head_weight=per_head_weight)
+            # a shard has not every target
+            targets = None if sharded else weight
+            return compact_triton(hidden, supervision, classes, options, per_head_weight=per_head, weight=targets)
+    return compact(hidden, supervision, classes, options, per_head_weight=per_head)
 
 
 def _no_gradient(operand: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
+from ntpseg.kernels.gather_scatter import zero_missing_rows
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.kernels.workspace import LossWeights, RowStats
 from ntpseg.losses import torch_backend
@@ -54,9 +55,15 @@ def rows_loss(
     row_stats = RowStats.empty(count, device)
     tcl, het = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
     d_hidden_dtype = result_dtype if shard is None else torch.float32
-    d_hidden = torch.empty(hidden.shape, dtype=d_hidden_dtype, device=device) if hidden_grad else None
+    # ranks add up their parts of the rows that there are; alone, every row goes straight to its place in the batch
+    index, inverse_index = (rows.gather_index, rows.inverse_index) if shard is None else (None, None)
+    in_place = index is not None and inverse_index is not None
+    shape = hidden.shape if inverse_index is None else (len(inverse_index), hidden.shape[1])
+    d_hidden = torch.empty(shape, dtype=d_hidden_dtype, device=device) if hidden_grad else None
     d_weight = torch.empty(matrices.shape, dtype=result_dtype, device=device) if weight_grad else None
     with torch.cuda.device(device) if hidden.is_cuda else contextlib.nullcontext():
+        if d_hidden is not None and inverse_index is not None:
+            zero_missing_rows(d_hidden, inverse_index)
         for matrix, (start, stop) in enumerate(rows.segments):
             if start == stop:
                 if d_weight is not None:
@@ -77,13 +84,15 @@ def rows_loss(
                     temperature=options.temperature,
                 ),
                 negatives=options.negatives,
+                target_logit=None if rows.target_logit is None else rows.target_logit[cut],
             )
             result = SegmentResult(
                 row_stats=row_stats[cut],
                 tcl=tcl[cut],
                 het=het[cut],
-                d_hidden=None if d_hidden is None else d_hidden[cut],
+                d_hidden=None if d_hidden is None else d_hidden if in_place else d_hidden[cut],
                 d_weight=None if d_weight is None else d_weight[matrix],
+                d_hidden_index=index[cut] if index is not None else None,
             )
             run_segment(segment, matrices[matrix], result, loop, shard)
     if d_hidden is not None and shard is not None:
@@ -99,4 +108,5 @@ def rows_loss(
         lse=row_stats.lse,
         d_hidden=d_hidden,
         d_weight=d_weight,
+        in_place=in_place and hidden_grad,
     )

@@ -7,12 +7,14 @@ then compiles each distinct launch and prints one JSON line per kernel.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ from triton.runtime.jit import JITFunction
 from ntpseg.kernels import chunks
 from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
 from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
-from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
+from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, scatter_results, zero_missing_rows
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
-from ntpseg.kernels.scale_rows import scale_
+from ntpseg.kernels.scale_rows import scale_, scale_rows
 from ntpseg.kernels.workspace import LossWeights, RowStats
 
 _POINTERS = {
@@ -59,11 +61,11 @@ def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
     aligned: list[int] = []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 aligned.append(parameter.num)
         elif isinstance(value, bool | int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
@@ -79,9 +81,13 @@ def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
     return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
 
 
-def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """All distinct launches of the chunk loop over dtypes, alignments and options."""
-    distinct: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
+Launches = dict[str, tuple[JITFunction, dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Launches]:
+    """All distinct launches within, none of which is made."""
+    distinct: Launches = {}
 
     def record(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
         spec = specialize(self, args, dict(kwargs))
@@ -89,9 +95,15 @@ def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        launch_all(architecture)
+        yield distinct
     finally:
         JITFunction.run = original
+
+
+def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """All distinct launches of the chunk loop over dtypes, alignments and options."""
+    with recorded() as distinct:
+        launch_all(architecture)
     return list(distinct.values())
 
 
@@ -102,27 +114,55 @@ def launch_all(architecture: str) -> None:
             for negatives, hard in ((5, 2), (32, 16)):
                 for filtered in (0.0, 2.0**-12):
                     _run(dtype, width, negatives, hard, filtered, architecture)
+        _run(dtype, 128, 5, 2, 0.0, architecture, classes=768)  # no vocabulary block is cut off
         _run_around(dtype)
 
 
-def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:
-    rows, classes = 160, 640
+def launches_by_start(architecture: str) -> list[list[str]]:
+    """The distinct launches for rows that start at 0, 1, 2 and 3 of their arrays."""
+    found = []
+    for start in range(4):
+        with recorded() as distinct:
+            for dtype in (torch.bfloat16, torch.float32):
+                for filtered in (0.0, 2.0**-12):
+                    _run(dtype, 128, 5, 3, filtered, architecture, start=start)
+        found.append(sorted(distinct))
+    return found
+
+
+def _run(
+    dtype: torch.dtype,
+    width: int,
+    negatives: int,
+    hard: int,
+    filtered: float,
+    architecture: str,
+    classes: int = 640,
+    start: int = 0,
+) -> None:
+    """Rows from `start` on of longer arrays, as the second head has them where each has a weight of its own."""
+    rows = 160
+    cut, longer = slice(start, None), rows + start
     result_dtype = torch.float32 if dtype == torch.float16 else dtype
-    for grad in (True, False):
+    for grad, in_place in ((True, True), (True, False), (False, False)):
         segment = Segment(
-            hidden=torch.zeros(rows, width, dtype=dtype),
-            target=torch.zeros(rows, dtype=torch.int64),
-            num_negatives=torch.zeros(rows, dtype=torch.int32),
-            hard_tokens=torch.zeros(rows, hard, dtype=torch.int64),
-            weights=LossWeights(torch.ones(rows), torch.ones(()), 1.0, 1.0, 0.5, 2.0),
+            hidden=torch.zeros(longer, width, dtype=dtype)[cut],
+            target=torch.zeros(longer, dtype=torch.int64)[cut],
+            num_negatives=torch.zeros(longer, dtype=torch.int32)[cut],
+            hard_tokens=torch.zeros(longer, hard, dtype=torch.int64)[cut],
+            weights=LossWeights(torch.ones(longer)[cut], torch.ones(()), 1.0, 1.0, 0.5, 2.0),
             negatives=negatives,
+            target_logit=torch.zeros(longer)[cut] if in_place else None,
         )
+        index = torch.arange(longer)[cut] if in_place else None
+        d_hidden = torch.empty(longer, width, dtype=result_dtype) if grad else None
         result = SegmentResult(
-            RowStats.empty(rows, torch.device("cpu")),
-            torch.empty(rows),
-            torch.empty(rows),
-            torch.empty(rows, width, dtype=result_dtype) if grad else None,
+            RowStats.empty(longer, torch.device("cpu"))[cut],
+            torch.empty(longer)[cut],
+            torch.empty(longer)[cut],
+            d_hidden if in_place or d_hidden is None else d_hidden[cut],
             torch.empty(classes, width, dtype=result_dtype) if grad else None,
+            index,
         )
         weight = torch.zeros(classes, width, dtype=dtype)
         several = 640 * dtype.itemsize * 128
@@ -154,8 +194,13 @@ def _run_around(dtype: torch.dtype) -> None:
                     labels, cells, torch.ones(2), count, per_head, layout, 5, 64, padded=padded, segments=segments
                 )
         hard_token_table(hard, cell, rank, made.inverse_index, layout, 64, 2)
-    rows = torch.zeros(64, 128, dtype=dtype)
+    for heads in (torch.zeros(3, 40, 2, 128, dtype=dtype), torch.zeros(2, 3, 40, 128, dtype=dtype).permute(1, 2, 0, 3)):
+        gather_rows(heads, made.gather_index)
+        for weight in (torch.zeros(640, 128, dtype=dtype), torch.zeros(2, 640, 128, dtype=dtype)):
+            rows, _ = gather_rows_dot(heads, made.gather_index, weight, made.target)
     gather_rows(rows, made.inverse_index)
+    zero_missing_rows(rows, made.inverse_index)
+    scale_rows(rows.float(), made.row_weight, rows, index=made.gather_index)
     scatter_results(made.inverse_index, made.index, made.row_weight, made.row_weight, (3, 40, 2), 1, 0)
     scale_(rows, count)
 
@@ -191,10 +236,15 @@ def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **ex
 
 
 def main() -> None:
-    """``compile_ahead.py sm_90 [starve]``: starve caps registers, as proof that a spill would be seen."""
+    """``compile_ahead.py sm_90 [starve | starts]``: starve caps registers, as proof that a spill would be seen; starts
+    compiles nothing and prints the launches by the first row's place."""
     architecture = sys.argv[1]
     capability = int(architecture.removeprefix("sm_"))
     torch.set_num_threads(1)
+    if sys.argv[2:] == ["starts"]:
+        for found in launches_by_start(architecture):
+            print(json.dumps(found), flush=True)
+        return
     for kernel, spec in launches(architecture):
         if len(sys.argv) > 2:
             if kernel.__name__ == "anchored_gemm_kernel":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +154,38 @@ def test_compiles_without_a_break() -> None:
     hidden.grad = None
     case.loss(hidden, weight, "triton").loss.backward()
     torch.testing.assert_close(got, hidden.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"width": 8},
+        {"width": 11},  # rows that are not aligned
+        {"width": 8, "per_head": True, "chunk_bytes": 64 * 2 * 7},
+        {"width": 11, "per_head": True, "max_rows": 18},
+        {"width": 8, "max_rows": 18, "chunk_bytes": 64 * 4 * 7},
+        {"width": 16, "gradient_filter": 1e-9},
+        {"width": 16, "unsupervised": 0.0, "shift": False, "k": 1},  # no place without a row
+        {"width": 8, "unsupervised": 1.0},
+    ],
+    ids=str,
+)
+def test_gradient_of_hidden_lands_in_its_place(
+    keywords: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = draw(dtype=dtype, **keywords)
+    fresh = torch.empty
+
+    def dirty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = fresh(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    # the way that ranks and other backends go: rows first, their places afterwards
+    plain = case.run("torch", torch.float64)[1]
+    got = case.run("triton")[1]
+    assert got.shape == case.hidden.shape and got.dtype == dtype
+    assert not got[plain == 0].any()
+    error = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    assert float((got.double() - plain).norm()) <= error * float(plain.norm()) + 1e-9

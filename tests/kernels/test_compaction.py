@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 
 from loss_cases import Case, draw
 
-from ntpseg.kernels.gather_scatter import gather_rows
+from ntpseg.kernels import gather_scatter
+from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, zero_missing_rows
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
 from ntpseg.losses.compaction import Compaction, compact
@@ -121,3 +122,49 @@ def test_gather_rows(dtype: torch.dtype) -> None:
     expected = source[index.clamp_min(0)] * (index >= 0).unsqueeze(1)
     assert torch.equal(gather_rows(source, index), expected)
     assert gather_rows(source, index[:0]).shape == (0, 19)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads-first", "sliced", "expanded"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_gather_rows_of_any_strides(layout: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wide:  # 64-bit offsets, as beyond 2**31 entries
+        monkeypatch.setattr(gather_scatter, "_reach", lambda x: 1 << 31)
+    source = {
+        "contiguous": torch.randn(2, 5, 3, 20),
+        "heads-first": torch.randn(3, 2, 5, 20).permute(1, 2, 0, 3),
+        "sliced": torch.randn(2, 9, 4, 24)[:, 2:7, 1:, :20],
+        "expanded": torch.randn(2, 5, 1, 20).expand(2, 5, 3, 20),
+    }[layout]
+    index = torch.cat([torch.randperm(30), torch.tensor([-1])])
+    expected = torch.cat([source.reshape(30, 20)[index[:-1]], torch.zeros(1, 20)])
+    assert torch.equal(gather_rows(source, index), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("width", [1100, 19])
+def test_logits_of_targets_in_the_pass_that_gathers(dtype: torch.dtype, per_head: bool, width: int) -> None:
+    source = torch.randn(2, 4, 3, width).to(dtype)
+    weight = torch.randn(*([3] if per_head else []), 7, width + 5).to(dtype)[..., :width]
+    index = torch.cat([torch.randperm(24), torch.tensor([-1, 5, 6])])
+    target = torch.randint(0, 7, (27,))
+    source[0, 1, 2] = torch.nan  # row 5, whose target is missing at the end
+    target[24:] = torch.tensor([3, -1, 7])
+    hidden, logit = gather_rows_dot(source, index, weight, target)
+    assert torch.equal(hidden.isnan(), gather_rows(source, index).isnan())
+    assert torch.equal(hidden.nan_to_num(), gather_rows(source, index).nan_to_num())
+    chosen = weight[index % 3, target.clamp(0, 6)] if per_head else weight[target.clamp(0, 6)]
+    expected = (hidden.double() * chosen.double()).sum(1)
+    expected[24:] = 0
+    torch.testing.assert_close(logit.double(), expected, rtol=1e-5, atol=2e-5, equal_nan=True)
+    assert logit[24:].tolist() == [0, 0, 0]
+    none = gather_rows_dot(source, index[:0], weight, target[:0])
+    assert none[0].shape == (0, width) and none[1].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_missing_rows_are_zeroed_and_no_others(dtype: torch.dtype) -> None:
+    out = torch.full((70, 30), torch.nan, dtype=dtype)
+    index = torch.arange(70, dtype=torch.int32).masked_fill(torch.rand(70) < 0.5, -1)
+    zero_missing_rows(out, index)
+    assert torch.equal(out.isnan().all(1), index >= 0) and not out[index < 0].any()

@@ -32,6 +32,8 @@ _OTHERS = {
     "rank_hard_tokens_kernel",
     "hard_token_table_kernel",
     "gather_rows_kernel",
+    "gather_rows_dot_kernel",
+    "zero_missing_rows_kernel",
     "scatter_results_kernel",
     "scale_kernel",
     "logits_stats_kernel",
@@ -78,3 +80,10 @@ def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     (starved,) = _compile(tmp_path, "sm_80", "starve")
     assert starved["registers"] <= 64
     assert starved["stack"] > 0
+
+
+def test_rows_that_start_anywhere_are_compiled_for_once(tmp_path: Path) -> None:
+    aligned, *others = _compile(tmp_path, "sm_90", "starts")
+    assert {name.split("{")[0] for name in aligned} >= {"row_reduce_kernel", "contrastive_kernel", "scale_rows_kernel"}
+    for found in others:
+        assert set(found) == set(aligned)

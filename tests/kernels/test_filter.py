@@ -74,6 +74,13 @@ def test_products_over_active_tiles(configs: ArchConfigs, dtype: torch.dtype) ->
     result = torch.empty(rows, width)
     filtered_d_hidden(e, weight, scale, result, block_mask, configs.d_hidden)
     assert distance(result, (kept @ weight.double()) * scale.double().unsqueeze(1)) < 1e-6
+    index = torch.randperm(200)[:rows]
+    index[3] = -1
+    placed = torch.full((200, width), 5.0)
+    filtered_d_hidden(e, weight, scale, placed, block_mask, configs.d_hidden, index)
+    there = torch.full((200, width), 5.0)
+    there[index[index >= 0]] = result[index >= 0]
+    assert torch.equal(placed, there)
     total = torch.empty(classes, width)
     filtered_d_weight(e, scaled, total, block_mask, configs.d_weight, accumulate=False)
     expected = kept.t() @ scaled.double()

@@ -33,21 +33,18 @@ def _anchors(logit: torch.Tensor, gap: float = 48.0) -> Anchors:
     return Anchors(logit, logit * LOG2E, logit + gap)
 
 
-def _every(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(blocks, dtype=torch.int32), torch.tensor(blocks, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS.forward], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_with_epilogue(config: GemmConfig, dtype: torch.dtype) -> None:
-    rows, classes, width = 100, 333, 72
+@pytest.mark.parametrize("classes", [333, 256], ids=["ragged", "whole-blocks"])
+def test_product_with_epilogue(config: GemmConfig, dtype: torch.dtype, classes: int) -> None:
+    rows, width = 100, 72
     hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
     z = hidden.float() @ weight.float().t()
     anchors = _anchors(z[:, 7].clone())
     blocks = -(-classes // config.BLOCK_N)
     block_stats = BlockStats.empty(blocks, rows, torch.device("cpu"))
-    e = torch.full((rows, 384), math.nan, dtype=dtype)
-    anchored_gemm(hidden, weight, e, anchors, block_stats, *_every(2), config, 2)
+    e = torch.full((rows, -(-classes // 128) * 128), math.nan, dtype=dtype)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, None, config, 2)
 
     expected = torch.exp(z.double() - z[:, 7:8].double())
     assert distance(e[:, :classes], expected) < (1e-5 if dtype == torch.float32 else 2.5e-3)
@@ -73,6 +70,9 @@ def test_only_the_listed_row_blocks_are_written() -> None:
     e = torch.full((150, 128), -5.0)
     anchored_gemm(hidden, weight, e, _anchors(z[:, 0]), block_stats, chosen, torch.tensor(0).int(), POINTERS, 2)
     assert (e == -5).all()
+    # without a list the first row blocks, as many as the device says
+    anchored_gemm(hidden, weight, e, _anchors(z[:, 0]), block_stats, None, torch.tensor(2).int(), POINTERS, 2)
+    assert (e[:128] >= 0).all() and (e[128:] == -5).all()
 
 
 def test_statistics_survive_an_overflow_of_the_anchor() -> None:
@@ -84,7 +84,7 @@ def test_statistics_survive_an_overflow_of_the_anchor() -> None:
     assert (z.amax(1) - logit > 200).all()
     block_stats = BlockStats.empty(3, 40, torch.device("cpu"))
     e = torch.empty(40, 320)
-    anchored_gemm(hidden, weight, e, anchors, block_stats, *_every(1), POINTERS, 1)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, None, POINTERS, 1)
     assert e.isfinite().all() and block_stats.row_sum.isfinite().all()
 
     row_stats = RowStats.empty(40, torch.device("cpu"))
@@ -137,13 +137,18 @@ def test_recompute_blocks_holds_the_blocks_in_order() -> None:
     assert result[: int(count)].tolist() == [0, 1, 39]
 
 
+@pytest.mark.parametrize("columns", [1, 3, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_single_logits(dtype: torch.dtype) -> None:
-    hidden, weight = torch.randn(50, 150).to(dtype), torch.randn(90, 150).to(dtype)
-    token = torch.randint(-1, 90, (50, 3))
+def test_single_logits(dtype: torch.dtype, columns: int) -> None:
+    hidden, weight = torch.randn(300, 150).to(dtype), torch.randn(90, 150).to(dtype)
+    token = torch.randint(-1, 90, (300, columns))
+    token[2] = -1
     expected = (hidden.double().unsqueeze(1) * weight.double()[token.clamp_min(0)]).sum(-1).masked_fill(token < 0, 0)
     assert distance(indexed_dot(hidden, weight, token), expected) < 1e-6
-    assert indexed_dot(hidden, weight, token[:, :0]).shape == (50, 0)
+    assert indexed_dot(hidden, weight, token[:, :0]).shape == (300, 0)
+    hidden[2:4], token[3, 0] = math.nan, -1
+    poisoned = indexed_dot(hidden, weight, token)
+    assert not poisoned[2].any() and torch.equal(poisoned[3].isnan(), token[3] >= 0)
 
 
 def test_contrastive_tokens() -> None:
@@ -235,6 +240,13 @@ def test_scaled_rows(out_dtype: torch.dtype) -> None:
     assert torch.equal(result, expected.to(out_dtype))
     inplace = source.clone()
     assert torch.equal(scale_rows(inplace, scale, inplace, 4.0), expected)
+    index = torch.randperm(50)[:33]
+    index[7] = -1
+    placed = scale_rows(source, scale, torch.full((50, 1500), 5.0, dtype=out_dtype), 4.0, index)
+    there = torch.full((50, 1500), 5.0).to(out_dtype)
+    kept = torch.arange(33) != 7
+    there[index[kept]] = expected.to(out_dtype)[kept]
+    assert torch.equal(placed, there)
 
 
 def test_pass_over_written_logits() -> None:
