@@ -59,7 +59,7 @@ class LossOptions:
             the weight's gradient over them under 2 % of the products' time, at most 8 GiB; "auto" (the default): "fast"
             where that takes a quarter, at most, of what the GPU had to spare when it was first asked, else "small";
             always "small" with `group=` and off CUDA. The rows of one block decide in which order the weight's
-            gradient is added up, hence how its last bit rounds; loss and predictions do not depend on it. Other
+            gradient is added up, hence how its last bit rounds; equal calls of one process are divided alike. Other
             backends do not read it.
 
     Raises:
