@@ -364,6 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if value < 1 or (name == "width" and value % 8):
                 wanted = "a multiple of 8" if name == "width" else "an integer >= 1"
                 raise ValueError(f"{name} must be {wanted}, got {value}")
+    if args.repetitions is not None and args.repetitions < 1:
+        raise ValueError(f"repetitions must be an integer >= 1, got {args.repetitions}")
+    if args.time_limit is not None and not 0 < args.time_limit < threading.TIMEOUT_MAX:
+        raise ValueError(f"time-limit must be seconds > 0, got {args.time_limit:g}")
     device = torch.device(args.device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device must be a CUDA device for tuning, got {'none' if device.type == 'cuda' else device}")
@@ -392,6 +396,7 @@ def _tune(device: torch.device, args: argparse.Namespace) -> int:
         return tuning.run(candidates)
     finally:
         watchdog.cancel()
+        watchdog.join()
 
 
 def _give_up(path: Path) -> None:
