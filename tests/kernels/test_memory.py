@@ -14,7 +14,7 @@ from kernel_cases import draw_rows, run
 
 from ntpseg.kernels import chunk_loop, chunks, memory
 from ntpseg.kernels.chunk_loop import LoopOptions
-from ntpseg.losses import LossOptions
+from ntpseg.losses import LossOptions, triton_backend
 
 CARD = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -124,6 +124,25 @@ def test_falls_back_where_the_memory_is_gone(
     with pytest.raises(torch.OutOfMemoryError):
         memory._spare.clear()
         run(rows, weight, LossOptions(), LoopOptions(fused=True, workspace="fast"))
+
+
+@pytest.mark.parametrize("workspace", ["auto", "small", "fast"])
+def test_the_option_reaches_the_loop(workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(triton_backend, "run_segment", lambda segment, weight, result, loop, shard: seen.append(loop))
+    run(*draw_rows(dtype=BF16), LossOptions(workspace=workspace, chunk_bytes=5000))
+    assert [(loop.workspace, loop.chunk_bytes) for loop in seen] == [(workspace, 5000)]
+
+
+def test_without_a_gradient_of_the_weight_there_is_nothing_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(chunk_loop, "choose_workspace", lambda workspace, *a, **k: asked.append(workspace) or "small")
+    rows, weight = draw_rows(dtype=BF16)
+    for weight_grad, loop in ((True, None), (False, None), (True, LoopOptions(chunk_bytes=50_000, workspace="fast"))):
+        triton_backend.rows_loss(
+            rows, weight, LossOptions(workspace="fast"), hidden_grad=True, weight_grad=weight_grad, loop=loop
+        )
+    assert asked == ["fast", "small", "small"]
 
 
 def test_the_workspace_reaches_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
