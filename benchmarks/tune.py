@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from benchmarks.harness.environment import describe, slug
 from benchmarks.harness.resources import compiled_kernels, resource_usage
 from benchmarks.harness.rows import RESULTS, Row, write
 from benchmarks.harness.timing import Budget
+from benchmarks.suite import parse_device
 from ntpseg.kernels.anchored_gemm import anchored_gemm
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig, architecture, persistent_grid
 from ntpseg.kernels.matmul import matmul
@@ -368,11 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"repetitions must be an integer >= 1, got {args.repetitions}")
     if args.time_limit is not None and not 0 < args.time_limit < threading.TIMEOUT_MAX:
         raise ValueError(f"time-limit must be seconds > 0, got {args.time_limit:g}")
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device must be a CUDA device for tuning, got {'none' if device.type == 'cuda' else device}")
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.device(device):
         return _tune(device, args)
 
@@ -405,4 +405,8 @@ def _give_up(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"ntpseg bench: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -261,6 +261,9 @@ def test_the_whole_run(tmp_path: Path) -> None:
     [
         (["tune"], "device must be a CUDA device for tuning, got none"),
         (["tune", "--device", "cpu"], "device must be a CUDA device for tuning, got cpu"),
+        (["tune", "--device", "cuda:x"], "device must be cpu, cuda or cuda:N, got 'cuda:x'"),
+        (["loss", "--device", "gpu"], "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["loss", "--device", "meta"], "device must be cpu, cuda or cuda:N, got 'meta'"),
         (["tune", "--width", "100"], "width must be a multiple of 8, got 100"),
         (["tune", "--rows", "0"], "rows must be an integer >= 1, got 0"),
         (["tune", "--repetitions", "0"], "repetitions must be an integer >= 1, got 0"),
