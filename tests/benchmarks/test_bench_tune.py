@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +131,19 @@ def test_resources_are_read_from_every_function() -> None:
     assert parse_resource_usage(text) == Resources(255, 16, 8) and parse_resource_usage(text).spilled == 24
     with pytest.raises(RuntimeError, match="cuobjdump must print REG"):
         parse_resource_usage("cuobjdump fatal: not a cubin")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_spill_is_seen_before_a_launch(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    script = str(Path(__file__).with_name("compile_candidates.py"))
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    in_use, starved = (Resources(**json.loads(line)) for line in done.stdout.splitlines())
+    assert in_use.spilled == 0 and 160 < in_use.registers <= 255
+    assert starved.spilled > 0 and starved.registers <= 160
 
 
 def test_names_tell_candidates_apart() -> None:

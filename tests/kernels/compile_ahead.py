@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -22,7 +25,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness.resources import resource_usage
 from ntpseg.kernels import chunks
 from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
 from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
@@ -42,6 +44,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _GIBIBYTE = 1 << 30
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -158,16 +161,20 @@ def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **ex
     source = ASTSource(kernel, spec["signature"], constexprs=spec["constants"], attrs=attributes)
     options = spec["options"] | extra
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = resource_usage(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
         "operand": spec["signature"].get("hidden") or spec["signature"].get("e"),
         "constants": spec["constants"],
         "options": options,
-        "registers": usage.registers,
-        "stack": usage.stack,
-        "local": usage.local,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "wgmma": ptx.count("wgmma.mma_async"),
