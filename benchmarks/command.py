@@ -18,7 +18,7 @@ from benchmarks.harness.rows import RESULTS, read_file
 def parser() -> argparse.ArgumentParser:
     """All options."""
     options = argparse.ArgumentParser(prog="ntpseg bench", description=__doc__)
-    options.add_argument("what", nargs="?", default="all", choices=(*suite.BENCHMARKS, "all", "report"))
+    options.add_argument("what", nargs="?", default="all", choices=(*suite.BENCHMARKS, "all", "report", "tune"))
     suite.add_options(options)
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON rows")
     options.add_argument("--docs", type=Path, help="Markdown file that `report` writes, one page a machine beside it")
@@ -30,7 +30,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where something of ours is wrong or slower than `--base` allows, 2 for bad usage."""
+    if (sys.argv[1:] if arguments is None else list(arguments))[:1] == ["tune"]:  # it has options of its own
+        from benchmarks import tune
+
+        return tune.main(sys.argv[2:] if arguments is None else arguments[1:])
     args = parser().parse_args(arguments)
+    if args.what == "tune":
+        raise ValueError("tune must be the first argument, got options before it")
     if args.what == "report":
         from benchmarks.report import write_report
 

@@ -7,6 +7,7 @@ terms" adds TCL and HET to a peer as its user would have to. Peers are given the
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -105,6 +106,8 @@ def compare(operands: Operands, device: torch.device, *, quick: bool = False, fi
         if filtered:
             setup = partial(ours, operands, backend, GRADIENT_FILTER)
             providers[f"ntpseg {backend} filtered"] = verifier.provider(setup, FULL, reason, filtered=True)
+    reason = None if device.type == "cuda" else "needs a CUDA device (a step in a CUDA graph)"
+    providers["ntpseg triton graph"] = verifier.provider(partial(graphed, operands), FULL, reason)
     slow = _no_compiler(device, shape, quick)
     providers["torch.compile"] = verifier.provider(
         lambda: baseline(operands, torch.compile(composed.full_loss, dynamic=False)), FULL, slow
@@ -128,7 +131,21 @@ def compare(operands: Operands, device: torch.device, *, quick: bool = False, fi
         release=verifier.known.clear,
         graphs=False,  # a training step launches its kernels one by one, and so is it timed
         dtype=operands.dtype,
+        facts=_workspace(operands),
     )
+
+
+def _workspace(operands: Operands) -> dict[str, Any]:
+    """What `LossOptions.workspace` came to, where the Triton backend runs."""
+    device = operands.weight.device
+    if device.type != "cuda":
+        return {}
+    try:
+        from ntpseg.kernels.memory import workspace_report
+    except ImportError:  # with --base this runs beside a revision of the package that may lack it
+        return {}
+    classes, width = operands.weight.shape
+    return {"workspace": workspace_report(len(operands.target), classes, width, operands.dtype, device)}
 
 
 def _gate(comparison: Comparison, operands: Operands) -> None:
@@ -165,8 +182,8 @@ def products(rows: Tensor, weight: Tensor) -> Callable[[], None]:
     return step
 
 
-def ours(operands: Operands, backend: str, gradient_filter: float = 0.0) -> Step:
-    """`ntp_loss` as a training step calls it: all positions, unshifted labels."""
+def ours(operands: Operands, backend: str, gradient_filter: float = 0.0, max_rows: int | None = None) -> Step:
+    """`ntp_loss` as a training step calls it: all positions, unshifted labels; `max_rows` as in `LossOptions`."""
     hidden = operands.hidden.detach().requires_grad_()
     weight = operands.weight.detach().requires_grad_()
     options = LossOptions(
@@ -174,6 +191,7 @@ def ours(operands: Operands, backend: str, gradient_filter: float = 0.0) -> Step
         backend=backend,
         per_head=operands.shape.heads > 1,
         gradient_filter=gradient_filter,
+        max_rows=max_rows,
     )
     b, t, j = operands.index
 
@@ -193,6 +211,40 @@ def ours(operands: Operands, backend: str, gradient_filter: float = 0.0) -> Step
 
     step.rows_of = rows_of  # type: ignore[attr-defined]  # what the verifier calls, outside the timing
     return step
+
+
+def graphed(operands: Operands) -> Step:
+    """`ours` on the Triton backend, loss and backward, captured in a CUDA graph; a step is one replay of it.
+
+    The caller knows how many rows a head has at most, so that nothing is copied to the host. Results lie in the graph's
+    memory, where each replay writes them anew. The peak memory is the capture's: a replay allocates nothing.
+    """
+    step = ours(operands, "triton", max_rows=int(operands.index[2].bincount().max()))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    peak = torch.cuda.max_memory_allocated()
+    for part in result.values():  # nothing has run yet: what a replay leaves unwritten must not look right
+        if part is not None:
+            part.fill_(torch.nan if part.is_floating_point() else -1)
+
+    def replay() -> dict[str, Tensor | None]:
+        graph.replay()
+        return result
+
+    replay.rows_of = step.rows_of  # type: ignore[attr-defined]
+    replay.memory = {"delta": peak - before, "absolute": peak, "method": "max_memory_allocated"}  # type: ignore[attr-defined]
+    return replay
 
 
 def baseline(operands: Operands, call: Callable[..., tuple[Tensor, Tensor]]) -> Step:

@@ -70,18 +70,35 @@ def run_settings(args: argparse.Namespace, without: Sequence[str] = ()) -> Setti
     Raises:
         ValueError: the device is not there, or does not go with the other options.
     """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parse_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu where PyTorch finds no CUDA device, got {args.device!r}")
     if device.type == "cuda" and (args.gate or args.clock == "cpu"):
         raise ValueError(f"device must be cpu with --gate or --clock cpu, got {str(device)!r}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     budget = _BUDGETS[device.type, grid_of(args)]
     if args.seconds is not None:
         budget = Budget(args.seconds, budget.min_rounds, budget.max_rounds, budget.warmup)
     only = frozenset(args.only) if args.only else None
     return Settings(device, budget, only, without=frozenset(without), cpu_time=args.clock == "cpu")
+
+
+def parse_device(text: str) -> torch.device:
+    """``cpu``, ``cuda`` (which becomes the current one) or ``cuda:N``.
+
+    Raises:
+        ValueError: it is none of these, or there are not so many.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices, got {text!r}")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def cases_of(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:

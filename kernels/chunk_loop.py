@@ -8,6 +8,7 @@ products that read E.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch import Tensor
 from ntpseg.kernels.anchored_gemm import anchored_gemm, gemm_operands
 from ntpseg.kernels.chunks import Chunks, plan_chunks, row_stride
 from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
-from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, persistent_grid
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, configs_for, persistent_grid
 from ntpseg.kernels.gradient_filter import create_block_mask, filtered_d_hidden
 from ntpseg.kernels.logits_epilogue import LOGITS_BLOCK_N, logits_exp, logits_stats
 from ntpseg.kernels.matmul import matmul
+from ntpseg.kernels.memory import choose_workspace, give_up_fast
 from ntpseg.kernels.row_reduce import overflow_gap, recompute_blocks, row_reduce
 from ntpseg.kernels.scale_rows import scale_rows
 from ntpseg.kernels.tl_utils import LOG2E
@@ -62,12 +64,14 @@ class LoopOptions:
         fused: force (True) or forbid (False) the fused product; None takes it for 16-bit operands and pads their rows
             where they are not aligned.
         configs: tile shapes; None takes those of the device.
+        workspace: "small", "fast" or "auto", see `ntpseg.losses.LossOptions`.
     """
 
     chunk_bytes: int | None = None
     gradient_filter: float = 0.0
     fused: bool | None = None
     configs: ArchConfigs | None = None
+    workspace: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,10 @@ def run_segment(
             _run_padded(segment, weight, result, replace(options, fused=True), shard)
             return
     plan = _Plan.make(segment, weight, result, options, fused, shard)
-    buffers = _Buffers.allocate(plan, result)
+    buffers = _try_fast(plan, result, options)
+    if buffers is None:
+        plan = _Plan.make(segment, weight, result, options, fused, shard)
+        buffers = _Buffers.allocate(plan, result)
     if result.d_hidden is not None and buffers.e is None:
         result.d_hidden.zero_()  # a rank without classes
     # all anchors at once: one launch, and with a shard one reduction, rather than one a chunk
@@ -137,6 +144,18 @@ def run_segment(
             _backward(chunk, token, weight, plan, buffers.weight_grad)
 
 
+def _try_fast(plan: _Plan, result: SegmentResult, options: LoopOptions) -> _Buffers | None:
+    """The buffers; None where "auto" chose more than there is, and will not do so again."""
+    try:
+        return _Buffers.allocate(plan, result)
+    except torch.OutOfMemoryError:
+        if options.workspace != "auto" or plan.workspace == "small":
+            raise
+    # what was allocated lives as long as the exception: the next attempt must come after it
+    give_up_fast(plan.device)
+    return None
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is known before anything is computed.
@@ -147,6 +166,7 @@ class _Plan:
         fused: whether E comes from the fused product rather than from written logits.
         configs: tile shapes.
         chunks: how the rows are divided.
+        workspace: "small" or "fast", what that division is for.
         gradient_filter: see `LoopOptions`.
         shard: see `run_segment`.
     """
@@ -159,6 +179,7 @@ class _Plan:
     fused: bool
     configs: ArchConfigs
     chunks: Chunks
+    workspace: str
     gradient_filter: float
     shard: Shard | None
 
@@ -172,19 +193,22 @@ class _Plan:
         shard: Shard | None,
     ) -> _Plan:
         (rows, width), classes, dtype = segment.hidden.shape, weight.shape[0], segment.hidden.dtype
-        configs = options.configs or GEMM_CONFIGS[architecture(weight.device)]
-        chunks = plan_chunks(
-            rows,
-            classes if shard is None else shard.classes_per_rank,  # ranks must agree on the chunks
-            width,
-            dtype,
-            fused=fused,
-            BLOCK_N=configs.forward.BLOCK_N if fused else LOGITS_BLOCK_N,
-            # with a shard by what all ranks know, whatever this one's own part of the weight is to get
-            needs_accumulator=dtype == torch.bfloat16 and (shard is not None or result.d_weight is not None),
-            chunk_bytes=options.chunk_bytes,
-        )
-        return _Plan(rows, classes, width, dtype, weight.device, fused, configs, chunks, options.gradient_filter, shard)
+        table = options.configs or GEMM_CONFIGS[architecture(weight.device)]
+        # the filter's products fit the table's forward tile only
+        configs = options.configs or (table if options.gradient_filter > 0 else configs_for(weight.device))
+        # ranks must agree on the chunks, whatever each of them was tuned to, has memory for and wants a gradient of
+        shared = shard is not None
+        sizes = (rows, shard.classes_per_rank if shard is not None else classes, width, dtype)
+        block_n = (table if shared else configs).forward.BLOCK_N if fused else LOGITS_BLOCK_N
+        accumulates = dtype == torch.bfloat16 and (shared or result.d_weight is not None)
+        how: dict[str, Any] = {"fused": fused, "BLOCK_N": block_n, "needs_accumulator": accumulates}
+        workspace = options.workspace
+        if options.chunk_bytes is not None or not (shared or result.d_weight is not None):
+            workspace = "small"  # has no say, or nothing to gain: without the weight's gradient there is no sum
+        workspace = choose_workspace(workspace, weight.device, *sizes, **how, several_ranks=shared)
+        chunks = plan_chunks(*sizes, **how, chunk_bytes=options.chunk_bytes, workspace=workspace)
+        device, filtered = weight.device, options.gradient_filter
+        return _Plan(rows, classes, width, dtype, device, fused, configs, chunks, workspace, filtered, shard)
 
     @property
     def class_blocks(self) -> int:

@@ -1,4 +1,7 @@
-"""How many rows share one block of E, from a byte budget, and how the weight's gradient is summed over the chunks."""
+"""How many rows share one block of E, from a byte budget, and how the weight's gradient is summed over the chunks.
+
+Two workspaces: "small" keeps to a gibibyte, "fast" takes as many rows as keep the traffic of that sum beside the point.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+WORKSPACES = ("small", "fast")
 WORKSPACE_BYTES = 1 << 30
+# A tenth of a card of 80 GB.
+FAST_WORKSPACE_BYTES = 8 << 30
+# Of the time of the three products, what the sum of the weight's gradient may take with "fast".
+MAX_SUM_SHARE = 0.02
+# What a product computes while the sum moves a byte: an H100's 750 TFLOP/s (16-bit; half of it TF32) over its 3.0 TB/s.
+_FLOPS_PER_BYTE = {2: 250.0, 4: 125.0}
 MIN_ROWS = 2048
 # The split accumulator moves 6 bytes per entry and chunk, the fp32 sum 8: at 3/4 of the rows as much.
 MIN_ROWS_SPLIT = 1536
@@ -40,6 +50,26 @@ def accumulator_bytes(chunks: Chunks, classes: int, width: int) -> int:
     return classes * width + SLICE_BYTES if chunks.split_accumulator else 4 * classes * width
 
 
+def sum_bytes(chunks: Chunks, classes: int, width: int, *, needs_accumulator: bool = True) -> int:
+    """Bytes of device memory that the sum of the weight's gradient ``[V, D]`` over the chunks moves.
+
+    Per entry: a product that adds to an fp32 sum reads and writes it (8), and the copy into a 16-bit gradient reads it
+    once more; an addition to a split accumulator reads and writes three bytes, its fp32 operand staying in the cache.
+    What the product of a single chunk writes is in any product and not counted.
+    """
+    if chunks.count == 1:
+        return 0
+    if chunks.split_accumulator:
+        return 6 * (chunks.count - 1) * classes * width
+    return 8 * (chunks.count if needs_accumulator else chunks.count - 1) * classes * width
+
+
+def sum_share(chunks: Chunks, rows: int, itemsize: int, *, needs_accumulator: bool = True) -> float:
+    """Time of that sum over the time of the three products (6RVD FLOPs) on an H100, as if they did not overlap."""
+    per_entry = sum_bytes(chunks, 1, 1, needs_accumulator=needs_accumulator)
+    return per_entry * _FLOPS_PER_BYTE[itemsize] / (6.0 * rows)
+
+
 def row_stride(classes: int) -> int:
     """Columns from one row of E to the next."""
     return -(-classes // _ALIGNMENT) * _ALIGNMENT
@@ -66,14 +96,19 @@ def plan_chunks(
     BLOCK_N: int,
     needs_accumulator: bool,
     chunk_bytes: int | None = None,
+    workspace: str = "small",
 ) -> Chunks:
     """Divides `rows` into equal chunks within the workspace.
 
-    Without `chunk_bytes` the whole workspace, the sum of the weight's gradient over several chunks included, stays
-    within `WORKSPACE_BYTES` wherever that leaves enough rows: `MIN_ROWS` with an accumulator in fp32, else
+    "small", without `chunk_bytes`: the whole workspace, the sum of the weight's gradient over several chunks included,
+    stays within `WORKSPACE_BYTES` wherever that leaves enough rows: `MIN_ROWS` with an accumulator in fp32, else
     `MIN_ROWS_SPLIT` with a split one (fewer rows starve the tensor cores and add to the sum too often). Where even that
     does not fit, chunks have `MIN_ROWS`; and there a single chunk, which needs no sum, is taken if it is at most twice
     as large (docs/kernels.md says where).
+
+    "fast": the fewest rows per chunk with which the sum of the weight's gradient takes at most `MAX_SUM_SHARE` of the
+    time of the products, in fp32 or, where that is more than `FAST_WORKSPACE_BYTES`, in a split accumulator; where both
+    are more, the rows that fit. It is "small" where that is as good: always for R <= 6,272, V = 32,768.
 
     Args:
         rows: R >= 1.
@@ -83,7 +118,8 @@ def plan_chunks(
         BLOCK_N: classes per block of row statistics.
         needs_accumulator: whether a 16-bit gradient of the weight is wanted, which several chunks must sum more
             precisely.
-        chunk_bytes: budget of E alone, without a least number of rows.
+        chunk_bytes: budget of E alone, without a least number of rows; overrides `workspace`.
+        workspace: one of `WORKSPACES`.
     """
     row_bytes = bytes_per_row(classes, width, dtype, fused=fused, BLOCK_N=BLOCK_N)
     fp32_accumulator = 4 * classes * width if needs_accumulator else 0
@@ -91,6 +127,11 @@ def plan_chunks(
     if chunk_bytes is not None:
         max_rows = max(1, chunk_bytes // (row_stride(classes) * dtype.itemsize))
         return _divided(rows, max_rows, split_accumulator=needs_accumulator and max_rows > in_fp32)
+    if workspace == "fast":
+        small = plan_chunks(
+            rows, classes, width, dtype, fused=fused, BLOCK_N=BLOCK_N, needs_accumulator=needs_accumulator
+        )
+        return _fast(small, rows, classes, width, dtype.itemsize, row_bytes, needs_accumulator=needs_accumulator)
     if rows * row_bytes <= WORKSPACE_BYTES:
         return Chunks(rows, 1)
     if in_fp32 >= MIN_ROWS or not needs_accumulator:
@@ -102,6 +143,58 @@ def plan_chunks(
         if rows * row_bytes <= _SINGLE_CHUNK_EXCESS * (max_rows * row_bytes + accumulator):
             return Chunks(rows, 1)
     return _divided(rows, max_rows, split_accumulator=True)
+
+
+def workspace_bytes(
+    chunks: Chunks,
+    classes: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+    BLOCK_N: int,
+    needs_accumulator: bool,
+) -> int:
+    """What a plan takes beyond the gradients; arguments as in `plan_chunks`."""
+    accumulator = accumulator_bytes(chunks, classes, width) if needs_accumulator else 0
+    return chunks.rows * bytes_per_row(classes, width, dtype, fused=fused, BLOCK_N=BLOCK_N) + accumulator
+
+
+def _fast(
+    small: Chunks,
+    rows: int,
+    classes: int,
+    width: int,
+    itemsize: int,
+    row_bytes: int,
+    *,
+    needs_accumulator: bool,
+) -> Chunks:
+    """The plan of the workspace "fast"; `small` is that of "small"."""
+
+    def total_bytes(plan: Chunks) -> int:
+        return plan.rows * row_bytes + (accumulator_bytes(plan, classes, width) if needs_accumulator else 0)
+
+    def share(plan: Chunks) -> float:
+        return sum_share(plan, rows, itemsize, needs_accumulator=needs_accumulator)
+
+    if share(small) <= MAX_SUM_SHARE:
+        return small
+    for split in (False, True) if needs_accumulator else (False,):
+        # one chunk needs no sum, and each more costs a sum the same
+        count = 1
+        while share(Chunks(-(-rows // (count + 1)), count + 1, split)) <= MAX_SUM_SHARE:
+            count += 1
+        plan = _divided(rows, _whole_blocks(-(-rows // count)), split_accumulator=split)
+        if total_bytes(plan) <= FAST_WORKSPACE_BYTES:
+            return plan
+    accumulator = accumulator_bytes(Chunks(rows, 2, needs_accumulator), classes, width) if needs_accumulator else 0
+    max_rows = (FAST_WORKSPACE_BYTES - accumulator) // row_bytes
+    return _divided(rows, max_rows, split_accumulator=needs_accumulator) if max_rows > small.rows else small
+
+
+def _whole_blocks(rows: int) -> int:
+    return -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS
 
 
 def _divided(rows: int, max_rows: int, *, split_accumulator: bool = False) -> Chunks:

@@ -1,6 +1,6 @@
 """What each configuration computes and moves, against the least that the algorithm needs: 6RVD FLOPs and 6RV bytes.
 
-``python -m ntpseg.kernels.roofline`` prints the table of docs/kernels.md. Counted from the launch parameters, not
+``python -m ntpseg.kernels.roofline`` prints the tables of docs/kernels.md. Counted from the launch parameters, not
 measured: operand tiles that a product reads again from L2 are left out, as they are for any library product.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ntpseg.kernels.chunks import accumulator_bytes, bytes_per_row, plan_chunks
+from ntpseg.kernels.chunks import WORKSPACES, plan_chunks, sum_bytes, sum_share, workspace_bytes
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
 
 SHAPES = tuple(
@@ -31,6 +32,7 @@ class Cost:
         bytes: of device memory moved for E and everything that the loss adds to the three products, over 6RV.
         accumulator_traffic: the part of `bytes` (same unit) that is the sum of the weight's gradient over the chunks.
         waves: fill of the persistent grid in the forward product: tiles over tiles of whole waves.
+        sum_share: time of that sum over the time of the products on an H100, as `ntpseg.kernels.chunks` estimates it.
         workspace: bytes beyond the gradients, that sum included.
     """
 
@@ -40,13 +42,16 @@ class Cost:
     bytes: float
     accumulator_traffic: float
     waves: float
+    sum_share: float
     workspace: int
 
 
-def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
+def cost(architecture: str, rows: int, classes: int, width: int, workspace: str = "small") -> Cost:
     """Counts for R = `rows`, V = `classes`, D = `width`."""
     config = GEMM_CONFIGS[architecture].forward
-    plan = plan_chunks(rows, classes, width, torch.bfloat16, fused=True, BLOCK_N=config.BLOCK_N, needs_accumulator=True)
+    shape = (classes, width, torch.bfloat16)
+    how: dict[str, Any] = {"fused": True, "BLOCK_N": config.BLOCK_N, "needs_accumulator": True}
+    plan = plan_chunks(rows, *shape, **how, workspace=workspace)
     blocks = -(-classes // config.BLOCK_N)
     resident_ctas = NUM_SMS[architecture] * config.ctas_per_sm
     tiles = waves = 0
@@ -63,11 +68,7 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
     gathered = (2 + 2) * rows * width  # rows gathered from the batch; their gradient is written in its place
     # the weight's rows of targets and negatives, none dropped; hidden once more, for the negatives
     token_logits = 2 * rows * (1 + _NEGATIVES + 1) * width
-    accumulator = 0
-    if plan.count > 1:  # the gradient's own write is in any product
-        passes = 6 * (plan.count - 1) if plan.split_accumulator else 4 * (2 * plan.count - 1) + 4
-        accumulator = passes * classes * width
-    row_bytes = bytes_per_row(classes, width, torch.bfloat16, fused=True, BLOCK_N=config.BLOCK_N)
+    accumulator = sum_bytes(plan, classes, width)
     return Cost(
         chunk_rows=plan.rows,
         chunks=plan.count,
@@ -75,7 +76,8 @@ def cost(architecture: str, rows: int, classes: int, width: int) -> Cost:
         bytes=(e + statistics + d_hidden + scaled + gathered + token_logits + accumulator) / e,
         accumulator_traffic=accumulator / e,
         waves=tiles / waves,
-        workspace=plan.rows * row_bytes + accumulator_bytes(plan, classes, width),
+        sum_share=sum_share(plan, rows, torch.bfloat16.itemsize),
+        workspace=workspace_bytes(plan, *shape, **how),
     )
 
 
@@ -101,5 +103,17 @@ def markdown_table() -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
+def workspace_table(architecture: str = "sm_90") -> Iterator[str]:
+    """Lines of Markdown: what `LossOptions.workspace` changes, a line per shape."""
+    yield f"| V | D | R | {' | '.join(f'{name}: chunks x rows | dW sum | workspace' for name in WORKSPACES)} |"
+    yield "|---|---|---|" + "---|---|---|" * len(WORKSPACES)
+    for rows, classes, width in SHAPES:
+        cells = [f"{classes:,}", f"{width:,}", f"{rows:,}"]
+        for workspace in WORKSPACES:
+            c = cost(architecture, rows, classes, width, workspace)
+            cells += [f"{c.chunks} x {c.chunk_rows:,}", f"{c.sum_share:.1%}", f"{c.workspace / 2**20:,.0f} MiB"]
+        yield f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    print("\n".join(markdown_table()))
+    print("\n".join([*markdown_table(), "", *workspace_table()]))

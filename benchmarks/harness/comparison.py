@@ -185,7 +185,8 @@ def _peaks(steps: dict[str, Step], rows: dict[str, Row], device: torch.device) -
     peaks = {}
     for name, step in list(steps.items()):
         try:
-            peaks[name] = peak_memory(step, device)
+            # a graph's step brings its own: what it takes was allocated when it was captured
+            peaks[name] = getattr(step, "memory", None) or peak_memory(step, device)
         except Exception as error:  # a peer may raise anything, the second time too
             rows[name] |= _failure(error)
             del steps[name]

@@ -8,7 +8,10 @@ import typer
 
 from ntpseg.commands.checkout import run_in_checkout
 
-_HELP = "loss, topn, attention, decode, train, all; or report: tables and plots from the rows that are there."
+_HELP = (
+    "loss, topn, attention, decode, train, all; report: tables and plots from the rows that are there; "
+    "tune: choose the loss's tile for this GPU and keep the choice."
+)
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,8 @@ What it is given
         num_negatives, hard_tokens, ...). R may be 0.
     `weight`: ``[V, D]`` (one segment) or ``[k, V, D]`` (k segments), already cut to ``options.vocab_range``, the same
         dtype as ``rows.hidden``. Its last dimension is contiguous; do not assume the rest. Never write to it.
-    `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, softcap, gradient_filter and chunk_bytes.
+    `options`: reads negatives, tcl_weight, het_weight, temperature, z_loss, softcap, gradient_filter, chunk_bytes and
+        workspace.
         The rest (heads, shift, ignore_index, vocab_range, logit_scale, counts, token weights) is already worked into
         `rows`. Only the torch backend knows a softcap, and `choose_backend` gives it to no other.
     `hidden_grad`, `weight_grad`: which gradients are wanted. A frozen weight or a call without autograd pays nothing.

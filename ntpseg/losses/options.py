@@ -15,6 +15,7 @@ from torch import Tensor
 from ntpseg.utils.checks import brief, check_bool, check_choice, check_integer, check_number
 
 BACKENDS = ("auto", "reference", "torch", "triton")
+WORKSPACES = ("auto", "small", "fast")
 LARGEST = sys.float_info.max
 
 
@@ -52,7 +53,14 @@ class LossOptions:
         max_rows: upper bound, known to the caller, on the supervised rows of one head in one call. The row tables
             then get that fixed size, and finding the rows needs no device-to-host copy. More rows than this are
             an error on the device. None: count them (one synchronisation on a GPU).
-        chunk_bytes: byte budget of one block of logits; None lets the backend choose.
+        chunk_bytes: byte budget of one block of logits; None lets the backend choose. Overrides `workspace`.
+        workspace: how much memory the Triton backend may take beyond the gradients. "small": a gibibyte, and more only
+            where too few rows would fit (docs/kernels.md, "Memory"); "fast": as many rows at a time as keep the sum of
+            the weight's gradient over them under 2 % of the products' time, at most 8 GiB; "auto" (the default): "fast"
+            where that takes a quarter, at most, of what the GPU had to spare when it was first asked, else "small";
+            always "small" with `group=` and off CUDA. The rows of one block decide in which order the weight's
+            gradient is added up, hence how its last bit rounds; equal calls of one process are divided alike. Other
+            backends do not read it.
 
     Raises:
         ValueError: a field is not as described; the message names it, what it was and what it must be.
@@ -76,6 +84,7 @@ class LossOptions:
     logit_scale: float = 1.0
     softcap: float | None = None
     label_smoothing: float = 0.0
+    workspace: str = "auto"
 
     def __post_init__(self) -> None:
         check_integer("negatives", self.negatives, 0)
@@ -105,6 +114,7 @@ class LossOptions:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         check_choice("backend", self.backend, BACKENDS)
+        check_choice("workspace", self.workspace, WORKSPACES)
 
     def with_backend(self, name: str) -> LossOptions:
         """The same options with another backend."""

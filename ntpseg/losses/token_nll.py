@@ -29,7 +29,8 @@ def token_nll(
         weight: ``[V, D]``.
         labels: ``[B, T]`` int64, unshifted (``options.shift``).
         bias: ``[V]`` or None.
-        options: reads shift, ignore_index, vocab_range, logit_scale, softcap, backend, max_rows and chunk_bytes.
+        options: reads shift, ignore_index, vocab_range, logit_scale, softcap, backend, max_rows, chunk_bytes and
+            workspace.
 
     Returns:
         ``[B, T]`` float32 (float64 for float64), nats, by the position of the predicted token; 0 where unsupervised.

@@ -46,7 +46,9 @@ def rows_loss(
             f"hidden must be on a CUDA device for backend 'triton', got {hidden.device}; "
             "set TRITON_INTERPRET=1 before the first import to run its kernels on the CPU"
         )
-    loop = loop or LoopOptions(chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter)
+    loop = loop or LoopOptions(
+        chunk_bytes=options.chunk_bytes, gradient_filter=options.gradient_filter, workspace=options.workspace
+    )
     count = hidden.shape[0]
     device = hidden.device
     matrices = weight.unsqueeze(0) if weight.dim() == 2 else weight

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import loss, profile_loss
 from benchmarks.command import main
-from benchmarks.harness import Case, Settings, run_case
+from benchmarks.harness import Case, Comparison, Provider, Settings, run_case
 from benchmarks.harness.rows import read
 from benchmarks.harness.timing import Budget
+from benchmarks.operands import Operands
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
 from benchmarks.suite import BENCHMARKS
@@ -52,6 +54,8 @@ def test_loss_knows_its_peers(results: Path) -> None:
         assert rows[f"{name} + terms"]["does"] == "CE + TCL + HET"
     for backend in ("torch", "triton"):
         assert rows[f"ntpseg {backend}"]["does"] == "CE + TCL + HET"
+    graph = rows["ntpseg triton graph"]
+    assert (graph["does"], graph["status"]) == ("CE + TCL + HET", "unavailable") and "CUDA device" in graph["reason"]
     assert {json.dumps(row["case"]) for row in read(results) if row["benchmark"] == "loss"} == {
         json.dumps({"R": 64, "D": 32, "V": 300, "k": 2, "m": 3, "logits": logits, "dtype": "float32"})
         for logits in ("random", "peaked")
@@ -152,18 +156,49 @@ def test_ncu_says_why_it_says_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "ERR_NVGPUCTRPERM" in profile_loss.nsight(["0"], 20.0)["unavailable"]
 
 
-def test_tuning_times_every_candidate_against_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune = pytest.importorskip("benchmarks.tune")
-    if not importlib.import_module("ntpseg.kernels.tl_utils").INTERPRETED:
-        pytest.skip("CPU tensors need Triton's interpreter")
-    other = tune.GemmConfig(32, 64, 32, num_warps=4, num_stages=1, TMA=False)
-    monkeypatch.setitem(tune.CANDIDATES, "interpreter", (other,))
-    settings = Settings(torch.device("cpu"), Budget(seconds=0.0, min_rounds=3, max_rounds=3, warmup=1))
-    case = Case("tune", {"R": 40}, partial(tune.comparison, 40, 100, 32))
-    rows = run_case(case, settings)
-    names = ["cuBLAS", repr(tune.GEMM_CONFIGS["interpreter"].forward), repr(other)]
-    assert [row["contestant"] for row in rows] == names
-    assert all(row["status"] == "ok" and row["ratio"]["median"] > 0 for row in rows)
+def test_a_step_in_a_graph_is_checked_after_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the capture leaves in the results is no result: a replay must have written them."""
+    operands = Operands.random(loss.Shape(32, 8, 50, 3, 2, dtype="float32"), torch.device("cpu"))
+    asked: dict[str, Any] = {}
+    held = {"loss": torch.zeros(()), "hidden": torch.zeros(3, 2), "d_weight": None, "tokens": torch.zeros(3).long()}
+
+    def step() -> dict[str, torch.Tensor | None]:
+        for part in held.values():
+            if part is not None:
+                part.fill_(7)
+        return dict(held)
+
+    step.rows_of = dict  # type: ignore[attr-defined]
+    monkeypatch.setattr(loss, "ours", lambda operands, backend, **how: asked.update(how, backend=backend) or step)
+    idle = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: idle)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda anything: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=step))
+    replay = loss.graphed(operands)
+    # head 0 has 32 supervised rows, those after it fewer
+    assert asked == {"backend": "triton", "max_rows": 32}
+    assert torch.isnan(held["loss"]) and torch.isnan(held["hidden"]).all() and (held["tokens"] == -1).all()
+    result = replay()
+    assert float(result["loss"]) == 7 and (result["tokens"] == 7).all() and result["d_weight"] is None
+    assert replay.rows_of(result) == result
+    assert replay.memory == {"delta": 250, "absolute": 350, "method": "max_memory_allocated"}
+
+
+def test_a_step_that_knows_its_peak_is_not_measured_again() -> None:
+    def step() -> None:
+        return None
+
+    step.memory = {"delta": 5, "absolute": 6, "method": "capture"}  # type: ignore[attr-defined]
+    providers = {"three products": Provider(lambda: step), "ntpseg graph": Provider(lambda: step)}
+    settings = Settings(torch.device("cpu"), Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=0))
+    rows = run_case(Case("loss", {}, lambda settings: Comparison(providers, "three products")), settings)
+    assert [row["memory"]["delta"] for row in rows] == [5, 5]
 
 
 def test_quick_on_a_gpu_measures_what_matters_first() -> None:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from ntpseg import HardTokens, NTPOutput, ntp_loss
+from ntpseg.kernels import chunks, memory
 from ntpseg.losses import LossOptions
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +124,57 @@ def test_a_step_in_a_cuda_graph() -> None:
     torch.cuda.synchronize()
     assert torch.equal(loss, expected)
     assert torch.equal(hidden.grad, wanted_hidden) and torch.equal(weight.grad, wanted_weight)
+
+
+@pytest.fixture
+def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs are divided as large ones are."""
+    for name, value in (("WORKSPACE_BYTES", 1), ("MIN_ROWS", 128), ("_SINGLE_CHUNK_EXCESS", 0)):
+        monkeypatch.setattr(chunks, name, value)
+    monkeypatch.setattr(memory, "_spare", {})
+
+
+@pytest.mark.usefixtures("_several_chunks")
+def test_workspaces_agree_but_for_roundings() -> None:
+    inputs = _inputs()
+    (small, *small_grads), (fast, *fast_grads), (auto, *auto_grads) = (
+        _step("triton", inputs, LossOptions(workspace=workspace)) for workspace in ("small", "fast", "auto")
+    )
+    torch.testing.assert_close(fast.loss, small.loss, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(fast_grads, small_grads, strict=True):
+        assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < 3e-3
+    # there is memory for so little: "auto" is "fast", bit for bit
+    assert torch.equal(auto.loss, fast.loss) and all(map(torch.equal, auto_grads, fast_grads))
+    device = inputs[0].device
+    assert 0 < memory.spare_bytes(device) <= torch.cuda.get_device_properties(device).total_memory
+
+
+@pytest.mark.usefixtures("_several_chunks")
+def test_auto_workspace_is_chosen_during_a_capture() -> None:
+    hidden, weight, labels, het = _inputs()
+    options = LossOptions(max_rows=300, backend="triton")
+
+    def step() -> torch.Tensor:
+        hidden.grad = weight.grad = None
+        out = ntp_loss(hidden, weight, labels, het=het, options=options)
+        out.loss.backward()
+        return out.loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step().clone()
+        wanted = weight.grad.clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    memory._spare.clear()  # as if nothing had been asked before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss, expected) and torch.equal(weight.grad, wanted)
+    assert list(memory._spare.values()) == [torch.cuda.get_device_properties(0).total_memory // 2]
 
 
 @pytest.mark.parametrize("retain", [False, True])

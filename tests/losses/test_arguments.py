@@ -74,6 +74,7 @@ def test_refused(start: str, arguments: dict) -> None:
         ("gradient_filter must", {"gradient_filter": 1.0}),
         ("max_rows must", {"max_rows": 0}),
         ("chunk_bytes must", {"chunk_bytes": 0.5}),
+        ("workspace must be one of auto, small, fast, got 'big'", {"workspace": "big"}),
         ("unknown option 'epsilon', expected one of negatives", {"epsilon": 1.0}),
         ("options must be given without further keywords, got negatives", {"options": LossOptions(), "negatives": 1}),
     ],
@@ -94,4 +95,5 @@ def test_options_survive_their_text_form() -> None:
     others = LossOptions(negatives=0, logit_scale=-0.3, label_smoothing=0.1)
     assert LossOptions.from_text(others.to_text()) == others
     assert LossOptions.from_text(LossOptions(softcap=30.0).to_text()) == LossOptions(softcap=30.0)
+    assert LossOptions.from_text(LossOptions(workspace="fast").to_text()) == LossOptions(workspace="fast")
     assert LossOptions.from_text(LossOptions().to_text()) == LossOptions()

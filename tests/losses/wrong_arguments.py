@@ -157,5 +157,9 @@ REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
     *(({"gradient_filter": v}, "gradient_filter must be a number >= 0 and < 1, got ") for v in (1.0, -0.5, NAN)),
     *(({"max_rows": v}, f"max_rows must be an integer >= 1, got {v!r}") for v in (0, 2.0, True)),
     *(({"chunk_bytes": v}, f"chunk_bytes must be an integer >= 1, got {v!r}") for v in (0, 0.5, "1")),
+    *(
+        ({"workspace": v}, f"workspace must be one of auto, small, fast, got {v!r}")
+        for v in ("large", "Fast", "", None, 1, True)
+    ),
     *(({"per_head": v}, f"per_head must be True or False, got {v!r}") for v in (1, None)),
 ]
