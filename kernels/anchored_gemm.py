@@ -225,6 +225,12 @@ def anchored_gemm(
         config: tile shape and pipelining.
         programs: size of the persistent grid.
     """
+    if config.PINGPONG:
+        # imported here: Gluon is experimental, and a Triton without it still has every other choice
+        from ntpseg.kernels.pingpong_gemm import pingpong_gemm
+
+        pingpong_gemm(hidden, weight, e, anchors, block_stats, row_blocks, num_row_blocks, config, programs)
+        return
     rows, width = hidden.shape
     # statistics alone still compile the store: it gets a block that it never writes
     target = (
