@@ -37,6 +37,9 @@ from ntpseg.kernels.workspace import Anchors, BlockStats
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
+# A stage is released once the product after it has been issued, which takes a stage of its own.
+MIN_STAGES = 2
+
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Registers per thread of the second consumer and of the producer; the first consumer gets what is left, 240.
 _WORKER_REGISTERS = gl.constexpr([240, 24])
@@ -228,9 +231,12 @@ def pingpong_gemm(
 
     Raises:
         TypeError: operands that are neither bfloat16 nor float16.
+        ValueError: fewer than two stages.
     """
     if hidden.dtype not in _DTYPES:
         raise TypeError(f"hidden must be bfloat16 or float16 for a ping-pong product, got {hidden.dtype}")
+    if config.num_stages < MIN_STAGES:
+        raise ValueError(f"num_stages must be at least {MIN_STAGES} for a ping-pong product, got {config.num_stages}")
     dtype = _DTYPES[hidden.dtype]
     rows, width = hidden.shape
     # statistics alone still compile the store: it gets a block that it never writes
