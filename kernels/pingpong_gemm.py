@@ -56,6 +56,15 @@ def locate(tile, num_row_blocks, num_class_blocks, group_rows):
 
 
 @gluon.jit
+def listed(row_blocks_ptr, slot):
+    """Row block at a place of the list; without a list the place itself."""
+    if row_blocks_ptr is None:
+        return slot
+    else:
+        return gl.load(row_blocks_ptr + slot)
+
+
+@gluon.jit
 def produce(
     ring,
     hidden,
@@ -70,7 +79,7 @@ def produce(
     step = 0
     for tile in range(gl.program_id(0), num_row_blocks * num_class_blocks, gl.num_programs(0)):
         slot, class_block = locate(tile, num_row_blocks, num_class_blocks, group_rows)
-        row_0 = gl.load(row_blocks_ptr + slot) * BLOCK_M
+        row_0 = listed(row_blocks_ptr, slot) * BLOCK_M
         class_0 = class_block * BLOCK_N
         for k in range(depth):
             stage = step % NUM_STAGES
@@ -108,7 +117,7 @@ def consume(
     tiles = num_row_blocks * num_class_blocks
     for tile in range(gl.program_id(0) + WHO * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         slot, class_block = locate(tile, num_row_blocks, num_class_blocks, group_rows)
-        row_0 = gl.load(row_blocks_ptr + slot) * BLOCK_M
+        row_0 = listed(row_blocks_ptr, slot) * BLOCK_M
         class_0 = class_block * BLOCK_N
         mbarrier.wait(turn.index(WHO), parity)
         parity = parity ^ 1
@@ -155,7 +164,10 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "classes", "depth", "store"])
+@gluon.jit(
+    do_not_specialize=["rows", "classes", "depth", "store"],
+    do_not_specialize_on_alignment=["anchor_ptr", "limit_ptr"],  # those of a chunk start anywhere
+)
 def pingpong_gemm_kernel(
     hidden,
     weight,
@@ -178,7 +190,10 @@ def pingpong_gemm_kernel(
     NUM_STAGES: gl.constexpr,
     MASK: gl.constexpr,
 ):
-    num_row_blocks = gl.load(num_row_blocks_ptr)
+    if num_row_blocks_ptr is None:
+        num_row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
+    else:
+        num_row_blocks = gl.load(num_row_blocks_ptr)
     num_class_blocks = (classes + BLOCK_N - 1) // BLOCK_N
     groups = gl.maximum((num_row_blocks + GROUP_SIZE_M - 1) // GROUP_SIZE_M, 1)
     group_rows = (num_row_blocks + groups - 1) // groups
@@ -219,12 +234,14 @@ def pingpong_gemm(
     e: Tensor | None,
     anchors: Anchors,
     block_stats: BlockStats,
-    row_blocks: Tensor,
-    num_row_blocks: Tensor,
+    row_blocks: Tensor | None,
+    num_row_blocks: Tensor | None,
     config: GemmConfig,
     programs: int,
 ) -> None:
     """Launches `pingpong_gemm_kernel` on the current stream; arguments and results as of `anchored_gemm`.
+
+    Without `row_blocks` the first `num_row_blocks` row blocks are computed, without either all.
 
     ``config.num_stages`` is the depth of the ring, ``config.num_warps`` (4) that of one consumer. FLATTEN and
     EPILOGUE_SUBTILE do not apply.

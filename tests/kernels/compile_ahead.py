@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ntpseg.kernels import chunks
-from ntpseg.kernels.anchored_gemm import anchored_gemm
 from ntpseg.kernels.chunk_loop import LoopOptions, Segment, SegmentResult, run_segment
 from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
-from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, PINGPONG_CONFIGS
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
 from ntpseg.kernels.scale_rows import scale_
-from ntpseg.kernels.workspace import Anchors, BlockStats, LossWeights, RowStats
+from ntpseg.kernels.workspace import LossWeights, RowStats
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -77,13 +75,12 @@ def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
             signature[name] = "fp32"
         else:  # a tensor descriptor
             element = _POINTERS[value.base.dtype][1:]
-            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's
-            signature[name] = f"tensordesc<{element}{[int(size) for size in value.block_shape]}{layout}>"
+            signature[name] = f"tensordesc<{element}{[int(size) for size in value.block_shape]}>"
     return {"signature": signature, "constants": constants, "aligned": aligned, "options": options}
 
 
-def _recorded(run: Callable[[], None]) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """All distinct launches of what `run` does."""
+def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """All distinct launches of the chunk loop over dtypes, alignments and options."""
     distinct: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
@@ -92,42 +89,15 @@ def _recorded(run: Callable[[], None]) -> list[tuple[JITFunction, dict[str, Any]
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        run()
-    finally:
-        JITFunction.run = original
-    return list(distinct.values())
-
-
-def launches(architecture: str) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """All distinct launches of the chunk loop over dtypes, alignments and options."""
-
-    def run() -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for width in (128, 51):  # 51: rows that no wide load or descriptor can take
                 for negatives, hard in ((5, 2), (32, 16)):
                     for filtered in (0.0, 2.0**-12):
                         _run(dtype, width, negatives, hard, filtered, architecture)
             _run_around(dtype)
-
-    return _recorded(run)
-
-
-def pingpong_launches() -> list[tuple[JITFunction, dict[str, Any]]]:
-    """All distinct launches of the ping-pong product: tiles, dtypes, a vocabulary of whole blocks or not."""
-
-    def run() -> None:
-        rows, row = 160, torch.zeros(160)
-        for config in PINGPONG_CONFIGS:
-            for dtype in (torch.bfloat16, torch.float16):
-                for classes in (512, 600):
-                    hidden, weight = torch.zeros(rows, 128, dtype=dtype), torch.zeros(classes, 128, dtype=dtype)
-                    stats = BlockStats.empty(-(-classes // config.BLOCK_N), rows, torch.device("cpu"))
-                    blocks = torch.zeros(3, dtype=torch.int32)
-                    for e in (torch.zeros(rows, 640, dtype=dtype), None):
-                        anchors = Anchors(row, row, row)
-                        anchored_gemm(hidden, weight, e, anchors, stats, blocks, blocks[0].clone(), config, 2)
-
-    return _recorded(run)
+    finally:
+        JITFunction.run = original
+    return list(distinct.values())
 
 
 def _run(dtype: torch.dtype, width: int, negatives: int, hard: int, filtered: float, architecture: str) -> None:
@@ -188,10 +158,7 @@ def _run_around(dtype: torch.dtype) -> None:
 def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
     """Compiles one launch and reads its resources from the machine code."""
     attributes = {(index,): [["tt.divisibility", 16]] for index in spec["aligned"]}
-    source_class = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source_class
-    source = source_class(kernel, spec["signature"], constexprs=spec["constants"], attrs=attributes)
+    source = ASTSource(kernel, spec["signature"], constexprs=spec["constants"], attrs=attributes)
     options = spec["options"] | extra
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -199,8 +166,6 @@ def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **ex
         file.flush()
         command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command[1] = "--dump-sass"
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout if kernel.is_gluon() else ""
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
@@ -215,29 +180,16 @@ def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **ex
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "tcgen05": ptx.count("tcgen05.mma"),
-        "setmaxnreg": ptx.count("setmaxnreg"),
-        "releases": releases(sass),
         "bulk_copies": ptx.count("cp.async.bulk.tensor"),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
     }
 
 
-def releases(sass: str) -> list[int]:
-    """Instructions between the end of each tile's products and the arrival that hands its last stage back."""
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
-    ends = [i for i, operation in enumerate(operations) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in operation]
-    return [next(i for i in range(end, len(operations)) if "SYNCS.ARRIVE" in operations[i]) - end for end in ends]
-
-
 def main() -> None:
-    """``compile_ahead.py sm_90 [starve | pingpong]``: starve caps registers, as proof that a spill would be seen."""
+    """``compile_ahead.py sm_90 [starve]``: starve caps registers, as proof that a spill would be seen."""
     architecture = sys.argv[1]
     capability = int(architecture.removeprefix("sm_"))
     torch.set_num_threads(1)
-    if sys.argv[2:] == ["pingpong"]:
-        for kernel, spec in pingpong_launches():
-            print(json.dumps(compile_one(kernel, spec, capability)), flush=True)
-        return
     for kernel, spec in launches(architecture):
         if len(sys.argv) > 2:
             if kernel.__name__ == "anchored_gemm_kernel":

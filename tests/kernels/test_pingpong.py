@@ -59,7 +59,10 @@ def _check(
     # what lies behind the count is not read
     indices = torch.tensor([*listed, 77, 77], dtype=torch.int32)
     count = torch.tensor(len(listed), dtype=torch.int32)
-    anchored_gemm(hidden, weight, e if store else None, anchors, stats, indices, count, config, programs)
+    lists = (indices, count)
+    if chosen is None and seed % 3:
+        lists = (None, count) if seed % 3 == 1 else (None, None)
+    pingpong_gemm.pingpong_gemm(hidden, weight, e if store else None, anchors, stats, *lists, config, programs)
 
     done = torch.zeros(rows, dtype=torch.bool)
     for block in listed:
@@ -148,6 +151,14 @@ def test_a_ring_of_one_stage_is_refused_and_would_stand_still(monkeypatch: pytes
 def test_other_dtypes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"hidden must be bfloat16 or float16 .* got torch\.float32"):
         _check(monkeypatch, _config(), 16, 32, 64, dtype=torch.float32)
+
+
+def test_anchored_gemm_leaves_it_to_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[object, ...]] = []
+    monkeypatch.setattr(pingpong_gemm, "pingpong_gemm", lambda *args: given.append(args))
+    args = (torch.zeros(16, 16), torch.zeros(32, 16), None, None, None, None, None, _config(), 3)
+    anchored_gemm(*args)
+    assert given == [args]
 
 
 def test_no_architecture_chooses_it_yet() -> None:
