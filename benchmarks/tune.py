@@ -40,7 +40,7 @@ from benchmarks.harness.rows import RESULTS, Row, write
 from benchmarks.harness.timing import Budget
 from benchmarks.suite import parse_device
 from ntpseg.kernels.anchored_gemm import anchored_gemm
-from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig, architecture, persistent_grid
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, PINGPONG_CONFIGS, GemmConfig, architecture, persistent_grid
 from ntpseg.kernels.matmul import matmul
 from ntpseg.kernels.tuned_configs import read_choice, save_choice, triton_version
 from ntpseg.kernels.workspace import Anchors, BlockStats
@@ -64,6 +64,7 @@ CANDIDATES: dict[str, tuple[GemmConfig, ...]] = {
         GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, EPILOGUE_SUBTILE=2, ctas_per_sm=2),
         GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, FLATTEN=True, EPILOGUE_SUBTILE=4, ctas_per_sm=2),
         GemmConfig(128, 128, 64, num_warps=8, num_stages=4, TMA=True, FLATTEN=True),
+        *PINGPONG_CONFIGS,
     ),
     "sm_100": (
         GemmConfig(128, 128, 64, num_warps=8, num_stages=4, TMA=True),

@@ -276,6 +276,12 @@ def anchored_gemm(
         programs: size of the persistent grid.
         operands: from `gemm_operands` of the same matrices; None makes them.
     """
+    if config.PINGPONG:
+        # imported here: Gluon is experimental, and a Triton without it still has every other choice
+        from ntpseg.kernels.pingpong_gemm import pingpong_gemm
+
+        pingpong_gemm(hidden, weight, e, anchors, block_stats, row_blocks, num_row_blocks, config, programs)
+        return
     rows, width = hidden.shape
     operands = operands or gemm_operands(hidden, weight, e, config)
     anchored_gemm_kernel[(programs,)](

@@ -28,6 +28,7 @@ class GemmConfig:
             registers.
         GROUP_SIZE_M: row blocks that share a weight tile in L2.
         ctas_per_sm: programs per multiprocessor in the persistent grid.
+        PINGPONG: two warp groups of `num_warps` that take turns (`ntpseg.kernels.pingpong_gemm`, sm_90, forward only).
     """
 
     BLOCK_M: int
@@ -40,6 +41,7 @@ class GemmConfig:
     EPILOGUE_SUBTILE: int = 1
     GROUP_SIZE_M: int = 8
     ctas_per_sm: int = 1
+    PINGPONG: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ GEMM_CONFIGS: dict[str, ArchConfigs] = {
         d_weight=GemmConfig(64, 128, 64, num_warps=4, num_stages=1, TMA=False),
     ),
 }
+
+# Forward products for sm_90 that no GPU has shown to be right and faster yet: candidates, in no table entry. 64 rows
+# exclude the gradient filter, whose dH tile has 128.
+PINGPONG_CONFIGS: tuple[GemmConfig, ...] = (
+    GemmConfig(128, 128, 64, num_warps=4, num_stages=5, TMA=True, PINGPONG=True),
+    GemmConfig(64, 256, 64, num_warps=4, num_stages=4, TMA=True, PINGPONG=True),
+)
 
 
 def architecture(device: torch.device) -> str:
