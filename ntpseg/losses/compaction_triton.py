@@ -11,6 +11,8 @@ from torch import Tensor
 from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
+from ntpseg.kernels.loss_terms import loss_terms
+from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.compaction import Compaction, Rows, check_max_rows, refuse
 from ntpseg.losses.options import LossOptions, TokenResults
 from ntpseg.losses.supervision import Supervision, filled
@@ -37,6 +39,21 @@ class TritonCompaction(Compaction):
         """See `Compaction.scatter_gradient`."""
         # a gather by the inverse index: every place is written once, the empty ones included
         return gather_rows(d_rows, self.inverse_index).view(*self.shape, d_rows.shape[1])
+
+    def loss_terms(self, result: RowsResult, options: LossOptions) -> tuple[Tensor, Tensor]:
+        """See `Compaction.loss_terms`; sums in float64."""
+        return loss_terms(
+            self.ntp_weight,
+            self.rows.row_weight,
+            result.nll,
+            result.tcl,
+            result.het,
+            result.lse,
+            self.rows.entry_weight,
+            tcl_weight=options.tcl_weight,
+            het_weight=options.het_weight,
+            z_loss=options.z_loss,
+        )
 
 
 def compact_triton(

@@ -31,6 +31,7 @@ from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, scatter_results
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
+from ntpseg.kernels.loss_terms import loss_terms
 from ntpseg.kernels.scale_rows import scale_
 from ntpseg.kernels.workspace import LossWeights, RowStats
 
@@ -153,6 +154,8 @@ def _run_around(dtype: torch.dtype) -> None:
     gather_rows(rows, made.inverse_index)
     scatter_results(made.inverse_index, made.index, made.row_weight, made.row_weight, (3, 40, 2), 1, 0)
     scale_(rows, count)
+    terms = (made.ntp_weight, *(made.row_weight,) * 5)
+    loss_terms(*terms, made.entry_weight, tcl_weight=1.0, het_weight=1.0, z_loss=0.5)
 
 
 def compile_one(kernel: JITFunction, spec: dict[str, Any], capability: int, **extra: Any) -> dict[str, Any]:
