@@ -42,6 +42,11 @@ class BatchLayout:
         """``k * B * T``."""
         return self.heads * self.batch * self.time
 
+    @property
+    def max_supervised(self) -> int:
+        """The most cells that can be supervised: those whose position lies in the sequence."""
+        return self.batch * sum(max(self.time - self.shift - head, 0) for head in range(self.heads))
+
 
 @dataclass(frozen=True)
 class SupervisedCells:
@@ -185,6 +190,7 @@ def find_supervised(
         "shift",
         "ignore",
         "class_start",
+        "classes",
         "negatives",
         "rows_per_segment",
     ]
@@ -197,6 +203,8 @@ def write_rows_kernel(
     num_rows_ptr,
     head_weight_ptr,
     num_het_ptr,
+    status_ptr,
+    counts_ptr,
     index_ptr,
     target_ptr,
     gather_index_ptr,
@@ -212,6 +220,7 @@ def write_rows_kernel(
     shift,
     ignore,
     class_start,
+    classes,
     negatives,
     rows_per_segment,
     HEAD_WEIGHTS: tl.constexpr,
@@ -225,27 +234,41 @@ def write_rows_kernel(
     supervised = tl.load(supervised_ptr + cell, mask=cell_mask, other=0) != 0
     prefix_sum = tl.load(prefix_sum_ptr + cell, mask=cell_mask, other=0)
     row = prefix_sum - 1
+    # unsupervised cells write the places behind the last row: the n-th of them the n-th place
     if SEGMENTS:  # every head's rows start at a multiple of `rows_per_segment`, however many they are
-        before = tl.load(prefix_sum_ptr + head * batch * time - 1, mask=cell_mask & (head > 0), other=0)
-        row = row - before + head * rows_per_segment
-        supervised = supervised & (row < (head + 1) * rows_per_segment)
-    elif rows_per_segment >= 0:
-        supervised = supervised & (row < rows_per_segment)
+        first_cell = head * batch * time
+        before = tl.load(prefix_sum_ptr + first_cell - 1, mask=cell_mask & (head > 0), other=0)
+        found = tl.load(prefix_sum_ptr + first_cell + batch * time - 1, mask=cell_mask, other=0) - before
+        segment_start = head * rows_per_segment
+        row = row - before + segment_start
+        place = segment_start + found + (cell - first_cell) - (prefix_sum - before)
+        end = segment_start + rows_per_segment
+    else:
+        place = tl.load(prefix_sum_ptr + cells - 1) + cell - prefix_sum
+        end = rows_per_segment + tl.zeros_like(cell)
+    is_padding = cell_mask & ~supervised & (place < end)
+    supervised = supervised & (row < end)
+    written = supervised | is_padding
 
     # (sample, time, head) is the order of hidden
     hidden_row = (cell - head * batch * time) * heads + head
     tl.store(inverse_index_ptr + hidden_row, tl.where(supervised, row, -1).to(tl.int32), mask=cell_mask)
-    tl.store(gather_index_ptr + row, hidden_row, mask=supervised)
-    tl.store(index_ptr + row, cell, mask=supervised)
+    row = tl.where(supervised, row, place)
+    tl.store(gather_index_ptr + row, tl.where(supervised, hidden_row, -1), mask=written)
+    tl.store(index_ptr + row, tl.where(supervised, cell, -1), mask=written)
     label, _, _ = label_of(labels, cell, cell_mask, batch, time, shift, ignore)
-    tl.store(target_ptr + row, label - class_start, mask=supervised)
+    # kernels read the weight at the target before the host knows that a label is wrong
+    in_range = supervised & (label >= class_start) & (label < class_start + classes)
+    tl.store(target_ptr + row, tl.where(in_range, label - class_start, -1), mask=written)
 
     # supervised cells among those at most `negatives` earlier in the same sequence
     window_start = cell - tl.minimum(position, negatives)
     before_window = tl.load(prefix_sum_ptr + window_start, mask=cell_mask, other=0) - tl.load(
         supervised_ptr + window_start, mask=cell_mask, other=0
     )
-    tl.store(num_negatives_ptr + row, (prefix_sum - 1 - before_window).to(tl.int32), mask=supervised)
+    tl.store(
+        num_negatives_ptr + row, tl.where(supervised, prefix_sum - 1 - before_window, 0).to(tl.int32), mask=written
+    )
 
     denominator = 0.0
     for j in range(heads):
@@ -258,13 +281,17 @@ def write_rows_kernel(
     if HEAD_WEIGHTS:
         weighted = token_weight * tl.load(head_weight_ptr + head, mask=cell_mask, other=0.0)
     row_weight = tl.where(denominator > 0, tl.div_rn(weighted, tl.where(denominator > 0, denominator, 1.0)), 0.0)
-    tl.store(row_weight_ptr + row, row_weight, mask=supervised)
+    tl.store(row_weight_ptr + row, tl.where(supervised, row_weight, 0.0), mask=written)
     ntp_denominator = tl.load(num_rows_ptr)
     ntp_weight = tl.where(
         ntp_denominator > 0, tl.div_rn(token_weight, tl.where(ntp_denominator > 0, ntp_denominator, 1.0)), 0.0
     )
-    tl.store(ntp_weight_ptr + row, tl.where(head == 0, ntp_weight, 0.0), mask=supervised)
+    tl.store(ntp_weight_ptr + row, tl.where(supervised & (head == 0), ntp_weight, 0.0), mask=written)
     if tl.program_id(0) == 0:
+        for i in range(5):
+            tl.store(counts_ptr + i, tl.load(status_ptr + i).to(tl.int64))
+        for j in range(heads):
+            tl.store(counts_ptr + 5 + j, tl.load(prefix_sum_ptr + (j + 1) * batch * time - 1))
         entries = tl.load(num_het_ptr).to(tl.float32)
         tl.store(entry_weight_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
 
@@ -278,6 +305,7 @@ class RowTable:
         num_negatives: ``[R]`` int32; row_weight, ntp_weight: ``[R]`` fp32; 0 on padding rows.
         entry_weight: 0-dim fp32, weight of one hard token.
         inverse_index: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
+        counts: ``[5 + k]`` int64, `SupervisedCells.status` and the supervised cells up to the end of every head.
     """
 
     index: Tensor
@@ -288,6 +316,21 @@ class RowTable:
     ntp_weight: Tensor
     entry_weight: Tensor
     inverse_index: Tensor
+    counts: Tensor
+
+    def cut(self, rows: int) -> RowTable:
+        """The first rows, as views."""
+        return RowTable(
+            self.index[:rows],
+            self.target[:rows],
+            self.gather_index[:rows],
+            self.num_negatives[:rows],
+            self.row_weight[:rows],
+            self.ntp_weight[:rows],
+            self.entry_weight,
+            self.inverse_index,
+            self.counts,
+        )
 
 
 def write_rows(
@@ -300,7 +343,6 @@ def write_rows(
     negatives: int,
     total_rows: int,
     *,
-    padded: bool,
     segments: bool,
 ) -> RowTable:
     """Writes the rows.
@@ -312,20 +354,17 @@ def write_rows(
         head_weights: ``[k]`` fp32, None for weights of one.
         layout: sizes.
         negatives: m.
-        total_rows: R, padding rows included.
-        padded: whether there may be fewer than `total_rows` supervised cells (or, wrongly, more: those are left out).
-        segments: with `padded`, whether each head has ``total_rows / k`` rows of its own.
+        total_rows: R, at most ``k * B * T``; with fewer supervised cells the rest is padding; with more, which is an
+            error, those are left out. A label out of range makes a row without a target.
+        segments: whether each head has ``total_rows / k`` rows of its own.
     """
     device = labels.device
     # one allocation each, as in `ntpseg.kernels.workspace`
     index, target, gather_index = (torch.empty(total_rows, dtype=torch.int64, device=device) for _ in range(3))
-    if padded:
-        for tensor in (index, target, gather_index):
-            tensor.fill_(-1)
-    allocate = torch.zeros if padded else torch.empty
-    row_weight, ntp_weight = (allocate(total_rows, dtype=torch.float32, device=device) for _ in range(2))
+    row_weight, ntp_weight = (torch.empty(total_rows, dtype=torch.float32, device=device) for _ in range(2))
     entry_weight = torch.empty((), dtype=torch.float32, device=device)
-    num_negatives = allocate(total_rows, dtype=torch.int32, device=device)
+    num_negatives = torch.empty(total_rows, dtype=torch.int32, device=device)
+    counts = torch.empty(5 + layout.heads, dtype=torch.int64, device=device)
     inverse_index = torch.empty(layout.cells, dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
     write_rows_kernel[(triton.cdiv(layout.cells, size),)](
@@ -336,6 +375,8 @@ def write_rows(
         num_rows,
         num_rows if head_weights is None else head_weights,
         cells.status[2] if num_het is None else num_het,
+        cells.status,
+        counts,
         index,
         target,
         gather_index,
@@ -351,11 +392,14 @@ def write_rows(
         layout.shift,
         layout.ignore_index,
         layout.class_start,
+        layout.classes,
         negatives,
-        (total_rows // layout.heads if segments else total_rows) if padded else -1,
+        total_rows // layout.heads if segments else total_rows,
         HEAD_WEIGHTS=head_weights is not None,
-        SEGMENTS=padded and segments,
+        SEGMENTS=segments,
         BLOCK_SIZE=size,
         num_warps=4,
     )
-    return RowTable(index, target, gather_index, num_negatives, row_weight, ntp_weight, entry_weight, inverse_index)
+    return RowTable(
+        index, target, gather_index, num_negatives, row_weight, ntp_weight, entry_weight, inverse_index, counts
+    )

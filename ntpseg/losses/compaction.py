@@ -11,14 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
-from ntpseg.losses.options import LossOptions, TokenResults
+from ntpseg.losses.options import LossOptions, LossParts, TokenResults
 from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, filled, shift_by_head
 from ntpseg.losses.value_checks import LABELS, MAX_ROWS, NUM_ITEMS, TOKEN_WEIGHTS, bad_counts, raise_first
+
+if TYPE_CHECKING:
+    from ntpseg.losses.backends import RowsResult
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,19 @@ class Compaction:
         d_hidden = d_rows.new_zeros(cells + 1, d_rows.shape[1])
         d_hidden[torch.where(self.rows.index < 0, cells, hidden_row)] = d_rows
         return d_hidden[:-1].view(*self.shape, d_rows.shape[1])
+
+    def loss_terms(self, result: RowsResult, options: LossOptions) -> tuple[Tensor, Tensor]:
+        """The loss, 0-dim, and its parts ``[5]`` (`ntpseg.losses.options.LossParts`), in the dtype of the results."""
+        row_weight = self.rows.row_weight
+        parts = LossParts(
+            ntp=(self.ntp_weight * result.nll).sum(),
+            nktp=(row_weight * result.nll).sum(),
+            tcl=(row_weight * result.tcl).sum(),
+            het=result.het.sum() * self.rows.entry_weight,
+            z=(row_weight * result.lse.square()).sum(),
+        )
+        loss = parts.nktp + options.tcl_weight * parts.tcl + options.het_weight * parts.het + options.z_loss * parts.z
+        return loss, torch.stack(parts)
 
     def _cells(self) -> tuple[int, Tensor]:
         """Number of cells and the cell of each row; padding rows land in one cell more, which is cut off."""

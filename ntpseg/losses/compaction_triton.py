@@ -1,20 +1,29 @@
-"""`ntpseg.losses.compaction` on a GPU: a dozen launches and at most one synchronisation."""
+"""`ntpseg.losses.compaction` on a GPU: a dozen launches and at most one wait, for an event that comes early."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.compaction import BatchLayout, SupervisedCells, find_supervised, write_rows
+from ntpseg.kernels.chunks import WORKSPACE_BYTES
+from ntpseg.kernels.compaction import BatchLayout, RowTable, SupervisedCells, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
+from ntpseg.kernels.loss_terms import loss_terms
+from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.compaction import Compaction, Rows, check_max_rows, refuse
+from ntpseg.losses.host_copy import HostCopy
 from ntpseg.losses.options import LossOptions, TokenResults
 from ntpseg.losses.supervision import Supervision, filled
 from ntpseg.losses.value_checks import LABELS, NUM_ITEMS, TOKEN_WEIGHTS, raise_first
+
+# Rows are gathered before their number is known where room for all that can be takes at most this part of a workspace.
+EARLY_SHARE = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,21 @@ class TritonCompaction(Compaction):
         """See `Compaction.scatter_gradient`."""
         # a gather by the inverse index: every place is written once, the empty ones included
         return gather_rows(d_rows, self.inverse_index).view(*self.shape, d_rows.shape[1])
+
+    def loss_terms(self, result: RowsResult, options: LossOptions) -> tuple[Tensor, Tensor]:
+        """See `Compaction.loss_terms`; sums in float64."""
+        return loss_terms(
+            self.ntp_weight,
+            self.rows.row_weight,
+            result.nll,
+            result.tcl,
+            result.het,
+            result.lse,
+            self.rows.entry_weight,
+            tcl_weight=options.tcl_weight,
+            het_weight=options.het_weight,
+            z_loss=options.z_loss,
+        )
 
 
 def compact_triton(
@@ -77,9 +101,14 @@ def compact_triton(
         num_rows = cells.token_weight.view(heads, -1).sum(1)
     else:
         num_rows = supervision.num_rows.to(torch.float32)
+    explain = functools.partial(_explain, supervision, layout, options)
     slots = 0 if ranked is None else ranked[0].shape[1]
-    segments, width = _sizes(cells, supervision, layout, options, per_head_weight, slots)
-    total_rows = segments[-1][1]
+    padded = options.max_rows is not None
+    if padded:
+        segments, width = _fixed_segments(cells, layout, options, per_head_weight, explain), slots
+        room = segments[-1][1]
+    else:
+        room = layout.max_supervised
     table = write_rows(
         labels,
         cells,
@@ -88,20 +117,27 @@ def compact_triton(
         filled(options.head_weights, torch.float32, hidden.device) if options.head_weights else None,
         layout,
         options.negatives,
-        total_rows,
-        padded=options.max_rows is not None,
-        segments=per_head_weight,
+        room,
+        segments=padded and per_head_weight,
     )
+    # the device gathers while the counts travel and the host reads them
+    copy = None if padded else HostCopy.start(table.counts)
+    early = padded or room * hidden.shape[-1] * hidden.itemsize <= WORKSPACE_BYTES // EARLY_SHARE
+    gathered = _gather(hidden, table, weight) if early else None
+    if copy is not None:
+        bad_label, width, _, bad_weight, bad_count, *edges = copy.wait()
+        if bad_label or bad_weight or bad_count:
+            explain()
+        segments = tuple(itertools.pairwise([0, *edges])) if per_head_weight else ((0, edges[-1]),)
+        table = table.cut(edges[-1])
+    total_rows = segments[-1][1]
+    compact_hidden, target_logit = _gather(hidden, table, weight) if gathered is None else gathered
     if ranked is None or token is None:
         hard_tokens = labels.new_empty(total_rows, 0)
     else:
         hard_tokens = hard_token_table(token, *ranked, table.inverse_index, layout, total_rows, width)
-    if weight is None:
-        compact_hidden, target_logit = gather_rows(hidden, table.gather_index), None
-    else:
-        compact_hidden, target_logit = gather_rows_dot(hidden, table.gather_index, weight, table.target)
     rows = Rows(
-        hidden=compact_hidden,
+        hidden=compact_hidden[:total_rows],
         target=table.target,
         row_weight=table.row_weight,
         num_negatives=table.num_negatives,
@@ -111,38 +147,36 @@ def compact_triton(
         index=table.index,
         gather_index=table.gather_index,
         inverse_index=table.inverse_index,
-        target_logit=target_logit,
+        target_logit=None if target_logit is None else target_logit[:total_rows],
     )
     return TritonCompaction(rows, table.ntp_weight, (batch, time, heads), layout.shift, table.inverse_index)
 
 
-def _sizes(
-    cells: SupervisedCells,
-    supervision: Supervision,
-    layout: BatchLayout,
-    options: LossOptions,
-    per_head: bool,
-    slots: int,
-) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Segments and the width of the table of hard tokens, as host integers; refuses what `find_supervised` found."""
+def _gather(hidden: Tensor, table: RowTable, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The rows and, with a weight, the logits of their targets; what is no class, or no row, is not followed."""
+    if weight is None:
+        return gather_rows(hidden, table.gather_index), None
+    return gather_rows_dot(hidden, table.gather_index, weight, table.target)
 
-    def explain() -> None:
-        checked = None if supervision.signed_weights else supervision.token_weights
-        counts = [supervision.num_rows, supervision.num_het]
-        raise_first(supervision.labels, checked, counts, options, layout.classes, torch.float32)
 
+def _explain(supervision: Supervision, layout: BatchLayout, options: LossOptions) -> None:
+    """Raises the error that names the value which `find_supervised` found to be wrong."""
+    checked = None if supervision.signed_weights else supervision.token_weights
+    counts = [supervision.num_rows, supervision.num_het]
+    raise_first(supervision.labels, checked, counts, options, layout.classes, torch.float32)
+
+
+def _fixed_segments(
+    cells: SupervisedCells, layout: BatchLayout, options: LossOptions, per_head: bool, explain: Callable[[], None]
+) -> tuple[tuple[int, int], ...]:
+    """Segments of ``max_rows``, which no device is asked for; refuses there what `find_supervised` found."""
+    assert options.max_rows is not None
     head_cells = layout.cells // layout.heads
     ends = cells.prefix_sum[head_cells - 1 :: head_cells]
     groups = layout.heads if per_head else 1
-    if options.max_rows is not None:
-        size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
-        counts = ends.diff(prepend=ends.new_zeros(1)) if per_head else ends[-1:]
-        check_max_rows(counts, size, options)
-        bad = cells.status != 0
-        refuse([(LABELS, bad[0]), (TOKEN_WEIGHTS, bad[3]), (NUM_ITEMS, bad[4])], options, explain)
-        return tuple((j * size, (j + 1) * size) for j in range(groups)), slots
-    # the one look at the device
-    bad_label, width, _, bad_weight, bad_count, *edges = torch.cat([cells.status, ends]).tolist()
-    if bad_label or bad_weight or bad_count:
-        explain()
-    return (tuple(itertools.pairwise([0, *edges])) if per_head else ((0, edges[-1]),)), width
+    size = min(options.max_rows * (layout.heads // groups), layout.cells // groups)
+    counts = ends.diff(prepend=ends.new_zeros(1)) if per_head else ends[-1:]
+    check_max_rows(counts, size, options)
+    bad = cells.status != 0
+    refuse([(LABELS, bad[0]), (TOKEN_WEIGHTS, bad[3]), (NUM_ITEMS, bad[4])], options, explain)
+    return tuple((j * size, (j + 1) * size) for j in range(groups))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntpseg.losses.backends import gradient_dtype, load_backend
 from ntpseg.losses.compaction import Compaction, compact
-from ntpseg.losses.options import LossOptions, LossParts
+from ntpseg.losses.options import LossOptions
 from ntpseg.losses.supervision import Supervision
 from ntpseg.losses.vocab_parallel import Shard
 from ntpseg.ops.loss import LossInputs, LossOutputs, register_loss
@@ -39,29 +39,25 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
     # kernels go to the current device, whatever the tensors are on
     with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
         compaction = _compact(hidden, weight, supervision, classes, options, sharded=bool(inputs.group))
-        rows = compaction.rows
         shard = None
         if inputs.group:
             shard = Shard.from_group_name(inputs.group, inputs.class_start, weight.shape[-2], classes)
         result = load_backend(options.backend)(
-            rows, weight, options, hidden_grad=inputs.hidden_grad, weight_grad=inputs.weight_grad, shard=shard
+            compaction.rows,
+            weight,
+            options,
+            hidden_grad=inputs.hidden_grad,
+            weight_grad=inputs.weight_grad,
+            shard=shard,
         )
-
-        parts = LossParts(
-            ntp=(compaction.ntp_weight * result.nll).sum(),
-            nktp=(rows.row_weight * result.nll).sum(),
-            tcl=(rows.row_weight * result.tcl).sum(),
-            het=result.het.sum() * rows.entry_weight,
-            z=(rows.row_weight * result.lse.square()).sum(),
-        )
-        loss = parts.nktp + options.tcl_weight * parts.tcl + options.het_weight * parts.het + options.z_loss * parts.z
+        loss, parts = compaction.loss_terms(result, options)
         tokens = compaction.scatter_results(result.prediction, result.nll, result.margin, class_start)
         d_hidden, d_weight = result.d_hidden, result.d_weight
         if d_hidden is not None:
             d_hidden = d_hidden.view(hidden.shape) if result.in_place else compaction.scatter_gradient(d_hidden)
         return LossOutputs(
             loss=loss.to(work),
-            parts=torch.stack(parts).to(work),
+            parts=parts.to(work),
             prediction=tokens.prediction,
             nll=tokens.nll,
             margin=tokens.margin,

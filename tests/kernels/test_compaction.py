@@ -15,9 +15,10 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 from loss_cases import Case, draw
 
 from ntpseg.kernels import gather_scatter
+from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, zero_missing_rows
 from ntpseg.kernels.tl_utils import INTERPRETED
-from ntpseg.losses import LossOptions
+from ntpseg.losses import LossOptions, compaction_triton
 from ntpseg.losses.compaction import Compaction, compact
 from ntpseg.losses.compaction_triton import TritonCompaction, compact_triton
 from ntpseg.losses.supervision import Supervision
@@ -107,6 +108,33 @@ def test_a_label_out_of_range_is_named(label: int) -> None:
     options = LossOptions(max_rows=18)
     with pytest.raises(ValueError, match=rf"labels must be ignore_index or in \[0, 17\), got {label}$"):
         compact_triton(case.hidden, Supervision(case.labels), 17, options, per_head_weight=False)
+
+
+@pytest.mark.parametrize("label", [17, -1, 1 << 40])
+def test_a_label_out_of_range_has_no_target_until_it_is_refused(label: int) -> None:
+    """Kernels that read the weight at the target may run before the host sees the label."""
+    labels = torch.tensor([[0, 3, label, -100, 5]])
+    layout = BatchLayout(heads=2, batch=1, time=5, shift=1, ignore_index=-100, class_start=0, classes=17)
+    cells = find_supervised(labels, None, layout)
+    assert layout.max_supervised == 7
+    table = write_rows(labels, cells, torch.ones(2), None, None, layout, 5, 7, segments=False)
+    assert table.target.tolist() == [3, -1, 5, -1, 5, -1, -1]
+    assert table.gather_index.tolist() == [0, 2, 6, 1, 5, -1, -1]
+    assert table.num_negatives.tolist()[5:] == [0, 0] and not table.row_weight[5:].any()
+    assert table.counts.tolist()[5:] == [3, 5] and table.counts[0] > 0
+
+
+@pytest.mark.parametrize("keywords", [{}, {"per_head": True}, {"unsupervised": 1.0}], ids=str)
+def test_rows_gathered_after_the_count_are_the_same(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw(dtype=torch.float32, **keywords)
+    gathers = []
+    gather = compaction_triton.gather_rows
+    monkeypatch.setattr(compaction_triton, "gather_rows", lambda s, i: gathers.append(len(i)) or gather(s, i))
+    _, early = _both(case, bool(keywords.get("per_head")))
+    monkeypatch.setattr(compaction_triton, "EARLY_SHARE", 1 << 40)
+    _, late = _both(case, bool(keywords.get("per_head")))
+    assert torch.equal(early.rows.hidden, late.rows.hidden) and early.rows.segments == late.rows.segments
+    assert gathers == [2 * (8 + 7 + 6), len(late.rows.target)]
 
 
 def test_more_rows_than_promised_are_an_error() -> None:

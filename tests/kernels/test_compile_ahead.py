@@ -36,6 +36,7 @@ _OTHERS = {
     "zero_missing_rows_kernel",
     "scatter_results_kernel",
     "scale_kernel",
+    "loss_terms_kernel",
     "logits_stats_kernel",
     "logits_exp_kernel",
     "mark_probable_kernel",
