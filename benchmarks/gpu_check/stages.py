@@ -5,11 +5,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from benchmarks.tune import name_of
+from ntpseg.kernels.gemm_configs import PINGPONG_CONFIGS
+
 SECONDS = {"1": 235.0, "2": 235.0, "3": 235.0, "all": 590.0}  # of a slot's 15 minutes, starting the machine aside
 STAGES = ("1", "2", "3")
 _ENVIRONMENT = (
     "import json, subprocess; from ntpseg.environment import describe; print(json.dumps(describe(), indent=1)); "
     "print(subprocess.run(['nvidia-smi'], capture_output=True, text=True).stdout)"
+)
+
+
+# The four that the counts of instructions and of operand traffic speak for.
+_PROMISING = (
+    "128x256x64-w8-s4-tma-flatten-sub2",
+    "128x256x64-w8-s4-tma-sub4",
+    "128x128x64-w4-s3-tma-sub2-ctas2",
+    "128x128x64-w8-s4-tma-flatten",
 )
 
 
@@ -49,6 +61,13 @@ def _bench(python: str, results: str, name: str, *arguments: str) -> tuple[str, 
     return (python, "-m", "benchmarks", name, "--quick", "--device", "cuda", "--results", results, *arguments)
 
 
+def _tune(python: str, results: str, *names: str, seconds: int) -> tuple[str, ...]:
+    """Candidates of the forward product; none of them is kept, the table is settled by hand."""
+    command = (python, "-m", "benchmarks.tune", "--quick", "--dry-run", "--time-limit", str(seconds))
+    folder = f"{results}/tune-{len(names) or 'all'}"  # a later run of tune replaces an earlier one's file
+    return (*command, "--results", folder, *(("--only", *names) if names else ()))
+
+
 def _tests(python: str, *arguments: str, workers: int = 8) -> tuple[str, ...]:
     # compiling dominates, so many processes share the device; what is timed is left to the steps that run alone
     command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfE", "--tb=short", "-n", str(workers))
@@ -65,16 +84,20 @@ def _first(python: str, results: str) -> list[Step]:
         Step("loss", 50.0, loss),
         Step("timeline", 25.0, (python, "-m", "benchmarks.profile_loss", "--quick", "--no-ncu", "--results", results)),
         Step("topn", 15.0, _bench(python, results, "topn")),
-        Step("tune", 50.0, (python, "-m", "benchmarks.tune", "--classes", "32768", "--repetitions", "15")),
+        Step("tune", 50.0, _tune(python, results, *_PROMISING, seconds=45)),
     ]
 
 
 def _second(python: str, results: str) -> list[Step]:
-    many = _bench(python, results, "loss", "--only", "ntpseg triton", "--where", "R=32768", "--seconds", "2")
-    tune = (python, "-m", "benchmarks.tune", "--classes", "32768", "184622", "--repetitions", "20")
+    loss = ("loss", "--only", "ntpseg triton", "ntpseg triton graph", "--seconds", "2")
+    # a kernel that never ends takes its own step alone
+    pingpong = (*_tests(python, "tests/gpu/test_pingpong.py", workers=2), "--timeout", "40")
     return [
-        Step("rows-32768", 25.0, many),
-        Step("tune-more", 60.0, tune),
+        Step("pingpong", 45.0, pingpong),
+        Step("tune-pingpong", 45.0, _tune(python, results, *map(name_of, PINGPONG_CONFIGS), seconds=40)),
+        Step("graph", 30.0, _bench(python, results, *loss, "--where", "R=6272", "V=32768")),
+        Step("rows-32768", 30.0, _bench(python, results, *loss, "--where", "R=32768")),
+        Step("tune-rest", 60.0, _tune(python, results, seconds=55)),
     ]
 
 

@@ -122,9 +122,11 @@ def launch_candidate(config: GemmConfig) -> None:
     z_y = torch.zeros(256)
     e = torch.zeros(256, 512, dtype=torch.bfloat16)
     block_stats = BlockStats.empty(-(-512 // config.BLOCK_N), 256, torch.device("cpu"))
-    every = torch.arange(2, dtype=torch.int32)
     anchors = Anchors(z_y, z_y.clone(), z_y + 48.0)
-    anchored_gemm(hidden, weight, e, anchors, block_stats, every, torch.full((), 2, dtype=torch.int32), config, 1)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, None, config, 1)
+    # the rows to compute again come as a list: another variant
+    every, count = torch.arange(2, dtype=torch.int32), torch.full((), 2, dtype=torch.int32)
+    anchored_gemm(hidden, weight, e, anchors, block_stats, every, count, config, 1)
 
 
 def main() -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.runner import archive, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
 from benchmarks.gpu_check.wheels import unpack
 from benchmarks.harness.environment import ROOT
+from benchmarks.tune import CANDIDATES, name_of
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -52,6 +55,16 @@ def test_a_stage_fits_its_slot_and_names_only_what_exists(stage: str) -> None:
         if "-m" in step.command and step.command[step.command.index("-m") + 1].startswith("benchmarks."):
             module = step.command[step.command.index("-m") + 1].replace(".", "/")
             assert (ROOT / f"{module}.py").exists(), module
+
+
+def test_the_candidates_of_the_stages_are_ones_of_tune() -> None:
+    known = {name_of(config) for config in CANDIDATES["sm_90"]}
+    seen = set()
+    for stage in STAGES:
+        for step in stage_steps(stage, native=True):
+            if "--only" in step.command and "benchmarks.tune" in step.command:
+                seen |= set(step.command[step.command.index("--only") + 1 :])
+    assert len(seen) == 6 and seen <= known
 
 
 def test_the_first_stage_asks_first_whether_it_is_right() -> None:
