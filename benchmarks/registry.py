@@ -23,7 +23,7 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     "loss": Benchmark(
         "Loss, forward and backward",
-        "goals 1.06, 1.10 and 1.20 of three cuBLAS products at\n"
+        "goals 1.03, 1.05 and 1.12 of three cuBLAS products at\n"
         "  D = 4096, 2048 and 1024; workspace, errors, bitwise repeatability and graph capture on the device; Liger,\n"
         "  cut-cross-entropy and QuACK beside it; the tile shapes of `ntpseg bench tune`",
         gated=True,

@@ -140,4 +140,8 @@ def _outstanding(rows: Sequence[Row]) -> Iterator[str]:
     for name in missing:
         benchmark = BENCHMARKS[name]
         yield f"- {benchmark.title.lower()} (`ntpseg bench {name}`): {benchmark.gpu_goal}"
-    yield from ("", "`make gpu-check` takes them on any machine with a CUDA device and writes them here.", "")
+    yield from (
+        "",
+        "`make gpu-check` takes them, in three stages of four minutes, and `ntpseg bench report` writes them here.",
+        "",
+    )
