@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness.environment import ROOT
 
-_GRACE = 4.0  # seconds between asking a process to end, which lets pytest write its failures, and killing it
+_GRACE = 8.0  # seconds between asking a process to end, which lets pytest write its failures, and killing it
 _TAIL = 12
 
 

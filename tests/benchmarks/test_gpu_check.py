@@ -96,7 +96,7 @@ def test_a_step_is_stopped_at_its_limit_and_may_still_speak(tmp_path: Path) -> N
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('hello', flush=True); time.sleep(60)"
     )
-    result = run_step("deaf", [sys.executable, "-c", deaf], 6.0, dict(os.environ), tmp_path)
+    result = run_step("deaf", [sys.executable, "-c", deaf], 12.0, dict(os.environ), tmp_path)
     assert result["result"] == "out of time" and result["seconds"] < 30 and result["tail"] == ["hello"]
     command = [sys.executable, "-c", "raise SystemExit(4)"]
     assert run_step("bad", command, 60.0, dict(os.environ), tmp_path)["result"] == "failed (4)"
@@ -165,7 +165,7 @@ def test_the_kit_holds_what_a_device_asks_for(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         printed.append(done.stdout.strip().splitlines()[-1])
-    assert printed == ["1 1 []", "1 0 []"]
+    assert printed == ["2 2 []", "2 0 []"]
 
 
 def _wheel(folder: Path, name: str, tag: str = "py3-none-any", **files: str) -> None:
