@@ -90,12 +90,14 @@ class DecodedBatch:
         logprob: float32 ``[B, h * w]``, log-probability of each code among the mask codes.
         steps: forward passes after the prompt.
         patches: float32 ``[B, h * w, P * P]``, the expected patch of each cell; None without a read-out.
+        samples: int64 ``[B, n, h * w]``, the codes of every sample, of methods that draw several.
     """
 
     codes: Tensor
     logprob: Tensor
     steps: int
     patches: Tensor | None = None
+    samples: Tensor | None = None
 
 
 class DecodingMethodFunction(Protocol):
