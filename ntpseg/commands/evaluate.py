@@ -18,8 +18,11 @@ from ntpseg.commands.options import (
     Mirror,
     Passes,
     Samples,
+    Seed,
     SkipBad,
+    Temperature,
     Threshold,
+    TopP,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +59,9 @@ def evaluate(
     method: Method = None,
     passes: Passes = None,
     samples: Samples = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     threshold: Threshold = None,
     mirror: Mirror = None,
     dtype: Dtype = "auto",
@@ -86,6 +92,9 @@ def evaluate(
         "method": method,
         "passes": passes,
         "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "threshold": threshold,
         "mirror": mirror,
         "dtype": dtype,

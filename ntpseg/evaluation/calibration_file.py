@@ -12,7 +12,7 @@ from ntpseg.utils.manifest import write_json_member
 
 CHOICE = "decoding_choice.json"
 # What the distribution over masks depends on, and the temperature with it.
-FITTED = ("method", "passes", "samples", "mirror")
+FITTED = ("method", "passes", "samples", "temperature", "top_p", "mirror")
 
 
 def check_calibration(run: Path, split: str | None, changes: dict[str, Any]) -> None:
@@ -32,8 +32,10 @@ def check_calibration(run: Path, split: str | None, changes: dict[str, Any]) -> 
         )
     if split != "val":
         raise ValueError(f"--calibrate must be given with --split val, which no test score rests on, got {split}")
-    for name in (name for name, value in changes.items() if value is not None):
-        raise ValueError(f"--calibrate must be given without --{name}: the temperature is saved with the model's own")
+    for name, value in changes.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be left out with --calibrate, which is of the saved decoding, got {value}")
 
 
 def save_temperature(run: Path, decoding: dict[str, Any] | None, summary: dict[str, Any]) -> None:
