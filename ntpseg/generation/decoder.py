@@ -72,6 +72,10 @@ class Decoder(Protocol):
         """
         ...
 
+    def repeat(self, times: int) -> None:
+        """Continue every row `times` times: the B rows, then the B rows again and so on, with what they have read."""
+        ...
+
 
 class RewindableDecoder(Decoder, Protocol):
     """A `Decoder` that can take tokens back, each row its own number of them."""

@@ -35,7 +35,9 @@ def sample(
     for first in range(0, options.samples, together):
         numbers = range(first, min(first + together, options.samples))
         draw = _Draw(options, numbers, target.readout)
-        batch = decode_in_order(heads, decoder, target, _repeated(prompts, len(numbers)), draw)
+        # Only their number and the longest are looked at: the prompts themselves are read once.
+        rows = PromptBatch(prompts.ids * len(numbers), prompts.grid_ids * len(numbers))
+        batch = decode_in_order(heads, _ReadOnce(decoder, prompts, len(numbers)), target, rows, draw)
         all_codes.append(batch.codes.unflatten(0, (-1, count)))
         all_logprob.append(batch.logprob.unflatten(0, (-1, count)))
         steps += batch.steps
@@ -101,8 +103,22 @@ class _Draw:
         return torch.stack(self._patches, 1) if self._patches else batch.patches
 
 
-def _repeated(prompts: PromptBatch, times: int) -> PromptBatch:
-    stem = prompts.stem
-    if stem is not None:
-        stem = type(stem)(*(part.repeat(times, *[1] * (part.ndim - 1)) for part in stem))
-    return PromptBatch(prompts.ids * times, prompts.grid_ids * times, stem)
+class _ReadOnce:
+    """A `Decoder` that reads B prompts and continues each of them several times.
+
+    Args:
+        decoder: the decoder.
+        prompts: B prompts.
+        times: how often; there are ``times * B`` rows.
+    """
+
+    def __init__(self, decoder: Decoder, prompts: PromptBatch, times: int) -> None:
+        self._decoder, self._prompts, self._times = decoder, prompts, times
+        self.dtype, self.extend, self.repeat = decoder.dtype, decoder.extend, decoder.repeat
+
+    def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
+        """See `Decoder.start`; `prompts` are the rows."""
+        hidden = self._decoder.start(self._prompts, capacity)
+        if self._times > 1:
+            self._decoder.repeat(self._times)
+        return hidden.repeat(self._times, 1)

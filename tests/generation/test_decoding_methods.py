@@ -128,6 +128,18 @@ def test_sample_is_the_mean_of_its_samples(temperature: float, top_p: float) -> 
 
 
 @pytest.mark.parametrize("decoder", ["native", "huggingface"])
+def test_the_prompts_of_samples_are_read_once(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntpseg.generation.huggingface import HuggingFaceDecoder
+    from ntpseg.generation.native import NativeDecoder
+
+    kind = {"native": NativeDecoder, "huggingface": HuggingFaceDecoder}[decoder]
+    read, start = [], kind.start
+    monkeypatch.setattr(kind, "start", lambda self, prompts, n: read.append(len(prompts)) or start(self, prompts, n))
+    Setup().decode(method="sample", samples=5, decoder=decoder)
+    assert read == [3]
+
+
+@pytest.mark.parametrize("decoder", ["native", "huggingface"])
 def test_a_sample_depends_on_its_seed_and_number_alone(decoder: Any) -> None:
     setup = Setup()
     fields = {"method": "sample", "seed": 3, "decoder": decoder}
@@ -202,6 +214,9 @@ class Chain:
 
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
         return self.move[tokens - self.low].log()
+
+    def repeat(self, times: int) -> None:
+        """Nothing is remembered."""
 
 
 def test_sample_approaches_the_marginals_that_greedy_misses() -> None:
