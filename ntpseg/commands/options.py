@@ -31,7 +31,9 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float | None, typer.Option(help="sample: draw from the likeliest codes that together reach this.")]
 Seed = Annotated[int | None, typer.Option(help="sample: of the random numbers.", min=0)]
-Threshold = Annotated[float | None, typer.Option(help="Probability from which a pixel is foreground.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Probability, before its calibration, from which a pixel is foreground.")
+]
 Mirror = Annotated[
     bool | None,
     typer.Option(

@@ -120,7 +120,7 @@ class _Evaluator:
         self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())
         generated = self._decode("decoding", encoded, self.texts)
-        masks = self._masks(generated, range(len(self.cases)))
+        masks, counts = self._masks_and_counts(generated)
         parts = []
         for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
             parts.append(segmentation_metrics(mask[None], truth[None], self.pixel_mm[i]))
@@ -148,19 +148,23 @@ class _Evaluator:
             "seconds": generated.seconds,
             "steps": generated.steps,
         }
-        counts, temperature = self._calibration(generated)
+        options = self.segmenter.options
+        temperature = counts.fit_temperature() if self.options.calibrate else options.calibration_temperature
         summary["decoding"]["calibration_temperature"] = temperature
         calibrated = counts.measures(temperature)
         size = self.segmenter.bundle.vision.image_size
         before = calibrated if temperature == 1 else counts.measures()
         summary["calibration"] = {"size": size, "band": list(BAND), "uncalibrated": before, "calibrated": calibrated}
-        maps = [calibrate(p, temperature) for p in self.segmenter.probabilities(generated)]
-        per_case["entropy"] = np.array([pixel_entropy(p).mean() for p in maps], np.float64)
+        maps, entropy = [], []
+        for found in self.segmenter.probabilities(generated):
+            likely = calibrate(found, temperature)
+            entropy.append(pixel_entropy(likely).mean())
+            maps.append(np.rint(likely * 255).astype(np.uint8))
+        per_case["entropy"] = np.array(entropy, np.float64)
         if generated.samples is not None and generated.samples.shape[1] > 1:
             per_case["sample_dice"] = np.array(list(map(self._agreement, generated.samples)))
             summary["sample_dice"] = float(per_case["sample_dice"].mean())
-        probability = np.stack([np.rint(p * 255).astype(np.uint8) for p in maps])
-        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, probability)
+        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, np.stack(maps))
         result.windows = self.windows
         if self.options.text_check:
             self._text_check(encoded, result)
@@ -183,13 +187,13 @@ class _Evaluator:
         pairs = zip(self.segmenter.probabilities(generated), chosen, strict=True)
         return [resize_mask(p, *self.truth[i].shape[:2], threshold=threshold) for p, i in pairs]
 
-    def _calibration(self, generated: Generated) -> tuple[PixelCounts, float]:
-        """Every pixel against the truth at the model's size, and the temperature."""
-        counts = PixelCounts()
+    def _masks_and_counts(self, generated: Generated) -> tuple[list[np.ndarray], PixelCounts]:
+        """The masks at the images' own sizes, and every pixel against the truth at the model's."""
+        threshold, masks, counts = self.segmenter.options.threshold, [], PixelCounts()
         for probability, truth in zip(self.segmenter.probabilities(generated), self.truth, strict=True):
+            masks.append(resize_mask(probability, *truth.shape[:2], threshold=threshold))
             counts.add(probability, resize_mask(truth, *probability.shape))
-        options = self.segmenter.options
-        return counts, counts.fit_temperature() if self.options.calibrate else options.calibration_temperature
+        return masks, counts
 
     def _agreement(self, samples: np.ndarray) -> float:
         return pairwise_dice(np.stack(list(self.segmenter.decode_codes(samples))) >= 0.5)
