@@ -18,8 +18,11 @@ from ntpseg.commands.options import (
     Mirror,
     Passes,
     Samples,
+    Seed,
     SkipBad,
+    Temperature,
     Threshold,
+    TopP,
 )
 
 if TYPE_CHECKING:
@@ -45,10 +48,20 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Result folder; RUN/eval/SPLIT by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many cases, spread evenly.", min=1)] = None,
     text_check: Annotated[int, typer.Option(help="Cases decoded again with an empty and a wrong text.", min=0)] = 256,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Of the val split of a run: fit the temperature of its probabilities and save it with the model.",
+        ),
+    ] = False,
     batch_size: BatchSize = 64,
     method: Method = None,
     passes: Passes = None,
     samples: Samples = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     threshold: Threshold = None,
     mirror: Mirror = None,
     dtype: Dtype = "auto",
@@ -63,6 +76,7 @@ def evaluate(
     from ntpseg.data.problems import DataProblems
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
+    from ntpseg.evaluation.calibration_file import FITTED, check_calibration, save_temperature
     from ntpseg.evaluation.result import check_result_folder
     from ntpseg.evaluation.run_directory import data_of, masks_of, run_directory
     from ntpseg.evaluation.tables import summary_table
@@ -78,17 +92,22 @@ def evaluate(
         "method": method,
         "passes": passes,
         "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "threshold": threshold,
         "mirror": mirror,
         "dtype": dtype,
     }
-    checks = EvaluationOptions(text_check=text_check)
+    checks = EvaluationOptions(text_check=text_check, calibrate=calibrate)
     for option, path in (("--model", model), ("--data", data), ("--out", out)):
         if path is not None:
             check_path(option, path)
     root = run_directory(model)
     if root.is_file() and out is None:
         raise ValueError(f"--out must name the result folder for a model file, got none for {model}")
+    if calibrate:
+        check_calibration(root, split, {name: decoding[name] for name in FITTED})
     masks = MaskOptions(mask_value=mask_value)
     if data is None:
         data, layout = data_of(root)
@@ -117,6 +136,8 @@ def evaluate(
         result = run(segmenter, records, checks, progress=progress)
     result.summary = {"data": str(data), "split": split, **result.summary}
     result.write(target)
+    if calibrate:
+        save_temperature(root, segmenter.bundle.decoding, result.summary)
     console.print(summary_table(result.summary, f"{split} split of {data}"))
     console.print(f"written to {target}", highlight=False, soft_wrap=True)
 

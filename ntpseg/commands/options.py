@@ -26,7 +26,14 @@ BatchSize = Annotated[int, typer.Option(help="Images decoded together.")]
 Method = Annotated[str | None, typer.Option(help=f"{choices(tuple(METHODS))} By default the model's own.")]
 Passes = Annotated[int | None, typer.Option(help="refine: how often the draft of the mask is read.", min=0)]
 Samples = Annotated[int | None, typer.Option(help="sample: masks that are averaged.", min=1)]
-Threshold = Annotated[float | None, typer.Option(help="Probability from which a pixel is foreground.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="sample: of the distribution over codes; below 1 the likely becomes likelier.")
+]
+TopP = Annotated[float | None, typer.Option(help="sample: draw from the likeliest codes that together reach this.")]
+Seed = Annotated[int | None, typer.Option(help="sample: of the random numbers.", min=0)]
+Threshold = Annotated[
+    float | None, typer.Option(help="Probability, before its calibration, from which a pixel is foreground.")
+]
 Mirror = Annotated[
     bool | None,
     typer.Option(

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntpseg.commands.options import BatchSize, Device, Dtype, Method, Mirror, Passes, Samples, Threshold
+from ntpseg.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Method,
+    Mirror,
+    Passes,
+    Samples,
+    Seed,
+    Temperature,
+    Threshold,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +63,14 @@ def predict(
     overlay: Annotated[
         Path | None, typer.Option(help="Also draw the mask over the image: .png file, or another folder.")
     ] = None,
+    save_probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--save-probabilities",
+            help="Also write NAME_probability.png and NAME_uncertainty.png (entropy) beside the mask, and lines of "
+            "equal probability in the overlay; of a volume NAME_probability.nii.gz.",
+        ),
+    ] = False,
     axis: Annotated[
         str | None,
         typer.Option(help="axial, coronal or sagittal; by default as the model was trained.", rich_help_panel=VOLUMES),
@@ -83,6 +103,9 @@ def predict(
     method: Method = None,
     passes: Passes = None,
     samples: Samples = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     threshold: Threshold = None,
     mirror: Mirror = None,
     dtype: Dtype = "auto",
@@ -112,6 +135,9 @@ def predict(
         "method": method,
         "passes": passes,
         "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "threshold": threshold,
         "mirror": mirror,
         "dtype": dtype,
@@ -134,7 +160,9 @@ def predict(
     volumes = find(image, series)
     if volumes:
         settings = VolumeSettings(axis, window, series, PostProcessing(largest_component, min_ml))  # type: ignore[arg-type]
-        request = VolumeRequest(image, volumes, text or [], texts, out, output_format, overlay, read)
+        request = VolumeRequest(
+            image, volumes, text or [], texts, out, output_format, overlay, read, save_probabilities
+        )
         predict_volumes(request, settings, load, console)
         return
     given = {
@@ -151,13 +179,15 @@ def predict(
         raise ValueError(f"--text must be given once for images, got it {len(text)} times; list them in --texts")
     sentence = text[0] if text else None
     if image.is_dir():
-        targets = folder_targets(folder_jobs(image, sentence, texts), image, out, overlay, read)
+        targets = folder_targets(
+            folder_jobs(image, sentence, texts), image, out, overlay, read, maps=save_probabilities
+        )
     elif texts is not None:
         raise ValueError(f"--texts must be given for a folder of images, got {texts} for the image {image}")
     elif sentence is None:
         raise ValueError("text must be the sentence that says what to segment, got none")
     else:
-        targets = [file_target(Job(image, sentence, image.stem), out, overlay, read)]
+        targets = [file_target(Job(image, sentence, image.stem), out, overlay, read, maps=save_probabilities)]
     segmenter = load()
     if not image.is_dir():
         written = write_predictions(segmenter, targets)

@@ -29,6 +29,7 @@ class VolumeRequest:
         kind: the format of results in a folder; None: NIfTI.
         overlay: must be None.
         read: further files that are read.
+        maps: whether probabilities are written.
     """
 
     image: Path
@@ -39,6 +40,7 @@ class VolumeRequest:
     kind: str | None
     overlay: Path | None
     read: Sequence[Path]
+    maps: bool = False
 
 
 def find(image: Path, series: str | None) -> list[Path]:
@@ -89,9 +91,10 @@ def predict_volumes(
     single = request.volumes[0] == request.image
     jobs = volume_jobs(request.volumes, request.texts, request.table)
     if single:
-        targets = [volume_target(jobs[0], request.out, request.kind, request.read)]
+        targets = [volume_target(jobs[0], request.out, request.kind, request.read, maps=request.maps)]
     else:
-        targets = volume_targets(jobs, request.image, request.out, request.kind, request.read)
+        places = (request.image, request.out, request.kind, request.read)
+        targets = volume_targets(jobs, *places, maps=request.maps)
     segmenter = load()
     with stage_progress(console) as progress:
         written = write_volume_predictions(

@@ -74,7 +74,15 @@ def _draw(lines: list[tuple[str, list[float], list[float]]], log: bool) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
-        buffer = io.StringIO()
+        return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """A figure as inline SVG whose text stays text and whose identifiers are its own in a page of several."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     # Identifiers of several figures in one page would clash.

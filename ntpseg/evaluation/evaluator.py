@@ -12,14 +12,17 @@ import torch
 from ntpseg.data import read_truth, read_windowed, resize_mask
 from ntpseg.data.records import check_masks
 from ntpseg.data.spacing import pixel_mm
+from ntpseg.evaluation.calibration import BAND, PixelCounts
 from ntpseg.evaluation.groups import group_cases
 from ntpseg.evaluation.metrics import COUNTS, EMPTY_MASKS, concatenate, dice_scores, mm_metrics, segmentation_metrics
 from ntpseg.evaluation.result import Evaluation
 from ntpseg.evaluation.summary import Bootstrap, summarise, summarise_findings, summarise_groups
 from ntpseg.evaluation.text_check import other_texts
 from ntpseg.evaluation.volumes import score_volumes, summarise_volumes
+from ntpseg.generation.calibration import calibrate
 from ntpseg.generation.segmenter import ENCODE_BATCH
-from ntpseg.utils.checks import check_integer
+from ntpseg.generation.uncertainty import pairwise_dice, pixel_entropy
+from ntpseg.utils.checks import check_bool, check_integer
 from ntpseg.utils.progress import StageCallback, counter
 
 if TYPE_CHECKING:
@@ -37,16 +40,20 @@ class EvaluationOptions:
         text_check: number of cases that are also decoded with an empty text and with another image's text, spread
             evenly over the split; 0 leaves the check out.
         bootstrap: how intervals are computed.
+        calibrate: fit the calibration temperature to these cases, which must then be the validation split, and use it
+            in place of the segmenter's for what is reported and returned. Masks do not change.
 
     Raises:
         ValueError: `text_check` is negative.
     """
 
     text_check: int = 256
+    calibrate: bool = False
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def __post_init__(self) -> None:
         check_integer("text_check", self.text_check, 0)
+        check_bool("calibrate", self.calibrate)
 
 
 def evaluate(
@@ -113,7 +120,7 @@ class _Evaluator:
         self.windows: list[Window | None] = []
         encoded = self.segmenter.encode(images())
         generated = self._decode("decoding", encoded, self.texts)
-        masks = self._masks(generated, range(len(self.cases)))
+        masks, counts = self._masks_and_counts(generated)
         parts = []
         for i, (mask, truth) in enumerate(zip(masks, self.truth, strict=True)):
             parts.append(segmentation_metrics(mask[None], truth[None], self.pixel_mm[i]))
@@ -131,6 +138,7 @@ class _Evaluator:
         summary["decoding"] = {
             "method": generator.options.method,
             "passes": generator.options.passes if generator.options.method == "refine" else None,
+            "samples": generator.options.samples if generator.options.method == "sample" else None,
             "threshold": generator.options.threshold,
             "mirror": generator.options.mirror,
             "path": type(generator.decoder).__name__,
@@ -140,8 +148,23 @@ class _Evaluator:
             "seconds": generated.seconds,
             "steps": generated.steps,
         }
-        probability = np.stack([np.rint(p * 255).astype(np.uint8) for p in self.segmenter.probabilities(generated)])
-        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, probability)
+        options = self.segmenter.options
+        temperature = counts.fit_temperature() if self.options.calibrate else options.calibration_temperature
+        summary["decoding"]["calibration_temperature"] = temperature
+        calibrated = counts.measures(temperature)
+        size = self.segmenter.bundle.vision.image_size
+        before = calibrated if temperature == 1 else counts.measures()
+        summary["calibration"] = {"size": size, "band": list(BAND), "uncalibrated": before, "calibrated": calibrated}
+        maps, entropy = [], []
+        for found in self.segmenter.probabilities(generated):
+            likely = calibrate(found, temperature)
+            entropy.append(pixel_entropy(likely).mean())
+            maps.append(np.rint(likely * 255).astype(np.uint8))
+        per_case["entropy"] = np.array(entropy, np.float64)
+        if generated.samples is not None and generated.samples.shape[1] > 1:
+            per_case["sample_dice"] = np.array(list(map(self._agreement, generated.samples)))
+            summary["sample_dice"] = float(per_case["sample_dice"].mean())
+        result = Evaluation(self.cases, per_case, summary, masks, generated.confidence, np.stack(maps))
         result.windows = self.windows
         if self.options.text_check:
             self._text_check(encoded, result)
@@ -163,6 +186,17 @@ class _Evaluator:
         threshold = self.segmenter.options.threshold
         pairs = zip(self.segmenter.probabilities(generated), chosen, strict=True)
         return [resize_mask(p, *self.truth[i].shape[:2], threshold=threshold) for p, i in pairs]
+
+    def _masks_and_counts(self, generated: Generated) -> tuple[list[np.ndarray], PixelCounts]:
+        """The masks at the images' own sizes, and every pixel against the truth at the model's."""
+        threshold, masks, counts = self.segmenter.options.threshold, [], PixelCounts()
+        for probability, truth in zip(self.segmenter.probabilities(generated), self.truth, strict=True):
+            masks.append(resize_mask(probability, *truth.shape[:2], threshold=threshold))
+            counts.add(probability, resize_mask(truth, *probability.shape))
+        return masks, counts
+
+    def _agreement(self, samples: np.ndarray) -> float:
+        return pairwise_dice(np.stack(list(self.segmenter.decode_codes(samples))) >= 0.5)
 
     def _ceiling(self) -> np.ndarray:
         vision = self.segmenter.bundle.vision

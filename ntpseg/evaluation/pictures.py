@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ntpseg.generation.overlay import PREDICTION, draw
+from ntpseg.generation.overlay import LEVELS as LEVELS
+from ntpseg.generation.overlay import PREDICTION, draw, draw_levels
+from ntpseg.generation.uncertainty import pixel_entropy
 
 SIDE = 208
-# Probabilities whose lines are drawn, and their colours: the surer, the lighter.
-LEVELS = ((0.25, (40, 90, 255)), (0.5, PREDICTION), (0.75, (255, 255, 255)))
 TOKEN_FRAMES = 4
 
 
@@ -102,11 +102,22 @@ def probability_contours(image: np.ndarray, probability: np.ndarray) -> np.ndarr
     Returns:
         uint8 ``[H, W, 3]``.
     """
-    large = _enlarge(probability, image.shape)
-    picture = greyscale(image)
-    for level, color in LEVELS:
-        picture = draw(picture, large >= level * 255, color, opacity=0.0)
-    return picture
+    return draw_levels(greyscale(image), _enlarge(probability, image.shape) / 255)
+
+
+def entropy_picture(image: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """The entropy of each pixel's probability over the image: the more of `PREDICTION`, the less sure.
+
+    Args:
+        image: uint8 ``[H, W]`` or ``[H, W, 3]``, at the report's size.
+        probability: uint8 ``[S, S]``, times 255.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+    """
+    bits = pixel_entropy(_enlarge(probability, image.shape) / 255)[..., None]
+    grey = np.repeat(greyscale(image)[..., None], 3, 2) * 0.6
+    return np.rint(grey * (1 - bits) + np.asarray(PREDICTION) * bits).astype(np.uint8)
 
 
 def token_frames(image: np.ndarray, probability: np.ndarray, grid: tuple[int, int], threshold: float) -> list[str]:

@@ -12,9 +12,19 @@ import numpy as np
 from ntpseg.evaluation.curves import curves
 from ntpseg.evaluation.hidden_names import HiddenNames, hide_paths
 from ntpseg.evaluation.metrics import METRICS, mm_metrics
-from ntpseg.evaluation.pictures import LEVELS, Case, data_uri, probability_contours, shrunk, token_frames
+from ntpseg.evaluation.pictures import (
+    LEVELS,
+    Case,
+    data_uri,
+    entropy_picture,
+    probability_contours,
+    shrunk,
+    token_frames,
+)
+from ntpseg.evaluation.reliability import reliability_curve
 from ntpseg.evaluation.run_directory import TRAINING_LOG, splits, training_log
 from ntpseg.evaluation.tables import (
+    calibration_rows,
     finding_rows,
     interval,
     metric_rows,
@@ -24,6 +34,7 @@ from ntpseg.evaluation.tables import (
     volume_label,
     volume_rows,
 )
+from ntpseg.generation.calibration import calibrate
 from ntpseg.generation.overlay import PREDICTION, TRUTH, draw
 from ntpseg.utils.files import read_csv, write_text
 from ntpseg.utils.outputs import check_file, check_not_inputs
@@ -114,7 +125,9 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool, hide_names:
         )
     probability = np.load(folder / "probability.npy", mmap_mode="r")
     grid = np.load(folder / "confidence.npy", mmap_mode="r").shape[1:]
-    threshold = summary["decoding"]["threshold"]
+    # The picture is of calibrated probabilities, and the threshold of those before.
+    temperature = summary["decoding"].get("calibration_temperature", 1)
+    threshold = float(calibrate(np.array(summary["decoding"]["threshold"]), temperature))
     missing = next((c.row[k] for c in cases for k in ("image", "mask") if not Path(c.row[k]).is_file()), None)
     if missing is not None:
         raise ValueError(f"files of {folder / 'cases.csv'} must exist, got {missing}, which is no longer there")
@@ -141,6 +154,9 @@ def _evaluation(folder: Path, split: str, examples: int, grey: bool, hide_names:
         "volume_groups": volume_groups[:MAX_GROUPS],
         "more_volume_groups": max(0, len(volume_groups) - MAX_GROUPS),
         "text_check": text_check_rows(summary),
+        "calibration": calibration_rows(summary),
+        "temperature": f"{temperature:g}",
+        "reliability": reliability_curve(summary["calibration"]) if "calibration" in summary else "",
         "groups": groups[:MAX_GROUPS],
         "more_groups": max(0, len(groups) - MAX_GROUPS),
         "examples": [
@@ -182,6 +198,10 @@ def _example(case: Case, probability: np.ndarray) -> dict[str, Any]:
     return {
         **_panels(case),
         "probability": data_uri(probability_contours(small, probability)),
+        "entropy": data_uri(entropy_picture(small, probability)),
+        "agreement": f"; Dice between samples {float(agreement):.2f}"
+        if (agreement := case.row.get("sample_dice"))
+        else "",
         "mean_confidence": f"{float(case.row['confidence']):.2f}",
         "text": case.row["text"],
         "case": case.row["case"],

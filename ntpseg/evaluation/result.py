@@ -31,11 +31,13 @@ class Evaluation:
     Attributes:
         records: the cases, in order.
         per_case: arrays of length N, see `segmentation_metrics`, and ``confidence`` (mean over patches) and ``ceiling``
-            (Dice of the truth after going through the mask tokenizer: what no prediction can exceed by much).
+            (Dice of the truth after going through the mask tokenizer: what no prediction can exceed by much),
+            ``entropy`` (mean over pixels, in bits) and, of several samples, ``sample_dice`` (see `pairwise_dice`).
         summary: everything that goes into ``summary.json``.
         masks: predictions, bool ``[H, W]`` each.
         confidence: float32 ``[N, h, w]``.
-        probability: uint8 ``[N, S, S]``, the foreground probability of every pixel at the model's size times 255.
+        probability: uint8 ``[N, S, S]``, the calibrated foreground probability of every pixel at the model's size times
+            255.
         checked: indices of the cases of the text check; `empty_dice`, `other_dice`, `other_text` and `other_masks`
             belong to them.
         windows: how each image of more than 8 bits was brought to 8 bits, see `read_windowed`; None for the others.
@@ -85,7 +87,8 @@ class Evaluation:
         write_json(directory / "summary.json", self.summary)
 
     def _table(self, names: list[str]) -> tuple[list[str], list[list[Any]]]:
-        scores = [*METRICS, "confidence", "ceiling"]
+        scores = [*METRICS, "confidence", "ceiling", "entropy"]
+        scores += ["sample_dice"] if "sample_dice" in self.per_case else []
         columns = ["case", "subject", "text", "file", "image", "mask", "mask_value", "image_sha1", "window"]
         columns += ["height", "width"]
         columns += [*scores, *COUNTS, "empty_text_dice", "other_text", "other_text_dice"]

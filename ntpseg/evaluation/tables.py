@@ -107,6 +107,27 @@ def text_check_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def calibration_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name of each calibration figure, without and with the model's temperature; see `ntpseg.evaluation.calibration`.
+
+    The last is empty at a temperature of 1, and all of it for a result of a version without calibration.
+    """
+    found = summary.get("calibration")
+    if not found:
+        return []
+    low, high = found["band"]
+    before, after = found["uncalibrated"], found["calibrated"]
+    scaled = before["temperature"] != after["temperature"]
+    rows = []
+    for part, where in ((None, "all pixels"), ("band", f"pixels of {low:g} to {high:g}")):
+        first, second = (side[part] if part else side for side in (before, after))
+        if first is None:
+            continue
+        for key, name in (("ece", "ECE"), ("brier", "Brier score"), ("nll", "NLL")):
+            rows.append((f"{name}, {where}", f"{first[key]:.4f}", f"{second[key]:.4f}" if scaled else ""))
+    return rows
+
+
 def finding_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and figure of the cases with and without a finding; empty where all have one."""
     findings = summary.get("findings")
@@ -146,6 +167,12 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
     for i, (name, dice) in enumerate(rows):
         cases = f" ({summary['text_check']['cases']} images)" if i == 0 else ""
         table.add_row(f"Dice, {name}{cases}", dice, "", end_section=i + 1 == len(rows))
+    calibration = calibration_rows(summary)
+    for i, (name, before, after) in enumerate(calibration):
+        at = f"{after} at temperature {summary['calibration']['calibrated']['temperature']:g}" if after else ""
+        table.add_row(name, before, at, end_section=i + 1 == len(calibration))
+    if "sample_dice" in summary:
+        table.add_row("Dice between samples", f"{summary['sample_dice']:.3f}", "", end_section=True)
     groups = summary["groups"]
     if len(groups) > 1:
         shown = list(groups.items())[:MAX_GROUPS]

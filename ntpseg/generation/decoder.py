@@ -72,6 +72,10 @@ class Decoder(Protocol):
         """
         ...
 
+    def repeat(self, times: int) -> None:
+        """Continue every row `times` times: the B rows, then the B rows again and so on, with what they have read."""
+        ...
+
 
 class RewindableDecoder(Decoder, Protocol):
     """A `Decoder` that can take tokens back, each row its own number of them."""
@@ -90,12 +94,14 @@ class DecodedBatch:
         logprob: float32 ``[B, h * w]``, log-probability of each code among the mask codes.
         steps: forward passes after the prompt.
         patches: float32 ``[B, h * w, P * P]``, the expected patch of each cell; None without a read-out.
+        samples: int64 ``[B, n, h * w]``, the codes of every sample, of methods that draw several.
     """
 
     codes: Tensor
     logprob: Tensor
     steps: int
     patches: Tensor | None = None
+    samples: Tensor | None = None
 
 
 class DecodingMethodFunction(Protocol):

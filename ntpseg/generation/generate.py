@@ -85,7 +85,8 @@ class MaskGenerator:
         codes = np.empty((len(prompts), height * width), np.int64)
         logprob = np.empty((len(prompts), height * width), np.float32)
         probability = None
-        if self.options.expected_readout:
+        samples: np.ndarray | None = None
+        if self.options.expected_readout and self.model.readout is not None:
             factor = self.model.config.patch_size
             probability = np.empty((len(prompts), height * factor, width * factor), np.float32)
         steps = 0
@@ -104,6 +105,10 @@ class MaskGenerator:
                     codes[chosen], logprob[chosen] = decoded.codes.cpu().numpy(), decoded.logprob.cpu().numpy()
                     if probability is not None and decoded.patches is not None:
                         probability[chosen] = from_patches(decoded.patches, (height, width)).cpu().numpy()
+                    if decoded.samples is not None:
+                        if samples is None:
+                            samples = np.empty((len(prompts), decoded.samples.shape[1], height * width), np.int64)
+                        samples[chosen] = decoded.samples.cpu().numpy()
                     steps += decoded.steps * len(chosen)
                     if progress is not None:
                         progress(len(chosen))
@@ -118,7 +123,9 @@ class MaskGenerator:
                 f"{self.options.dtype}; decode with dtype float32, or train the model again"
             )
         seconds = time.perf_counter() - started
-        return Generated(codes.reshape(-1, height, width), logprob, seconds, steps / len(prompts), probability)
+        drawn = None if samples is None else samples.reshape(*samples.shape[:2], height, width)
+        mean_steps = steps / len(prompts)
+        return Generated(codes.reshape(-1, height, width), logprob, seconds, mean_steps, probability, drawn)
 
     def _decode(self, batch: PromptBatch, sink: TokenSink | None) -> DecodedBatch:
         place = (self.model.heads, self.decoder, self.target, batch, self.options)
@@ -163,7 +170,7 @@ def _check_method(model: NTPSegModel, options: DecodingOptions, method: Decoding
         raise ValueError(
             f"model must have at least {method.min_heads} heads for method {method.name!r}, got {model.heads.k}"
         )
-    if model.readout is None and (method.needs_readout or options.expected_readout):
+    if model.readout is None and (method.needs_readout or options.readout == "expected"):
         raise ValueError(f"model must have a read-out of expected patches for method {method.name!r}, got none")
     inputs = model.config.mask_inputs
     if method.needs_blanks and not (inputs and inputs["blank"]):

@@ -40,7 +40,8 @@ class HuggingFaceDecoder:
             grid[row, longest - len(prompt) :] = cells
             self.mask[row, longest - len(prompt) :] = 1
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.cache, self.stem = None, prompts.stem
+        self.cache: Any = None
+        self.stem = prompts.stem
         hidden = self._forward(ids, grid, self.positions)
         self.positions = self.positions[:, -1:]
         return hidden[:, -1]
@@ -52,6 +53,15 @@ class HuggingFaceDecoder:
         self.positions = positions[:, -1:]
         self.mask = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], 1)
         return self._forward(tokens, grid_ids, positions)
+
+    def repeat(self, times: int) -> None:
+        """See `Decoder.repeat`."""
+        if self.cache is not None:
+            rows = torch.arange(len(self.mask), device=self.device).repeat(times)
+            self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask.repeat(times, 1), self.positions.repeat(times, 1)
+        if self.stem is not None:
+            self.stem = type(self.stem)(*(part.repeat(times, *[1] * (part.ndim - 1)) for part in self.stem))
 
     def _forward(self, ids: Tensor, grid_ids: Tensor, positions: Tensor) -> Tensor:
         with self._autocast():

@@ -24,6 +24,7 @@ class DecodingMethod:
         min_heads: heads that the model needs.
         needs_rewind: it takes tokens back, so its decoder must be a `RewindableDecoder`.
         needs_readout: it works on expected patches, so the model must have a read-out (``patch_size``).
+        reads_expected: with the read-out "auto" masks are the expected patches, where the model has a read-out.
         needs_blanks: it reads blanks, so the model must have been trained to (``mask_inputs`` with ``blank`` above 0).
         streams: it is a `StreamingMethodFunction`. Of other methods a mask's tokens are told once all are there.
     """
@@ -34,6 +35,7 @@ class DecodingMethod:
     min_heads: int = 1
     needs_rewind: bool = False
     needs_readout: bool = False
+    reads_expected: bool = False
     needs_blanks: bool = False
     streams: bool = False
 
@@ -70,7 +72,7 @@ METHODS: dict[str, DecodingMethod] = {
             needs_blanks=True,
         ),
         DecodingMethod(
-            "sample", "the mean of several sampled masks", "ntpseg.generation.sampling:sample", needs_readout=True
+            "sample", "the mean of several sampled masks", "ntpseg.generation.sampling:sample", reads_expected=True
         ),
     )
 }

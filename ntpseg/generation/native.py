@@ -175,6 +175,15 @@ class NativeDecoder:
         low, high = torch.aminmax(self.lengths)
         self.longest, self.uniform = int(high), int(low) == int(high)
 
+    def repeat(self, times: int) -> None:
+        """See `Decoder.repeat`."""
+        self.lengths = self.lengths.repeat(times)
+        self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
+        if self.features is not None:
+            self.features = self.features.repeat(times, 1, 1)
+        for layer in self.layers:
+            layer.cache.buffer = layer.cache.buffer.repeat(times, 1, 1, 1)
+
     def _final_norm(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.generation.methods import METHODS
+from ntpseg.generation.uncertainty import pairwise_dice, pixel_entropy
 from ntpseg.utils.checks import check_bool, check_choice, check_integer, check_number
 
 if TYPE_CHECKING:
@@ -35,10 +36,18 @@ class DecodingOptions:
             which is faster for single images, not for batches. "expected" feeds back the code nearest to the expected
             patch, "refine" decodes all cells at once, "sample" averages sampled masks.
         passes: of method "refine": how often the last draft is read; 0 feeds nothing back.
-        samples, temperature, seed: of method "sample".
-        readout: "codes" decodes the mask from its codes, "expected" from the expected patches; "auto" is "codes" for
-            "greedy" and "speculative", as in the paper, and "expected" for the other methods.
-        threshold: foreground probability from which a pixel is foreground.
+        samples: of method "sample": how many masks are drawn of each prompt. They are decoded together as far as
+            `batch_size` rows hold them, and sample i is the same whatever their number and whatever else is in a batch.
+        temperature, top_p: of method "sample": of the distribution over codes, see
+            `ntpseg.generation.sampling.tempered`.
+        seed: of method "sample".
+        readout: "codes" decodes the mask from its codes ("sample": the mean of each sample's), "expected" from the
+            expected patches; "auto" is "codes" for "greedy" and "speculative", as in the paper, and "expected" for the
+            other methods ("sample": where the model has a read-out).
+        threshold: foreground probability, before its calibration, from which a pixel is foreground.
+        calibration_temperature: divides the logit of every pixel's probability, see
+            `ntpseg.generation.calibration.calibrate`. It changes probabilities and never a mask: the threshold is
+            applied before it.
         mirror: also decode the mirrored image with left and right exchanged in the sentence, and average; takes twice
             the time. For data in which a mirrored image is anatomically right.
         decoder: "native" is `NativeDecoder`, "huggingface" the model's own forward; "auto" is native where that is
@@ -57,9 +66,11 @@ class DecodingOptions:
     passes: int = 1
     samples: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0
     seed: int = 0
     readout: Literal["auto", "codes", "expected"] = "auto"
     threshold: float = 0.5
+    calibration_temperature: float = 1.0
     mirror: bool = False
     decoder: Literal["auto", "native", "huggingface"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -84,7 +95,7 @@ class DecodingOptions:
     def expected_readout(self) -> bool:
         """Whether masks are read out as expected patches."""
         if self.readout == "auto":
-            return METHODS[self.method].needs_readout
+            return METHODS[self.method].needs_readout or METHODS[self.method].reads_expected
         return self.readout == "expected"
 
     def __post_init__(self) -> None:
@@ -94,6 +105,8 @@ class DecodingOptions:
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_number("temperature", self.temperature, above=0)
+        check_number("top_p", self.top_p, maximum=1, above=0)
+        check_number("calibration_temperature", self.calibration_temperature, above=0)
         check_bool("mirror", self.mirror)
         check_number("threshold", self.threshold, above=0, below=1)
         check_choice("readout", self.readout, READOUTS)
@@ -113,7 +126,8 @@ class Generated:
         seconds: wall time of decoding, prompts included.
         steps: forward passes after the prompt, averaged over prompts (h * w - 1 for greedy decoding).
         probability: float32 ``[N, S, S]``, foreground probability of every pixel at the model's size by the expected
-            patches; None with the read-out "codes" or without a read-out.
+            patches, not calibrated; None with the read-out "codes" or without a read-out.
+        samples: int64 ``[N, n, h, w]``, the codes of every sample of method "sample"; None of other methods.
     """
 
     codes: np.ndarray
@@ -121,6 +135,7 @@ class Generated:
     seconds: float
     steps: float
     probability: np.ndarray | None = None
+    samples: np.ndarray | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -141,13 +156,32 @@ class Prediction:
         mask: bool ``[H, W]``, the image's own size.
         confidence: float32 ``[h, w]``, the probability of each patch's code among all mask codes.
         codes: int64 ``[h, w]``, the mask codes.
-        probability: float32 ``[S, S]``, the foreground probability of every pixel at the model's size.
+        probability: float32 ``[S, S]``, the foreground probability of every pixel at the model's size, calibrated where
+            the model has a `calibration_temperature`.
+        samples: float32 ``[n, S, S]``, the foreground of every sampled mask alone (method "sample", with ``mirror`` of
+            the image itself); None of other methods.
     """
 
     mask: np.ndarray
     confidence: np.ndarray
     codes: np.ndarray
     probability: np.ndarray
+    samples: np.ndarray | None = None
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Entropy of `probability` in bits, float32 ``[S, S]``; see `ntpseg.generation.uncertainty.pixel_entropy`."""
+        return pixel_entropy(self.probability)
+
+    @property
+    def deviation(self) -> np.ndarray | None:
+        """Standard deviation between the samples, float32 ``[S, S]``; None with fewer than two."""
+        return None if self.samples is None or len(self.samples) < 2 else self.samples.std(0, ddof=1)
+
+    @property
+    def sample_dice(self) -> float | None:
+        """Mean Dice between pairs of samples, each cut at 0.5; None with fewer than two."""
+        return None if self.samples is None or len(self.samples) < 2 else pairwise_dice(self.samples >= 0.5)
 
 
 def resolve_dtype(name: str, model: Any) -> torch.dtype:

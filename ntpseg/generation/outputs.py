@@ -31,14 +31,32 @@ class Target:
         job: the image and its sentence.
         mask: the mask's file.
         overlay: the overlay's file; None without one.
+        has_maps: whether `probability` and `uncertainty` are written.
     """
 
     job: Job
     mask: Path
     overlay: Path | None
+    has_maps: bool = False
+
+    @property
+    def probability(self) -> Path:
+        """The file of the probability map, beside the mask."""
+        return self.mask.with_name(f"{self.mask.stem}_probability{SUFFIX}")
+
+    @property
+    def uncertainty(self) -> Path:
+        """The file of the entropy map, beside the mask."""
+        return self.mask.with_name(f"{self.mask.stem}_uncertainty{SUFFIX}")
+
+    def beside_image(self) -> list[Path]:
+        """The mask and, where they are written, its maps."""
+        return [self.mask, self.probability, self.uncertainty] if self.has_maps else [self.mask]
 
 
-def file_target(job: Job, out: Path, overlay: Path | None, inputs: Sequence[Path] = ()) -> Target:
+def file_target(
+    job: Job, out: Path, overlay: Path | None, inputs: Sequence[Path] = (), *, maps: bool = False
+) -> Target:
     """The files of a single image.
 
     Args:
@@ -47,6 +65,7 @@ def file_target(job: Job, out: Path, overlay: Path | None, inputs: Sequence[Path
             there.
         overlay: likewise; None: no overlay.
         inputs: further files that are read.
+        maps: also write the probability and its uncertainty.
 
     Raises:
         ValueError: another ending, a place that cannot be written to, or a file that is an input or the other output.
@@ -60,13 +79,26 @@ def file_target(job: Job, out: Path, overlay: Path | None, inputs: Sequence[Path
         # In a folder of images the name of another image's file is not free either.
         beside = path != given and same_place(path.parent, job.image.parent) and path.exists()
         check_not_inputs(option, [path], [job.image, *inputs, *([path] if beside else [])])
+    target = Target(job, mask, drawn, maps)
+    for path in target.beside_image()[1:]:
+        check_name("--out", path.name)
+        check_file("--out", path, (SUFFIX,))
+        # A mask may take the place of an earlier one, which the user names; these names are made up here.
+        among = same_place(path.parent, job.image.parent) and path.exists()
+        check_not_inputs("--out", [path], [job.image, *inputs, *([path] if among else [])])
     if drawn is not None:
-        _check_overlay([mask], [drawn])
-    return Target(job, mask, drawn)
+        _check_overlay(target.beside_image(), [drawn])
+    return target
 
 
 def folder_targets(
-    jobs: Sequence[Job], images: Path, out: Path, overlay: Path | None, inputs: Sequence[Path] = ()
+    jobs: Sequence[Job],
+    images: Path,
+    out: Path,
+    overlay: Path | None,
+    inputs: Sequence[Path] = (),
+    *,
+    maps: bool = False,
 ) -> list[Target]:
     """The files of a folder's images: ``NAME.png`` in `out` and in `overlay`, and ``predictions.csv`` in `out`.
 
@@ -78,6 +110,7 @@ def folder_targets(
         out: the folder of the masks; made if absent.
         overlay: the folder of the overlays; None: no overlays.
         inputs: further files that are read.
+        maps: also write ``NAME_probability.png`` and ``NAME_uncertainty.png`` in `out`.
 
     Raises:
         ValueError: a folder is a file, is the images' or the other one or cannot be written to, or a file is an input.
@@ -96,9 +129,11 @@ def folder_targets(
     targets = []
     for job in jobs:
         name = f"{job.name}{SUFFIX}"
-        check_name("--image", name)
-        targets.append(Target(job, out / name, None if overlay is None else overlay / name))
-    masks = [target.mask for target in targets]
+        target = Target(job, out / name, None if overlay is None else overlay / name, maps)
+        for path in target.beside_image():
+            check_name("--image", path.name)
+        targets.append(target)
+    masks = [path for target in targets for path in target.beside_image()]
     drawn = [target.overlay for target in targets if target.overlay is not None]
     for path in [*masks, *drawn, out / TABLE]:
         if path.is_dir():

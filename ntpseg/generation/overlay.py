@@ -7,6 +7,8 @@ import numpy as np
 # Bright and cold, since images are grey, or (CT windows as colours) red to yellow.
 PREDICTION = (0, 200, 255)
 TRUTH = (90, 240, 90)
+# Probabilities whose lines are drawn, and their colours: the surer, the lighter.
+LEVELS = ((0.25, (40, 90, 255)), (0.5, PREDICTION), (0.75, (255, 255, 255)))
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -40,3 +42,21 @@ def draw(
     out[mask] = out[mask] * (1 - opacity) + np.asarray(color, np.float32) * opacity
     out[outline(mask)] = color
     return np.rint(out).astype(np.uint8)
+
+
+def draw_levels(image: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Draw lines of equal foreground probability, `LEVELS`, over an image.
+
+    Args:
+        image: uint8 ``[H, W]`` or ``[H, W, 3]``.
+        probability: ``[H, W]`` in [0, 1].
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    for level, color in LEVELS:
+        image = draw(image, probability >= level, color, opacity=0.0)
+    return image

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ntpseg.data import prepare, read_image, resize_mask, swap_laterality
+from ntpseg.generation.calibration import calibrate
 from ntpseg.generation.generate import MaskGenerator
 from ntpseg.generation.options import DecodingOptions, Generated, Prediction
 from ntpseg.generation.token_stream import TokenListener
@@ -142,7 +143,7 @@ class Segmenter:
         generated = self.decode(encoded, texts, progress, listener)
         for i, probability in enumerate(self.probabilities(generated)):
             mask = resize_mask(probability, *sizes[i], threshold=self.options.threshold)
-            yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
+            yield self.prediction(generated, i, probability, mask)
 
     @overload
     def segment_volume(  # type: ignore[overload-overlap]  # a str is a sequence of str too; it comes first
@@ -291,11 +292,27 @@ class Segmenter:
         return self.generator(prompts, progress, images.pixels, listener)
 
     def probabilities(self, generated: Generated) -> Iterator[np.ndarray]:
-        """The foreground probability, float32 ``[S, S]`` at the model's size, of each decoded mask."""
+        """The foreground probability, float32 ``[S, S]`` at the model's size, of each decoded mask; not calibrated."""
         if generated.probability is not None:
             yield from generated.probability
+        elif generated.samples is not None:
+            for codes in generated.samples:
+                yield np.mean(list(self.decode_codes(codes)), axis=0)
         else:
             yield from self.decode_codes(generated.codes)
+
+    def prediction(self, generated: Generated, index: int, probability: np.ndarray, mask: np.ndarray) -> Prediction:
+        """What is returned of one decoded mask.
+
+        Args:
+            generated: what `decode` gave.
+            index: which of its masks.
+            probability: of `probabilities`, float32 ``[S, S]``.
+            mask: cut out of it, bool ``[H, W]``.
+        """
+        samples = None if generated.samples is None else np.stack(list(self.decode_codes(generated.samples[index])))
+        calibrated = calibrate(probability, self.options.calibration_temperature)
+        return Prediction(mask, generated.confidence[index], generated.codes[index], calibrated, samples)
 
     def decode_codes(self, mask_codes: np.ndarray) -> Iterator[np.ndarray]:
         """The foreground probability, float32 ``[S, S]`` at the model's size, of each of ``[N, h, w]`` mask codes."""

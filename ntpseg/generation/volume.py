@@ -167,7 +167,7 @@ def _decode(
         generated = segmenter.decode(encoded.take(places), [*part] * len(slices), progress)
         for i, probability in enumerate(segmenter.probabilities(generated)):
             mask = resize_probability(probability, height, width) >= segmenter.options.threshold
-            found[places[i]].append(Prediction(mask, generated.confidence[i], generated.codes[i], probability))
+            found[places[i]].append(segmenter.prediction(generated, i, probability, mask))
     for index, predictions in zip(indices, found):
         yield SlicePrediction(index, tuple(predictions))
 

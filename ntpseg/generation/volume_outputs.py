@@ -31,10 +31,12 @@ class VolumeTarget:
     Attributes:
         job: the volume and its sentences.
         labels: the label volume (``.nii.gz``, ``.nii``) or the DICOM-SEG object (``.dcm``).
+        has_maps: whether a `probability` of each sentence is written.
     """
 
     job: VolumeJob
     labels: Path
+    has_maps: bool = False
 
     @property
     def is_dicom(self) -> bool:
@@ -50,12 +52,19 @@ class VolumeTarget:
         """The file of sentence `number`, from 1, alone; written where sentences overlap."""
         return self.labels.with_name(f"{self._bare}_{number}{self._ending}")
 
+    def probability(self, number: int) -> Path:
+        """The file of the probability of sentence `number`, from 1; NIfTI also beside a DICOM-SEG object."""
+        which = f"_{number}" if len(self.job.texts) > 1 else ""
+        ending = NIFTI_SUFFIXES[0] if self.is_dicom else self._ending
+        return self.labels.with_name(f"{self._bare}_probability{which}{ending}")
+
     def files(self) -> list[Path]:
         """All files that may be written."""
+        numbers = range(1, len(self.job.texts) + 1)
+        maps = [self.probability(number) for number in numbers] if self.has_maps else []
         if self.is_dicom:
-            return [self.labels]
-        numbers = range(1, len(self.job.texts) + 1) if len(self.job.texts) > 1 else ()
-        return [self.labels, self.names, *(self.part(number) for number in numbers)]
+            return [self.labels, *maps]
+        return [self.labels, self.names, *(self.part(number) for number in numbers if len(numbers) > 1), *maps]
 
     @property
     def _ending(self) -> str:
@@ -66,7 +75,9 @@ class VolumeTarget:
         return self.labels.name[: -len(self._ending)]
 
 
-def volume_target(job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[Path] = ()) -> VolumeTarget:
+def volume_target(
+    job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[Path] = (), *, maps: bool = False
+) -> VolumeTarget:
     """The files of a single volume.
 
     Args:
@@ -75,6 +86,7 @@ def volume_target(job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[
             ending. There the labels are ``NAME.nii.gz``, or of another `kind`.
         kind: one of `FORMATS`; None: as `out` ends.
         inputs: further files that are read.
+        maps: also write the probability of each sentence.
 
     Raises:
         ValueError: another ending, a place that cannot be written to or inside the folder that is read, or a file that
@@ -90,7 +102,7 @@ def volume_target(job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[
         )
     if kind is not None and _ending(out).lower() != f".{kind}":
         raise ValueError(f"--format must be how --out ends, got {kind} for {out}; leave it out")
-    target = VolumeTarget(job, out)
+    target = VolumeTarget(job, out, maps)
     check_file("--out", out)
     if job.volume.is_dir() and is_inside(out.parent, job.volume):
         raise ValueError(f"--out must not be in the folder that is read, got {out}; choose another folder")
@@ -102,7 +114,13 @@ def volume_target(job: VolumeJob, out: Path, kind: str | None, inputs: Sequence[
 
 
 def volume_targets(
-    jobs: Sequence[VolumeJob], folder: Path, out: Path, kind: str | None, inputs: Sequence[Path] = ()
+    jobs: Sequence[VolumeJob],
+    folder: Path,
+    out: Path,
+    kind: str | None,
+    inputs: Sequence[Path] = (),
+    *,
+    maps: bool = False,
 ) -> list[VolumeTarget]:
     """The files of a folder's volumes: ``NAME.nii.gz`` in `out`, and ``predictions.csv``.
 
@@ -112,6 +130,7 @@ def volume_targets(
         out: the folder of the labels; made if absent.
         kind: one of `FORMATS`; None: the first.
         inputs: further files that are read.
+        maps: also write the probability of each sentence.
 
     Raises:
         ValueError: `out` is a file, is the volumes' folder or inside it or cannot be written to, or a file is an input.
@@ -122,7 +141,7 @@ def volume_targets(
     if same_place(out, folder) or any(job.volume.is_dir() and is_inside(out, job.volume) for job in jobs):
         raise ValueError(f"--out must not be in a folder that is read, got {out}; choose another folder")
     check_folder("--out", out)
-    targets = [VolumeTarget(job, out / f"{job.name}.{kind or FORMATS[0]}") for job in jobs]
+    targets = [VolumeTarget(job, out / f"{job.name}.{kind or FORMATS[0]}", maps) for job in jobs]
     _check(targets, inputs, out / TABLE)
     return targets
 

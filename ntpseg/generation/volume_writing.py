@@ -111,6 +111,7 @@ def _write(
             axis=axis,
             window=window,
             post_processing=settings.post_processing,
+            probability=target.has_maps,
             progress=None if progress is None else counter(progress, printable(job.name), total),
         )
     except Exception as error:  # readers of broken files raise anything
@@ -180,15 +181,20 @@ def _write_files(
     target: VolumeTarget, predictions: Sequence[VolumePrediction], source: Path | None, sources: Any
 ) -> list[int]:
     """Write the files of one volume; of each sentence the voxels that it shares with another."""
+    from ntpseg.volumes.label_nifti import write_label_nifti
+
     texts, stored = target.job.texts, predictions[0].stored
+    for number, prediction in enumerate(predictions, start=1):
+        if prediction.probability is not None:
+            # NIfTI has no half precision.
+            values = prediction.to_stored(prediction.probability).astype(np.float32)
+            write_label_nifti(target.probability(number), values, stored, source)
     labels, overlap = label_volume([prediction.mask for prediction in predictions])
     if target.is_dicom:
         from ntpseg.volumes.dicom_seg import write_dicom_seg
 
         write_dicom_seg(target.labels, [prediction.to_stored() for prediction in predictions], texts, stored, sources)
         return overlap
-    from ntpseg.volumes.label_nifti import write_label_nifti
-
     entries = []
     for number, prediction in enumerate(predictions, start=1):
         entry = {"label": number, "text": prediction.text, "voxels": int(prediction.mask.sum()), "ml": prediction.ml}

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ntpseg.data import read_windowed, write_png
+from ntpseg.data import read_windowed, resize_probability, write_png
 from ntpseg.generation.outputs import TABLE, Target
-from ntpseg.generation.overlay import draw
+from ntpseg.generation.overlay import draw, draw_levels
+from ntpseg.generation.uncertainty import pixel_entropy
 from ntpseg.utils.files import write_csv
 from ntpseg.utils.outputs import cure
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ntpseg.generation.options import Prediction
     from ntpseg.generation.segmenter import Segmenter
 
-COLUMNS = ("image", "text", "mask", "area_fraction", "mean_confidence", "window")
+COLUMNS = ("image", "text", "mask", "area_fraction", "mean_confidence", "window", "mean_entropy", "sample_dice")
 # Images held at a time; a multiple of the batch, so that batches are full.
 CHUNK = 256
 
@@ -50,7 +51,7 @@ def write_predictions(
     *,
     table: Path | None = None,
 ) -> Written:
-    """Segment images and write their masks and overlays; each file appears whole, in place of an earlier one.
+    """Segment images and write their masks, maps and overlays; each file appears whole, in place of an earlier one.
 
     Args:
         segmenter: the model.
@@ -96,12 +97,25 @@ def _write_chunk(
     predictions = segmenter.segment_all([p for _, p, _ in readable], [t.job.text for t, _, _ in readable], progress)
     for (target, pixels, window), prediction in zip(readable, predictions, strict=True):
         write_png(target.mask, prediction.mask)
-        if target.overlay is not None:
-            write_png(target.overlay, draw(pixels, prediction.mask))
+        drawn = None if target.overlay is None else draw(pixels, prediction.mask)
+        if target.has_maps:
+            soft = resize_probability(prediction.probability, *prediction.mask.shape)
+            write_png(target.probability, _eight_bits(soft))
+            write_png(target.uncertainty, _eight_bits(pixel_entropy(soft)))
+            drawn = None if drawn is None else draw_levels(drawn, soft)
+        if target.overlay is not None and drawn is not None:
+            write_png(target.overlay, drawn)
         area, confidence = f"{prediction.mask.mean():.6f}", f"{prediction.confidence.mean():.4f}"
         names = printable(target.job.image.name), target.job.text, printable(target.mask.name)
-        written.rows.append([*names, area, confidence, "" if window is None else str(window)])
+        agreement = "" if prediction.sample_dice is None else f"{prediction.sample_dice:.4f}"
+        spread = f"{prediction.entropy.mean():.4f}", agreement
+        written.rows.append([*names, area, confidence, "" if window is None else str(window), *spread])
         written.last, written.window = prediction, window
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as uint8; 255 is 1."""
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def printable(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How a trained model decodes by default: passes, threshold and mirror, chosen on validation and never on test."""
+"""How a trained model decodes by default: passes, threshold, mirror, temperature; of validation and never of test."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class DecodingChoice:
         options: fields of `DecodingOptions` that differ from their defaults.
         dice: mean Dice per image by (mirror, passes, threshold); empty where there was nothing to choose.
         cases: validation cases that were decoded.
+        calibration: figures without and with the temperature, see `PixelCounts.measures`; None where none was fitted.
     """
 
     options: dict[str, Any]
     dice: dict[Candidate, float]
     cases: int
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the options, and a list of the candidates."""
@@ -43,7 +45,8 @@ class DecodingChoice:
             {"mirror": mirror, "passes": passes, "threshold": threshold, "dice": round(dice, 5)}
             for (mirror, passes, threshold), dice in self.dice.items()
         ]
-        return {"options": self.options, "cases": self.cases, "tried": tried}
+        found = {"options": self.options, "cases": self.cases, "tried": tried}
+        return found if self.calibration is None else {**found, "calibration": self.calibration}
 
 
 def choose_decoding(
@@ -58,8 +61,10 @@ def choose_decoding(
     """Decode validation cases with each number of refinement passes and take the best threshold of each.
 
     The score is the mean Dice per image at the model's size. The mean with the mirror image is tried with the passes
-    that were best without it, and counts as so many passes again. A method without a read-out of expected patches has
-    nothing to choose and is kept.
+    that were best without it, and counts as so many passes again. The temperature of the probabilities is fitted last,
+    by the likelihood of the same cases' pixels as they were chosen to be decoded; it changes no mask, so the threshold
+    need not be chosen again. Another method has nothing to choose and is kept, without a temperature: ``ntpseg eval
+    --split val --calibrate`` fits one.
 
     Args:
         bundle: the trained model.
@@ -69,6 +74,7 @@ def choose_decoding(
         cases: at most so many, spread evenly over the split.
         progress: show a progress bar.
     """
+    from ntpseg.evaluation.calibration import BAND, PixelCounts
     from ntpseg.evaluation.metrics import dice_scores
     from ntpseg.generation.segmenter import Segmenter
     from ntpseg.utils.progress import progress_bar
@@ -85,6 +91,7 @@ def choose_decoding(
     # Without a share of replaced inputs the model has never read a draft.
     passes_tried: Sequence[int] = PASSES if inputs.get("replaced") and inputs.get("draft") else (0,)
     scores: dict[Candidate, float] = {}
+    counts: dict[tuple[bool, int], PixelCounts] = {}
     tries_mirror = mirrored and not default.mirror
     with progress_bar("choosing the decoding", count * (len(passes_tried) + tries_mirror), enabled=progress) as advance:
 
@@ -92,6 +99,8 @@ def choose_decoding(
             segmenter = Segmenter(bundle, replace(default, mirror=mirror, passes=passes))
             generated = segmenter.decode(segmenter.encode_prepared(pixels), texts, advance)
             probability = np.stack(list(segmenter.probabilities(generated)))
+            counts[mirror, passes] = PixelCounts()
+            counts[mirror, passes].add(probability, truth)
             for threshold in THRESHOLDS:
                 scores[mirror, passes, threshold] = float(dice_scores(probability >= threshold, truth).mean())
 
@@ -100,8 +109,18 @@ def choose_decoding(
         if tries_mirror:
             score(True, _best(scores)[1])
     mirror, passes, threshold = _best(scores)
+    of_best = counts[mirror, passes]
+    temperature = of_best.fit_temperature()
     options = {"method": default.method, "passes": passes, "threshold": threshold}
-    return DecodingChoice({**options, "mirror": True} if mirror else options, scores, count)
+    options |= {"mirror": True} if mirror else {}
+    calibration = {
+        "cases": count,
+        "size": truth.shape[-1],
+        "band": list(BAND),
+        "uncalibrated": of_best.measures(),
+        "calibrated": of_best.measures(temperature),
+    }
+    return DecodingChoice({**options, "calibration_temperature": temperature}, scores, count, calibration)
 
 
 def _best(scores: dict[Candidate, float]) -> Candidate:

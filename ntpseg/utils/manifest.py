@@ -129,3 +129,33 @@ def _digest(path: Path) -> str:
 def _flushed_digest(path: Path) -> str:
     fsync_path(path)
     return _digest(path)
+
+
+def write_json_member(folder: Path, file: str, value: Any, name: str = MANIFEST) -> None:
+    """Write a JSON file of a folder that has a manifest, and the file's new hash into that.
+
+    Files that a manifest does not name do not count, so the file leaves it before it changes: whenever this is killed,
+    the folder is whole.
+
+    Args:
+        folder: what `write_manifest` was called for; without a manifest the file alone is written.
+        file: its path in the folder.
+        value: the content.
+        name: of the manifest.
+    """
+    if not (folder / name).is_file():
+        write_json(folder / file, value)
+        return
+    sizes, hashes = _read(folder / name)
+    if sizes.pop(file, None) is not None:
+        (hashes or {}).pop(file, None)
+        _write(folder / name, sizes, hashes)
+    write_json(folder / file, value)
+    sizes[file] = (folder / file).stat().st_size
+    if hashes is not None:
+        hashes[file] = _flushed_digest(folder / file)
+    _write(folder / name, sizes, hashes)
+
+
+def _write(path: Path, sizes: dict[str, int], hashes: dict[str, str] | None) -> None:
+    write_json(path, {"bytes": sizes} if hashes is None else {"bytes": sizes, _HASH: hashes})

@@ -26,7 +26,8 @@ def write_label_nifti(path: Path, labels: np.ndarray, stored: Geometry, source: 
 
     Args:
         path: ends in ``.nii.gz`` or ``.nii``.
-        labels: ``[D, H, W]`` of an unsigned type, on the grid `stored`, as `Volume.to_stored` gives it.
+        labels: ``[D, H, W]`` of an unsigned type, or of float32 for a map of probabilities, on the grid `stored`, as
+            `Volume.to_stored` gives it.
         stored: the grid.
         source: the NIfTI file that the volume was read from; its shape, spacing, unit, and qform and sform with their
             codes are kept exactly. Without one, qform and sform are `stored` with code 1 (scanner).

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_segmenter import shared
+from tiny_segmenter import shared, write_manifest
 from typer.testing import CliRunner
 
-from ntpseg.data import Record, read_mask
+from ntpseg.data import Record, read_mask, resize_mask
 from ntpseg.evaluation import EvaluationOptions, evaluate, segmentation_metrics
+from ntpseg.evaluation.calibration import PixelCounts
 from ntpseg.evaluation.groups import group_cases
+from ntpseg.evaluation.report import write_report
 from ntpseg.evaluation.result import file_names
-from ntpseg.generation import Segmenter
+from ntpseg.generation import DecodingOptions, Segmenter
+from ntpseg.generation.calibration import calibrate
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,84 @@ def test_split_where_none_is_named() -> None:
     records = shared()[0]
     assert default_split(records) == "test"
     assert default_split([r for r in records if r.split != "test"]) == "val"
+
+
+def test_calibration_is_of_the_models_own_probabilities(evaluation) -> None:
+    records, bundle, _ = shared()
+    segmenter, counts = Segmenter(bundle), PixelCounts()
+    for record, prediction in zip(
+        records, segmenter.segment_all([r.image for r in records], [r.text for r in records])
+    ):
+        counts.add(prediction.probability, resize_mask(read_mask(record.mask), *prediction.probability.shape))
+    found = evaluation.summary["calibration"]
+    assert found["uncalibrated"] == found["calibrated"] == counts.measures()
+    assert counts.pixels == len(records) * bundle.vision.image_size**2
+    assert evaluation.per_case["entropy"].shape == (len(records),) and "sample_dice" not in evaluation.per_case
+
+
+def test_a_fitted_temperature_changes_probabilities_and_no_score(evaluation) -> None:
+    records, bundle, _ = shared()
+    fitted = evaluate(Segmenter(bundle), records, EvaluationOptions(text_check=0, calibrate=True))
+    temperature = fitted.summary["decoding"]["calibration_temperature"]
+    assert abs(temperature - 1) > 0.05 and fitted.summary["per_image"] == evaluation.summary["per_image"]
+    before, after = (fitted.summary["calibration"][side] for side in ("uncalibrated", "calibrated"))
+    assert before == evaluation.summary["calibration"]["uncalibrated"] and after["nll"] < before["nll"]
+    expected = calibrate(
+        next(iter(Segmenter(bundle).segment_all([records[0].image], [records[0].text]))).probability, temperature
+    )
+    np.testing.assert_allclose(fitted.probability[0] / 255, expected, atol=0.6 / 255)
+    options = DecodingOptions(calibration_temperature=temperature)
+    saved = evaluate(Segmenter(bundle, options), records, EvaluationOptions(text_check=0))
+    assert saved.summary["calibration"] == fitted.summary["calibration"]
+
+
+def test_samples_are_compared_with_each_other(tmp_path: Path) -> None:
+    records, bundle, _ = shared()
+    options = DecodingOptions(method="sample", samples=3, temperature=2.0)
+    result = evaluate(Segmenter(bundle, options), records[:4], EvaluationOptions(text_check=0))
+    for i, record in enumerate(records[:4]):
+        one = Segmenter(bundle, options).segment(record.image, record.text)
+        assert result.per_case["sample_dice"][i] == pytest.approx(one.sample_dice, abs=1e-6)
+        assert result.per_case["entropy"][i] == pytest.approx(one.entropy.mean(), abs=1e-5)
+    result.write(tmp_path / "eval" / "val")
+    with (tmp_path / "eval" / "val" / "cases.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["sample_dice"]) for row in rows] == pytest.approx(result.per_case["sample_dice"], rel=1e-5)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Dice between samples" in page and "<h2>Calibration</h2>" in page and "share of foreground" in page
+
+
+def test_command_saves_the_temperature_of_the_validation_split(tmp_path: Path) -> None:
+    from ntpseg.cli import app
+
+    records, bundle, source = shared()
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    bundle.save_pretrained(run / "model")
+    write_manifest(tmp_path / "data.csv", records)
+    command = ["eval", "--model", str(run), "--data", str(tmp_path / "data.csv"), "--text-check", "0", "--calibrate"]
+    for more, message in (
+        ((), "--calibrate must be given with --split val, .* got None"),
+        (("--split", "test"), "--calibrate must be given with --split val, .* got test"),
+        (("--split", "val", "--method", "sample"), "--method must be left out with --calibrate, .* got sample"),
+        (("--split", "val", "--top-p", "0.5"), "--top-p must be left out with --calibrate, .* got 0.5"),
+    ):
+        refused = CliRunner().invoke(app, [*command, *more])
+        assert isinstance(refused.exception, ValueError) and re.search(message, str(refused.exception)), message
+    before = Segmenter.from_pretrained(run)
+    assert before.options.calibration_temperature == 1
+    result = CliRunner().invoke(app, [*command, "--split", "val"], env={"COLUMNS": "140"})
+    assert result.exit_code == 0, result.output
+    summary = json.loads((run / "eval" / "val" / "summary.json").read_text(encoding="utf-8"))
+    temperature = summary["calibration"]["calibrated"]["temperature"]
+    assert f"at temperature {temperature:g}" in result.output and "ECE, all pixels" in result.output
+    # The manifest tells a folder whose files differ; this one is whole.
+    after = Segmenter.from_pretrained(run)
+    assert after.options == replace(before.options, calibration_temperature=temperature)
+    choice = json.loads((run / "decoding_choice.json").read_text(encoding="utf-8"))
+    assert choice["options"]["calibration_temperature"] == temperature
+    assert choice["calibration"]["calibrated"] == summary["calibration"]["calibrated"]
+    again = CliRunner().invoke(app, [*command[:-1], "--split", "val", "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0
+    other = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))
+    assert other["calibration"] == summary["calibration"]

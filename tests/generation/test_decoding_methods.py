@@ -14,7 +14,7 @@ from ntpseg.generation import DecodingOptions, generate_masks
 from ntpseg.generation.decoder import PromptBatch, TargetTemplate
 from ntpseg.generation.greedy import greedy
 from ntpseg.generation.options import NonFiniteOutput
-from ntpseg.generation.sampling import sample
+from ntpseg.generation.sampling import sample, tempered
 from ntpseg.losses.dense import from_patches
 from ntpseg.models.heads import NextKHeads
 from ntpseg.models.readout import PatchReadout
@@ -93,33 +93,110 @@ def test_expected_equals_a_loop_over_forwards() -> None:
     assert (result.codes != setup.decode(method="greedy").codes).any()
 
 
-def test_sample_is_the_mean_of_its_samples() -> None:
+def keep_nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """The renormalised smallest set of likeliest codes that reaches `top_p`, code by code."""
+    kept, total = torch.zeros_like(probability), 0.0
+    for code in sorted(range(len(probability)), key=lambda code: -float(probability[code])):
+        if total >= top_p:
+            break
+        kept[code] = probability[code]
+        total += float(probability[code])
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 1.0), (0.8, 0.6)])
+def test_sample_is_the_mean_of_its_samples(temperature: float, top_p: float) -> None:
+    """Each sample of each prompt alone, in a loop over plain forwards."""
     setup = Setup()
-    setup.prompts = setup.prompts[:2]
-    setup.images = setup.images[:2]
-    order = sorted(range(2), key=lambda row: -len(setup.prompts[row]))
-    result = setup.decode(method="sample", samples=3, temperature=1.5, seed=5)
-    generator = torch.Generator().manual_seed(5)
-    patches, scores = torch.zeros(2, CELLS, 16), torch.zeros(2, CELLS)
-    for _ in range(3):
-        tokens: list[list[int]] = [[], []]
-        for cell in range(CELLS):
-            logits = torch.stack([setup.logits(row, tokens[row])[-1] for row in order])
-            drawn = torch.multinomial((logits / 1.5).softmax(-1), 1, generator=generator)[:, 0]
-            for row, code, one in zip(order, drawn.tolist(), logits):
-                tokens[row].append(code + setup.low)
-                patches[row, cell] += one.softmax(-1) @ setup.book / 3
-                scores[row, cell] += one.log_softmax(-1)[code] / 3
+    result = setup.decode(method="sample", samples=3, temperature=temperature, top_p=top_p, seed=5)
     for row in range(2):
-        setup.check(result, row, setup.nearest(patches[row]), patches[row], scores[row])
-    assert result.steps == 3 * (CELLS - 1)
+        patches, scores, drawn = torch.zeros(CELLS, 16), torch.zeros(CELLS), []
+        for number in range(3):
+            stream, tokens = np.random.default_rng([5, number]), []
+            for cell in range(CELLS):
+                logits = setup.logits(row, tokens)[-1]
+                allowed = keep_nucleus((logits / temperature).softmax(-1), top_p)
+                patches[cell] += allowed @ setup.book / 3
+                code = int((allowed.log().numpy() + stream.gumbel(size=len(allowed))).argmax())
+                scores[cell] += logits.log_softmax(-1)[code] / 3
+                tokens.append(code + setup.low)
+            drawn.append(np.asarray(tokens) - setup.low)
+        np.testing.assert_array_equal(result.samples[row].reshape(3, -1), drawn)
+        setup.check(result, row, setup.nearest(patches), patches, scores)
+    assert result.steps == CELLS - 1
+    assert len({codes.tobytes() for codes in result.samples.reshape(-1, CELLS)}) > 3
 
 
-def test_sample_is_reproducible_by_its_seed() -> None:
+@pytest.mark.parametrize("decoder", ["native", "huggingface"])
+def test_the_prompts_of_samples_are_read_once(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntpseg.generation.huggingface import HuggingFaceDecoder
+    from ntpseg.generation.native import NativeDecoder
+
+    kind = {"native": NativeDecoder, "huggingface": HuggingFaceDecoder}[decoder]
+    read, start = [], kind.start
+    monkeypatch.setattr(kind, "start", lambda self, prompts, n: read.append(len(prompts)) or start(self, prompts, n))
+    Setup().decode(method="sample", samples=5, decoder=decoder)
+    assert read == [3]
+
+
+@pytest.mark.parametrize("decoder", ["native", "huggingface"])
+def test_a_sample_depends_on_its_seed_and_number_alone(decoder: Any) -> None:
     setup = Setup()
-    one, two, other = (setup.decode(method="sample", samples=2, seed=seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one.probability, two.probability)
-    assert (one.probability != other.probability).any()
+    fields = {"method": "sample", "seed": 3, "decoder": decoder}
+    whole = setup.decode(samples=5, batch_size=64, **fields)
+    for batch_size in (1, 4, 6):
+        parts = setup.decode(samples=5, batch_size=batch_size, **fields)
+        np.testing.assert_array_equal(parts.samples, whole.samples)
+        np.testing.assert_allclose(parts.probability, whole.probability, atol=2e-6)
+    fewer = setup.decode(samples=2, **fields)
+    np.testing.assert_array_equal(fewer.samples, whole.samples[:, :2])
+    setup.prompts, setup.images = setup.prompts[1:2], setup.images[1:2]
+    alone = setup.decode(samples=5, **fields)
+    np.testing.assert_array_equal(alone.samples, whole.samples[1:2])
+    np.testing.assert_allclose(alone.probability, whole.probability[1:2], atol=2e-6)
+    other = setup.decode(samples=5, **{**fields, "seed": 4})
+    assert (other.samples != alone.samples).any() and (other.probability != alone.probability).any()
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]]).log()
+    kept = [torch.isfinite(tempered(logits, 1.0, top_p)).tolist() for top_p in (0.45, 0.6, 0.85)]
+    assert [rows[0] for rows in kept] == [
+        [False, True, False, False],
+        [False, True, False, True],
+        [False, True, True, True],
+    ]
+    assert [sum(rows[1]) for rows in kept] == [2, 3, 4] and all(sum(rows[2]) == 1 for rows in kept)
+    assert torch.equal(tempered(logits, 1.0, 1.0), logits)
+    np.testing.assert_allclose(
+        tempered(logits, 2.0, 1.0)[0].softmax(-1), logits[0].exp().sqrt() / logits[0].exp().sqrt().sum()
+    )
+
+
+def test_samples_have_the_models_frequencies() -> None:
+    """Gumbel noise draws from the softmax itself: the first cell's codes, over 600 samples."""
+    setup = Setup()
+    setup.prompts, setup.images = setup.prompts[:1], setup.images[:1]
+    first = setup.decode(method="sample", samples=600, batch_size=600, seed=2).samples[0, :, 0, 0]
+    expected = setup.logits(0, [])[-1].softmax(-1).numpy()
+    found = np.bincount(first, minlength=len(expected)) / len(first)
+    # Four standard errors of each frequency.
+    assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(first)) + 1e-9).all()
+
+
+def test_without_a_readout_the_likeliest_sample_stands_for_all() -> None:
+    setup = Setup()
+    setup.model.readout = None
+    result = setup.decode(method="sample", samples=4)
+    assert setup.model.readout is None and result.probability is None and result.samples.shape == (3, 4, 4, 4)
+    for row in range(3):
+        scores = []
+        for codes in result.samples[row]:
+            tokens = codes.ravel() + setup.low
+            logits = setup.logits(row, tokens[:-1]).log_softmax(-1)
+            scores.append(float(logits[torch.arange(CELLS), torch.from_numpy(codes.ravel())].sum()))
+        np.testing.assert_array_equal(result.codes[row], result.samples[row][int(np.argmax(scores))])
+        np.testing.assert_allclose(result.logprob[row].sum(), max(scores), atol=1e-3)
 
 
 class Chain:
@@ -138,6 +215,9 @@ class Chain:
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
         return self.move[tokens - self.low].log()
 
+    def repeat(self, times: int) -> None:
+        """Nothing is remembered."""
+
 
 def test_sample_approaches_the_marginals_that_greedy_misses() -> None:
     """The likeliest first code is 0, and from 0 the chain hardly leaves: one greedy mask is empty."""
@@ -148,10 +228,11 @@ def test_sample_approaches_the_marginals_that_greedy_misses() -> None:
     with torch.no_grad():
         heads.weight.zero_()
         heads.weight[low:high] = torch.eye(2)
-    prompts = PromptBatch([torch.zeros(2, dtype=torch.long)] * 256, [torch.zeros(2, dtype=torch.long)] * 256)
+    prompts = PromptBatch([torch.zeros(2, dtype=torch.long)] * 3, [torch.zeros(2, dtype=torch.long)] * 3)
     target = TargetTemplate(sequence, torch.device("cpu"), readout)
     with torch.no_grad():
-        decoded = sample(heads, Chain(low), target, prompts, DecodingOptions(method="sample", samples=16))
+        options = DecodingOptions(method="sample", samples=4096, batch_size=3 * 4096)
+        decoded = sample(heads, Chain(low), target, prompts, options)
     state, marginals = Chain.start_at, []
     for _ in range(6):
         marginals.append(float(state[1]))

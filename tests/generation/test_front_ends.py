@@ -124,7 +124,11 @@ def test_wrong_input_is_named() -> None:
         with pytest.raises(ValueError, match=r"trained on blank mask tokens .* method 'refine', got mask_inputs"):
             MaskGenerator(other, sequence, DecodingOptions(method="refine"))
     plain = make_model(sequence_format())
-    for fields in ({"method": "expected"}, {"method": "sample"}, {"method": "greedy", "readout": "expected"}):
+    for fields in (
+        {"method": "expected"},
+        {"method": "sample", "readout": "expected"},
+        {"method": "greedy", "readout": "expected"},
+    ):
         with pytest.raises(ValueError, match=r"must have a read-out of expected patches .* got none"):
             MaskGenerator(plain, sequence_format(), DecodingOptions(**fields))
     for fields, message in (

@@ -16,8 +16,11 @@ from tiny_segmenter import TEXTS, shared
 from typer.testing import CliRunner
 
 from ntpseg.cli import app, main
+from ntpseg.data import resize_probability
 from ntpseg.generation import Segmenter
 from ntpseg.generation.folder import folder_jobs
+from ntpseg.generation.overlay import LEVELS
+from ntpseg.generation.uncertainty import pixel_entropy
 from ntpseg.utils.files import read_csv
 
 
@@ -368,3 +371,53 @@ def test_what_is_no_model_is_one_line(images: Path, tmp_path: Path, kind: str) -
     )
     assert isinstance(result.exception, ValueError), result.exception
     assert str(path) in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_maps_lie_beside_the_masks(images: Path, tmp_path: Path) -> None:
+    """Probability and entropy at the image's own size, and lines of equal probability in the overlay."""
+    out, drawn = tmp_path / "o", tmp_path / "v"
+    options = ("--text", TEXTS[0], "--method", "sample", "--samples", "3", "--temperature", "2", "--seed", "4")
+    result = invoke("--image", images, *options, "--out", out, "--overlay", drawn, "--save-probabilities")
+    assert result.exit_code == 0, result.output
+    names = [f"{stem}{kind}.png" for stem in "abc" for kind in ("", "_probability", "_uncertainty")]
+    assert sorted(p.name for p in out.glob("*.png")) == sorted(names)
+    fields = {"method": "sample", "samples": 3, "temperature": 2.0, "seed": 4}
+    segmenter = Segmenter.from_pretrained(shared()[2], **fields)
+    for row in read_csv(out / "predictions.csv"):
+        prediction = segmenter.segment(images / row["image"], TEXTS[0])
+        stem = Path(row["mask"]).stem
+        soft = resize_probability(prediction.probability, *prediction.mask.shape)
+        for kind, values in (("probability", soft), ("uncertainty", pixel_entropy(soft))):
+            written = np.asarray(Image.open(out / f"{stem}_{kind}.png"))
+            np.testing.assert_allclose(written / 255, values, atol=0.6 / 255)
+        assert float(row["mean_entropy"]) == pytest.approx(prediction.entropy.mean(), abs=1e-3)
+        assert float(row["sample_dice"]) == pytest.approx(prediction.sample_dice, abs=1e-3)
+        picture = np.asarray(Image.open(drawn / row["mask"]))
+        for level, color in LEVELS:
+            assert (picture == color).all(-1).any() == (soft >= level).any()
+
+
+def test_one_image_has_its_maps_beside_its_mask(images: Path, tmp_path: Path) -> None:
+    result = invoke(
+        "--image", images / "a.png", "--text", TEXTS[0], "--out", tmp_path / "m.png", "--save-probabilities"
+    )
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.glob("m*")} == {"m.png", "m_probability.png", "m_uncertainty.png"}
+    plain = invoke("--image", images / "a.png", "--text", TEXTS[0], "--out", tmp_path / "n.png")
+    assert plain.exit_code == 0 and {p.name for p in tmp_path.glob("n*")} == {"n.png"}
+    assert (tmp_path / "n.png").read_bytes() == (tmp_path / "m.png").read_bytes()
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_a_map_takes_the_place_of_no_mask_image_or_overlay(images: Path, tmp_path: Path) -> None:
+    given = ("--text", "x", "--save-probabilities")
+    shutil.copy(images / "b.png", images / "a_probability.png")
+    before = content(images)
+    assert "a file of its own" in refused("--image", images, *given, "--out", tmp_path / "o")
+    Image.open(images / "a.png").save(images / "d.jpg")
+    (images / "d_uncertainty.png").write_bytes((images / "b.png").read_bytes())
+    before = content(images)
+    assert "must not replace what is read" in refused("--image", images / "d.jpg", *given, "--out", images)
+    out, overlay = tmp_path / "m.png", tmp_path / "m_probability.png"
+    assert "a file of its own" in refused("--image", images / "b.png", *given, "--out", out, "--overlay", overlay)
+    assert content(images) == before

@@ -351,3 +351,27 @@ def test_what_only_the_model_or_the_volume_can_tell_is_one_line_too(tmp_path: Pa
     message = refused(*common[:2], "--out", tmp_path / "o.dcm", *common[4:], "--axis", "axial", "--window", WINDOW)
     assert message == "a DICOM-SEG object must be of a DICOM series, got nifti; end --out in .nii.gz"
     assert [path.name for path in tmp_path.iterdir()] == ["ct.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"), [(1, ["seg_probability"]), (2, ["seg_probability_1", "seg_probability_2"])]
+)
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_probabilities_lie_on_the_volumes_grid(tmp_path: Path, texts: int, names: list[str], ending: str) -> None:
+    source = write_nifti(tmp_path / "ct.nii.gz", ct(), "PSR")
+    segment(source, tmp_path / "out" / f"seg{ending}", "--save-probabilities", texts=TEXTS[:texts])
+    found = segmenter_of_the_command().segment_volume(
+        source, TEXTS[:texts], axis="axial", window=WINDOW, probability=True
+    )
+    maps = sorted(tmp_path.glob("out/*probability*"))
+    assert [path.name for path in maps] == [f"{name}{ending}" for name in names]
+    for path, prediction in zip(maps, found):
+        image, original = nibabel.load(path), nibabel.load(source)
+        assert image.shape == original.shape and image.get_data_dtype() == np.float32
+        np.testing.assert_array_equal(image.affine, original.affine)
+        np.testing.assert_allclose(labels_lps(path), prediction.probability, atol=1e-3)
+        np.testing.assert_array_equal(labels_lps(path)[prediction.mask] > 0.499, True)
+
+
+def segmenter_of_the_command() -> Segmenter:
+    return Segmenter.from_pretrained(shared()[2], dtype="float32")

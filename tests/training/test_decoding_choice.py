@@ -71,6 +71,11 @@ def choose(made: Any = None, default: DecodingOptions = REFINE, **options: Any) 
     return choose_decoding(made or bundle(), Cache(), default, progress=False, **options)  # type: ignore[arg-type]
 
 
+def chosen_options(choice: Any) -> dict[str, Any]:
+    """Without the temperature, which has tests of its own."""
+    return {name: value for name, value in choice.options.items() if name != "calibration_temperature"}
+
+
 def test_it_is_the_best_of_the_table(decode) -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.25, (3, SIDE, SIDE))
@@ -90,7 +95,7 @@ def test_it_is_the_best_of_the_table(decode) -> None:
             naive.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
         assert dice == pytest.approx(np.mean(naive), abs=1e-9)
     best = max(choice.dice, key=lambda key: choice.dice[key] - 0.001 * (2 * key[1] + 1))
-    assert choice.options == {"method": "refine", "passes": best[1], "threshold": best[2], "mirror": True}
+    assert chosen_options(choice) == {"method": "refine", "passes": best[1], "threshold": best[2], "mirror": True}
     assert choice.cases == COUNT
     table = choice.to_dict()
     assert table["options"] == choice.options and len(table["tried"]) == len(choice.dice)
@@ -100,7 +105,7 @@ def test_ties_go_to_fewer_passes_and_the_middle_threshold(decode) -> None:
     decode(lambda passes, mask: mask)
     choice = choose()
     assert set(choice.dice.values()) == {1.0}
-    assert choice.options == {"method": "refine", "passes": 0, "threshold": 0.5, "mirror": True}
+    assert chosen_options(choice) == {"method": "refine", "passes": 0, "threshold": 0.5, "mirror": True}
 
 
 @pytest.mark.parametrize(("better", "passes"), [(0, 0), (1, 1)])
@@ -142,13 +147,37 @@ def test_the_mirror_is_tried_where_training_flips_and_taken_where_it_pays(
     gain = table.dice[False, 1, 0.5] - table.dice[False, 0, 0.5]
     # With one pass the mirror costs two passes more.
     monkeypatch.setattr(decoding_choice, "GAIN_PER_PASS", gain / 3 if worth else gain / 1.5)
-    chosen = choose(default=PLAIN, mirrored=flips).options
+    chosen = chosen_options(choose(default=PLAIN, mirrored=flips))
     assert chosen == {
         "method": "refine",
         "passes": 1,
         "threshold": 0.5,
         **({"mirror": True} if flips and worth else {}),
     }
+
+
+def test_the_temperature_is_that_of_the_chosen_passes(decode) -> None:
+    """Each number of passes is too sure by a factor of its own, and one pass is the best."""
+    factors = {0: 1.0, 1: 2.5, 2: 4.0}
+
+    def too_sure(passes: int, mask: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng(int(mask.sum()))
+        # One in ten is wrong, more without the pass.
+        wrong = rng.random(mask.shape) < (0.1 if passes else 0.3)
+        odds = 9.0 ** factors[passes]
+        return np.where((mask > 0) ^ wrong, odds / (1 + odds), 1 / (1 + odds))
+
+    decode(too_sure)
+    choice = choose(default=PLAIN, mirrored=False)
+    assert choice.options["passes"] == 1
+    temperature, found = choice.options["calibration_temperature"], choice.to_dict()["calibration"]
+    truth = np.stack([Cache().pair(i).mask[0] for i in range(COUNT)])
+    masks = np.stack([too_sure(1, mask) >= 0.5 for mask in truth])
+    right = (masks == (truth > 0)).mean()
+    # The likelihood is best where the odds are those of being right.
+    assert temperature == pytest.approx(2.5 * np.log(9) / np.log(right / (1 - right)), rel=2e-3)
+    assert found["calibrated"]["temperature"] == temperature and found["cases"] == COUNT and found["size"] == SIDE
+    assert found["calibrated"]["nll"] < found["uncalibrated"]["nll"]
 
 
 @pytest.mark.parametrize("inputs", [{"draft": 0.0}, {"replaced": 0.0}])
@@ -169,3 +198,4 @@ def test_another_method_is_kept(decode) -> None:
     seen = decode(lambda passes, mask: mask)
     choice = choose_decoding(bundle(), Cache(), DecodingOptions(), progress=False)  # type: ignore[arg-type]
     assert choice.options == {"method": "greedy"} and not choice.dice and not seen
+    assert choice.calibration is None and "calibration" not in choice.to_dict()

@@ -86,6 +86,9 @@ def test_the_decoding_is_chosen_on_validation_and_saved(run) -> None:
     assert chosen == pytest.approx(best, abs=2e-5)
     options = DecodingOptions.of_bundle(Bundle.from_pretrained(run))
     assert (options.method, options.passes, options.threshold) == ("refine", saved["passes"], saved["threshold"])
+    fitted = choice["calibration"]["calibrated"]
+    assert options.calibration_temperature == saved["calibration_temperature"] == fitted["temperature"]
+    assert fitted["nll"] <= choice["calibration"]["uncalibrated"]["nll"]
 
 
 def test_the_saved_weights_are_the_average(run) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ntpseg.utils.manifest import MANIFEST, check_folder, damage, write_manifest
+from ntpseg.utils import manifest
+from ntpseg.utils.files import write_json
+from ntpseg.utils.manifest import MANIFEST, check_folder, damage, write_json_member, write_manifest
 
 
 @pytest.fixture
@@ -68,3 +70,37 @@ def test_missing_and_cut_files_are_told(folder: Path) -> None:
 def test_a_damaged_manifest_is_told(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     assert damage(folder) == "manifest.json is damaged"
+
+
+@pytest.mark.parametrize("old", [None, {"a": 1}])
+@pytest.mark.parametrize("until", range(4))
+def test_a_file_that_is_replaced_leaves_the_folder_whole_whenever_it_is_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, old: dict | None, until: int
+) -> None:
+    if old is not None:
+        write_json(folder / "x.json", old)
+        write_manifest(folder)
+    done = []
+
+    def killed(path: Path, value: object) -> None:
+        if len(done) == until:
+            raise KeyboardInterrupt
+        write_json(path, value)
+        done.append(path)
+
+    monkeypatch.setattr(manifest, "write_json", killed)
+    try:
+        write_json_member(folder, "x.json", {"b": 2})
+    except KeyboardInterrupt:
+        assert len(done) == until
+    assert damage(folder) is None
+    monkeypatch.undo()
+    write_json_member(folder, "x.json", {"b": 2})
+    assert damage(folder) is None and json.loads((folder / "x.json").read_text()) == {"b": 2}
+    (folder / "x.json").write_text("{}")
+    assert damage(folder) is not None
+
+
+def test_without_a_manifest_the_file_alone_is_written(tmp_path: Path) -> None:
+    write_json_member(tmp_path, "x.json", [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
