@@ -61,7 +61,13 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
         return Datasets(
             PixelDataset(training, augmentation, seed=config.seed),
             None if validation is None else PixelDataset(validation, seed=config.seed),
-            PixelCollator(sequence, prepared.text, prepared.vision, image_tokens=prompt_has_codes(config)),
+            PixelCollator(
+                sequence,
+                prepared.text,
+                prepared.vision,
+                image_tokens=prompt_has_codes(config),
+                packing=config.data.packing,
+            ),
         )
     assert not isinstance(validation, PixelCache)
     settings, loss = config.model, config.loss
@@ -70,7 +76,7 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     return Datasets(
         TokenDataset(training, sequence, seed=config.seed, mask_noise=config.data.mask_noise),
         None if validation is None else TokenDataset(validation, sequence, seed=config.seed, augmented=False),
-        Collator(sequence, grid_ids=cells),
+        Collator(sequence, grid_ids=cells, packing=config.data.packing),
     )
 
 
