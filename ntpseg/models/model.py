@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
-from ntpseg.models import causal_blocks
+from ntpseg.models import causal_blocks, xformers_attention
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
@@ -34,6 +34,7 @@ from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
+xformers_attention.register()
 
 
 @dataclass

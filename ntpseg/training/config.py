@@ -99,7 +99,9 @@ class ModelConfig:
     Attributes:
         preset: see `ntpseg.models.PRESETS`.
         k: how many next tokens each position predicts; 1 switches next-k-token prediction off.
-        attention: Hugging Face's name (sdpa, eager, flash_attention_2, flash_attention_3); null: its default.
+        attention: flash, xformers, sdpa, eager, causal_blocks, flex or another of Hugging Face's names; auto: the
+            quickest of them here, measured once and kept in the run's attention.json; null: causal_blocks on a CPU,
+            Hugging Face's default elsewhere.
         front_end: how the image is read: codes (tokens, the paper's), features (of a convolutional stem or a pretrained
             encoder), or both.
         stem: fields of `ntpseg.models.stem.StemOptions`, for the front ends features and both.
