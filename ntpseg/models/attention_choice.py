@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ntpseg.models.attention import ATTENTION_NAMES, AttentionUse, default_attention, implementation, obstacle
+from ntpseg.models.attention import AttentionUse, default_attention, implementation, obstacle
 from ntpseg.models.packing import PackedRows, packed_arguments
 from ntpseg.utils.tuning_cache import cache_file, read_choice, save_choice
 
 MEASURE = "NTPSEG_MEASURE_ATTENTION"
-CANDIDATES = tuple(name for name in ATTENTION_NAMES if name != "auto")
+# Of those that are about as quick the first is taken: eager and causal_blocks keep their probabilities for backward.
+CANDIDATES = ("flash", "sdpa", "xformers", "causal_blocks", "flex", "eager")
+_AS_QUICK = 1.03
 # More scores than this in float32 are measured at a smaller batch; bytes.
 _MOST_SCORES = {"cpu": 2**28, "cuda": 2**33}
 _ROUNDS, _SECONDS = 7, 3.0
@@ -52,12 +54,13 @@ class AttentionChoice:
         return asdict(self)
 
 
-def choose_attention(name: str | None, use: AttentionUse) -> AttentionChoice:
-    """The implementation for `name`; every rank of a process group must call it alike, and gets rank 0's.
+def choose_attention(name: str | None, use: AttentionUse, *, agree: bool = True) -> AttentionChoice:
+    """The implementation for `name`.
 
     Args:
         name: what the configuration says; None: the default without measuring.
         use: where and for what.
+        agree: for auto, every rank of a process group calls this alike and gets rank 0's choice; False: each its own.
 
     Raises:
         ValueError: the name is unknown or cannot run there.
@@ -67,7 +70,7 @@ def choose_attention(name: str | None, use: AttentionUse) -> AttentionChoice:
         return AttentionChoice(default, default, "default")
     if name != "auto":
         return AttentionChoice(name, implementation(name, use), "configured")
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not agree or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return quickest(use)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -98,7 +101,8 @@ def quickest(use: AttentionUse) -> AttentionChoice:
         default = default_attention(use.device) or "sdpa"
         return AttentionChoice(default, implementation(default, use), "default")
     milliseconds, left_out = measure(use)
-    best = min(milliseconds, key=lambda name: milliseconds[name])
+    least = min(milliseconds.values())
+    best = next(name for name in CANDIDATES if milliseconds.get(name, float("inf")) <= _AS_QUICK * least)
     made = AttentionChoice(best, implementation(best, use), "measured", milliseconds, left_out)
     _known[place] = made
     save_choice(path, *place, {"attention": best, "milliseconds": milliseconds, "left_out": left_out})

@@ -103,7 +103,8 @@ class Bundle:
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
         chosen = None
         if attention is not None:
-            chosen = choose_attention(attention, _use(path, sequence, dtype, device)).implementation
+            # One rank alone may load a model.
+            chosen = choose_attention(attention, _use(path, sequence, dtype, device), agree=False).implementation
         with attention_errors(attention):
             model = load_whole(NTPSegModel, path, attn_implementation=chosen, **options)
         check_finite(model, f"the model {path}")

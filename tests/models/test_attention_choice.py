@@ -130,6 +130,17 @@ def test_auto_measures_once_for_a_class_of_shapes(measured, tmp_path, monkeypatc
     assert len(versions[f"torch {torch.__version__}"]) == 1 + len(others)
 
 
+def test_of_those_that_are_about_as_quick_the_one_that_keeps_less(measured, monkeypatch) -> None:
+    times = {"eager": 1.0, "causal_blocks": 1.02, "sdpa": 1.029, "xformers": 1.2}
+    monkeypatch.setattr(attention_choice, "measure", lambda use: (times, {}))
+    assert choose_attention("auto", CPU).attention == "sdpa"
+
+
+def test_one_rank_alone_may_choose(measured, monkeypatch) -> None:
+    monkeypatch.setattr(attention_choice, "dist", None)  # a collective would fail
+    assert choose_attention("auto", CPU, agree=False).attention == "eager"
+
+
 def test_a_fixed_name_wins_and_what_cannot_run_is_measured_anew(measured, tmp_path, monkeypatch) -> None:
     choose_attention("auto", CPU)
     fixed = choose_attention("sdpa", CPU)

@@ -212,7 +212,7 @@ def test_auto_is_measured_once_and_kept(run, data, tmp_path, monkeypatch, capsys
     output = train(config, progress=False)
     kept = json.loads((output / "attention.json").read_text())
     assert kept["asked"] == "auto" and kept["source"] == "measured"
-    assert kept["attention"] == min(kept["milliseconds"], key=kept["milliseconds"].get)
+    assert kept["milliseconds"][kept["attention"]] <= 1.03 * min(kept["milliseconds"].values())
     assert set(kept["milliseconds"]) >= {"sdpa", "eager", "causal_blocks"}
     assert f"attention: {kept['attention']} (measured: " in capsys.readouterr().err
     other = "eager" if kept["attention"] != "eager" else "sdpa"
