@@ -22,9 +22,9 @@ from ntpseg.models import NTPSegModel
 from ntpseg.training.dataset import Collator
 from ntpseg.utils.files import write_json
 
-# Text ids of a sample: a phrase of a finding, a sentence, or anything from a phrase to a whole report.
-TEXTS = {"phrases": (5, 25), "sentences": (10, 60), "mixed": (8, 600)}
-GRID, BATCH = 8, 8
+# Text ids of a sample: a phrase of a finding, or anything from a phrase to a whole report.
+TEXTS = {"phrases": (5, 25), "mixed": (8, 600)}
+GRID, BATCH, BATCHES = 8, 16, 1
 
 
 def samples(lengths: str, seed: int) -> tuple[Size, list[dict[str, Any]]]:
@@ -40,15 +40,16 @@ def samples(lengths: str, seed: int) -> tuple[Size, list[dict[str, Any]]]:
     return size, made
 
 
-def step_of(model: NTPSegModel, batch: dict[str, Any]) -> Callable[[], None]:
-    """Forward, backward and AdamW."""
+def step_of(model: NTPSegModel, batches: list[dict[str, Any]]) -> Callable[[], None]:
+    """Forward, backward and AdamW for each batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    inputs = {name: value for name, value in batch.items() if name != "sample_ids"}
+    inputs = [{name: value for name, value in batch.items() if name != "sample_ids"} for batch in batches]
 
     def step() -> None:
-        model(**inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for batch in inputs:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
@@ -65,37 +66,42 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     return times
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, Any]:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def packing(lengths: str, attention: str, rounds: int) -> dict[str, Any]:
-    """One batch padded and packed, with the same weights."""
-    size, made = samples(lengths, 0)
+    """The same batches padded and packed, with the same weights."""
+    size, _ = samples(lengths, 0)
+    made = [samples(lengths, seed)[1] for seed in range(BATCHES)]
     model = size.model(torch.device("cpu")).train()
     model.set_attn_implementation(attention)
-    longest = max(len(sample["input_ids"]) for sample in made)
-    useful = sum(len(sample["input_ids"]) for sample in made)
+    every = [len(sample["input_ids"]) for batch in made for sample in batch]
+    row_length = 2 * max(every)
     batches = {
-        "padded": Collator(size.sequence(), grid_ids=False)(made),
-        "packed": Collator(size.sequence(), grid_ids=False, packing=2 * longest)(made),
+        name: [Collator(size.sequence(), grid_ids=False, packing=most)(batch) for batch in made]
+        for name, most in {"padded": None, "packed": row_length}.items()
     }
-    times = take_turns({name: step_of(model, batch) for name, batch in batches.items()}, rounds)
-    speed = {name: quartiles([useful / seconds for seconds in times[name]]) for name in times}
-    return {
+    fields: dict[str, Any] = {
         "text_ids": TEXTS[lengths],
         "attention": attention,
-        "row_length": 2 * longest,
-        "useful_tokens": useful,
+        "row_length": row_length,
+        "useful_tokens": sum(every),
         "decoder_tokens": {
-            "padded": batches["padded"]["input_ids"].numel(),
-            "packed": batches["packed"]["packing"]["source"].numel(),
+            name: sum((b["packing"]["source"] if "packing" in b else b["input_ids"]).numel() for b in batch)
+            for name, batch in batches.items()
         },
-        "useful_tokens_per_second": speed,
-        "speed_ratio": quartiles([a / b for a, b in zip(times["padded"], times["packed"], strict=True)]),
+        "packed_batches": sum("packing" in batch for batch in batches["packed"]),
     }
+    if fields["packed_batches"]:
+        times = take_turns({name: step_of(model, batch) for name, batch in batches.items()}, rounds)
+        fields["useful_tokens_per_second"] = {
+            name: quartiles([sum(every) / seconds for seconds in values]) for name, values in times.items()
+        }
+        fields["speed_ratio"] = quartiles([a / b for a, b in zip(times["padded"], times["packed"], strict=True)])
+    return fields
 
 
 def kept_bytes(model: NTPSegModel, batch: dict[str, Any]) -> int:
@@ -127,7 +133,7 @@ def checkpointing(preset: str, rounds: int) -> dict[str, Any]:
         models[name].set_attn_implementation("causal_blocks")
     models["on"].activation_checkpointing_enable()
     kept = {name: kept_bytes(model, batch) for name, model in models.items()}
-    times = take_turns({name: step_of(model, batch) for name, model in models.items()}, rounds)
+    times = take_turns({name: step_of(model, [batch]) for name, model in models.items()}, rounds)
     return {
         "preset": preset,
         "batch": list(ids.shape),
@@ -153,7 +159,7 @@ def main() -> None:
     result = {
         "benchmark": "packing",
         "command": f"python -m benchmarks.packing --output FILE --rounds {args.rounds}",
-        "model": f"tiny, k = 4, float32, grid {GRID} x {GRID}, {BATCH} sequences",
+        "model": f"tiny, k = 4, float32, grid {GRID} x {GRID}, {BATCHES} batches of {BATCH} sequences",
         "packing": [packing(*case, args.rounds) for case in cases],
         "activation_checkpointing": [checkpointing(preset, args.rounds) for preset in ("tiny", "small")],
         **describe(torch.device("cpu")),

@@ -1,9 +1,9 @@
-"""Packed rows: sequences of any length laid end to end, so that the decoder computes no padding between them.
+"""Packed rows: sequences of any length laid end to end, so that the decoder computes hardly any padding.
 
 Only what the decoder reads is packed. Embeddings go into rows of one length, hidden states come back out of them by
 sample, and the loss, with its k heads, negatives and hard error tokens, sees the batch that it sees without packing:
 nothing there can cross from one sequence into the next. Within the decoder positions start again with each sequence
-and attention stays within it (sample packing, arXiv 2107.02027; the plan is first-fit decreasing).
+and attention stays within it (sample packing, arXiv 2107.02027).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ntpseg.utils.checks import check_integer
 
+# Matrix units take rows of a multiple of so many.
+_MULTIPLE = 8
 # Implementations of this package, which compute each sequence by itself.
 BY_BOUNDS = ("causal_blocks", "xformers")
 
@@ -44,11 +46,11 @@ class PackedRows:
 
     @classmethod
     def plan(cls, lengths: Sequence[int], row_length: int, width: int | None = None) -> PackedRows:
-        """First-fit decreasing: the longest sequence first, each into the first row that has room.
+        """As few rows as first-fit decreasing needs, filled evenly and no longer than the fullest of them needs.
 
         Args:
             lengths: tokens of each sequence, B numbers >= 1.
-            row_length: L; the longest sequence's where that is longer.
+            row_length: the most tokens of a row; the longest sequence's where that is longer.
             width: T, the longest sequence's by default.
 
         Raises:
@@ -59,16 +61,13 @@ class PackedRows:
         width = longest if width is None else width
         if not lengths or min(lengths) < 1 or longest > width:
             raise ValueError(f"lengths must be numbers from 1 to {width}, got {list(lengths)}")
-        size = max(row_length, longest)
-        rows: list[list[int]] = []
-        used: list[int] = []
-        for sample in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-            row = next((i for i, filled in enumerate(used) if filled + lengths[sample] <= size), len(rows))
-            if row == len(rows):
-                rows.append([])
-                used.append(0)
-            rows[row].append(sample)
-            used[row] += lengths[sample]
+        limit = max(row_length, longest)
+        rows = _first_fit(lengths, limit)
+        even = _spread(lengths, len(rows))
+        used, spread = (max(sum(lengths[i] for i in row) for row in choice) for choice in (rows, even))
+        if spread < used:
+            rows, used = even, spread
+        size = min(limit, -(-used // _MULTIPLE) * _MULTIPLE)
         source = np.full((len(rows), size), -1, np.int64)
         position = np.zeros((len(rows), size), np.int64)
         place = np.empty((len(lengths), width), np.int64)
@@ -136,6 +135,35 @@ class PackedRows:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """The samples of each row: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for sample in _longest_first(lengths):
+        row = next((i for i, filled in enumerate(used) if filled + lengths[sample] <= limit), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(sample)
+        used[row] += lengths[sample]
+    return rows
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """The samples of each of `count` rows: the longest first, each into the row that is emptiest."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    used = [0] * count
+    for sample in _longest_first(lengths):
+        row = used.index(min(used))
+        rows[row].append(sample)
+        used[row] += lengths[sample]
+    return rows
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -58,9 +58,9 @@ class DataConfig:
             all volumes have, all count alike. null: all pairs.
         mask_value: class of label maps whose table names none, see `ntpseg.data.MaskOptions`; null: masks hold one.
         cache: folder of the token cache; the run's own by default.
-        packing: the decoder reads the sequences of a batch end to end in rows of so many tokens (of the longest
-            sequence's where that is longer), without the padding between them; loss and gradient stay those of the
-            batch. Pays where sequences differ in length; 2 to 4 times the longest is a good length. null: off.
+        packing: the decoder reads the sequences of a batch end to end in rows of at most so many tokens (of the longest
+            sequence's where that is longer) instead of the padding behind them, wherever that saves 5 % of the tokens;
+            loss and gradient stay those of the batch. Pays where sentences differ much in length. null: off.
     """
 
     path: str | None = None

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ntpseg.training.sampling import SliceSampling
 
 
+# Gathering and attending by sequence take time of their own.
+_WORTH_PACKING = 0.95
+
+
 class CodeSource(Protocol):
     """The part of a `TokenCache` that is read here."""
 
@@ -152,7 +156,8 @@ class Collator:
     Args:
         sequence: the sequence format.
         grid_ids: add the grid cell of every token.
-        packing: length of the rows that the decoder reads instead, see `PackedRows`; None: a row per sequence.
+        packing: most tokens of the rows that the decoder reads instead, see `PackedRows`, of batches in which that
+            saves at least 5 % of the tokens; None: a row per sequence.
     """
 
     def __init__(self, sequence: SequenceFormat, *, grid_ids: bool = True, packing: int | None = None) -> None:
@@ -178,7 +183,9 @@ class Collator:
         if self.grid_ids:
             batch["grid_ids"] = torch.from_numpy(self.sequence.grid_ids(ids))
         if self.packing is not None:
-            batch["packing"] = PackedRows.plan(lengths, self.packing).tensors()
+            rows = PackedRows.plan(lengths, self.packing)
+            if rows.source.numel() <= _WORTH_PACKING * ids.size:
+                batch["packing"] = rows.tensors()
         return batch
 
 

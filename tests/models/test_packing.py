@@ -13,11 +13,21 @@ from ntpseg.models.packing import PackedRows
 
 @pytest.mark.parametrize(
     ("lengths", "row_length", "rows"),
-    [([3, 5, 2], 8, 2), ([3, 5, 2], 10, 1), ([4], 4, 1), ([4], 11, 1), ([7, 1, 1, 1], 2, 2), ([2, 2, 2], 1, 3)],
+    [
+        ([3, 5, 2], 8, 2),
+        ([3, 5, 2], 10, 1),
+        ([4], 4, 1),
+        ([4], 11, 1),
+        ([7, 1, 1, 1], 2, 2),
+        ([2, 2, 2], 1, 3),
+        ([9] * 7, 60, 2),
+    ],
 )
 def test_plan_holds_every_token_once(lengths: list[int], row_length: int, rows: int) -> None:
     packed, width = PackedRows.plan(lengths, row_length), max(lengths)
-    assert list(packed.source.shape) == [rows, max(row_length, width)]
+    assert packed.source.shape[0] == rows
+    assert max(lengths) <= packed.source.shape[1] <= max(row_length, width)
+    assert packed.source.shape[1] < -(-sum(lengths) // rows) + max(lengths) + 8
     tokens = torch.arange(1, len(lengths) * width + 1).view(len(lengths), width)
     back = packed.unpack(packed.pack(tokens))
     for sample, length in enumerate(lengths):
@@ -34,6 +44,13 @@ def test_plan_holds_every_token_once(lengths: list[int], row_length: int, rows: 
         assert 0 < stop - start <= width and flat[start:stop].tolist() == list(range(stop - start))
         assert samples[start:stop].unique().numel() == 1
         assert start // packed.source.shape[1] == (stop - 1) // packed.source.shape[1]
+
+
+def test_rows_are_filled_evenly() -> None:
+    """Four rows of up to 500 hold these; a fourth one that is nearly empty would be padding."""
+    lengths = [250, 240, 230, 220, 210, 200, 190, 60]
+    assert list(PackedRows.plan(lengths, 500).source.shape) == [4, 416]
+    assert list(PackedRows.plan(lengths, 10_000).source.shape) == [1, 1600]
 
 
 @pytest.mark.parametrize(("lengths", "row_length"), [([], 4), ([0, 2], 4), ([3], 0), ([3], True)])

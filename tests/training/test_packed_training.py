@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from toy import losses, make_toy, make_trainer, sequence_of
 
-from ntpseg.training import Collator
+from ntpseg.training import Collator, TokenDataset
 from ntpseg.training.config import load_config
 
 EXACT = {"max_grad_norm": 1e9, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
@@ -34,6 +36,8 @@ def test_every_step_is_that_of_the_padded_batch(tmp_path, batch, times, workers)
             **EXACT,
         )
         trainer.data_collator = Collator(sequence_of(toy), packing=packing)
+        batches = ["packing" in batch for batch in trainer.get_train_dataloader()]
+        assert any(batches) if packing else not any(batches)
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         evaluations = [[line[n] for n in names[6:]] for line in trainer.state.log_history if "eval_loss" in line]
@@ -46,6 +50,22 @@ def test_every_step_is_that_of_the_padded_batch(tmp_path, batch, times, workers)
     for name in ("served", "recording"):
         a, b = (t.memory.state_dict()[name]["sample"] for t in (padded, packed))
         assert torch.equal(a, b)
+
+
+def test_sequences_of_one_length_stay_as_they_are() -> None:
+    toy = make_toy(4)
+    data = make_data(toy, ["disc", "disk", "ring", "star"])
+    assert "packing" not in Collator(sequence_of(toy), packing=5000)(data)
+    data = make_data(toy, ["a", "b", "c", "a" * 90])
+    batch = Collator(sequence_of(toy), packing=5000)(data)
+    useful = sum(len(sample["input_ids"]) for sample in data)
+    assert useful <= batch["packing"]["source"].numel() < useful + 8 < batch["input_ids"].numel()
+
+
+def make_data(toy: Any, texts: list[str]) -> list[dict[str, Any]]:
+    toy.texts = [[text] for text in texts]
+    data = TokenDataset(toy, sequence_of(toy))
+    return [data[i] for i in range(len(texts))]
 
 
 def test_the_configuration_says_so(tmp_path) -> None:
