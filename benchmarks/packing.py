@@ -150,12 +150,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     args = options.parse_args()
     torch.set_num_threads(1)
-    cases = [
-        ("phrases", "causal_blocks"),
-        ("sentences", "causal_blocks"),
-        ("mixed", "causal_blocks"),
-        ("mixed", "sdpa"),
-    ]
+    cases = [("phrases", "causal_blocks"), ("mixed", "causal_blocks"), ("mixed", "sdpa")]
     result = {
         "benchmark": "packing",
         "command": f"python -m benchmarks.packing --output FILE --rounds {args.rounds}",

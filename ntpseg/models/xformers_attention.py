@@ -61,10 +61,12 @@ def _attention(
 
 
 def _additive(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B, H, T, S]``: 0 where a query sees a key, minus infinity elsewhere, its rows aligned."""
+    """``[B, H, T, S]``: 0 where a query sees a key, the least number elsewhere, its rows aligned."""
     keys = mask.shape[-1]
     padded = F.pad(mask, (0, -keys % _ALIGNED))
-    added = torch.zeros(padded.shape, dtype=dtype, device=mask.device).masked_fill_(~padded, float("-inf"))
+    # Not minus infinity: padding that sees nothing would become not-a-number, and what reads it next with it.
+    least = torch.finfo(dtype).min
+    added = torch.zeros(padded.shape, dtype=dtype, device=mask.device).masked_fill_(~padded, least)
     return added[..., :keys].expand(-1, heads, -1, -1)
 
 

@@ -49,7 +49,7 @@ def test_plan_holds_every_token_once(lengths: list[int], row_length: int, rows: 
 def test_rows_are_filled_evenly() -> None:
     """Four rows of up to 500 hold these; a fourth one that is nearly empty would be padding."""
     lengths = [250, 240, 230, 220, 210, 200, 190, 60]
-    assert list(PackedRows.plan(lengths, 500).source.shape) == [4, 416]
+    assert list(PackedRows.plan(lengths, 500).source.shape) == [4, 432]
     assert list(PackedRows.plan(lengths, 10_000).source.shape) == [1, 1600]
 
 
@@ -157,3 +157,27 @@ def test_wrong_arguments_are_named(make_model, batch) -> None:
         model(batch["input_ids"][:2], grid_ids=batch["grid_ids"][:2], packing=tensors)
     with pytest.raises(ValueError, match="packing must have source, position, place, bounds, got none of 'place'"):
         model(**batch, packing={k: v for k, v in tensors.items() if k != "place"})
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_flex_attention(make_model, batch, monkeypatch, prefix) -> None:
+    """Forward, which is what it has on a CPU, and by its definition: compiling takes a minute."""
+    from torch.nn.attention import flex_attention as flex
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as integration
+
+    plain_mask = flex.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **k: plain_mask(**{**k, "_compile": False}))
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled(flex.flex_attention))
+    model = make_model(prefix_lm=prefix).eval()
+    packing = PackedRows.plan(lengths_of(batch), 70, batch["labels"].shape[1]).tensors()
+    states = []
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            states.append(model(batch["input_ids"], grid_ids=batch["grid_ids"], packing=packing).last_hidden_state)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
+
+
+def uncompiled(function: Any) -> Any:
+    return lambda query, key, value, training=False, **kwargs: function(query, key, value, **kwargs)
