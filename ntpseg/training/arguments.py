@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.config import RunConfig
 from ntpseg.training.config_file import reason
 from ntpseg.training.distributed import deepspeed_config, prepare_deepspeed
@@ -56,7 +55,6 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     fields = {**DEFAULTS, **config.training, **FIXED, "output_dir": str(run), "seed": config.seed}
     # YAML reads a bare `no` as False.
     fields |= {k: "no" for k, v in fields.items() if k.endswith("_strategy") and v is False}
-    fields = installed_names(fields)
     fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)
     if not torch.cuda.is_available():
         fields |= {"use_cpu": True, "dataloader_pin_memory": False}
@@ -64,8 +62,10 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     if zero is not None:
         prepare_deepspeed()
         fields["deepspeed"] = zero
+    from ntpseg.training.argument_rules import installed_names
+
     try:
-        args = TrainingArguments(**fields)
+        args = TrainingArguments(**installed_names(fields))
         _try_schedule(args)
     except Exception as error:  # packages that are not there, hardware, and combinations that transformers refuses
         raise ValueError(f"training must be fields that TrainingArguments accepts, got: {reason(error)}") from error
