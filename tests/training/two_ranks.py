@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from toy import make_toy, make_trainer, sequence_of
 
-from ntpseg.training import Collator
+from ntpseg.training import Collator, dataset
 from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
 
@@ -38,7 +38,15 @@ def run(mode: str, output: Path, batch: int, **fields) -> list[list[float]]:
     toy = make_toy(16, variants=1)
     trainer = make_trainer(toy, output, k=3, **fields, **installed_names({"activation_checkpointing": packed}))
     if packed:
-        trainer.data_collator = Collator(sequence_of(toy), packing=400)
+        dataset._WORTH_PACKING = 10.0  # also where it saves nothing, as the toy's sentences are about as long
+        collate = Collator(sequence_of(toy), packing=400)
+
+        def packed_batch(samples):
+            batch = collate(samples)
+            assert "packing" in batch
+            return batch
+
+        trainer.data_collator = packed_batch
     trainer.train(resume)
     if "save_strategy" in fields:
         trainer.save_model(str(output / "model"))
