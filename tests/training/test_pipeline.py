@@ -16,7 +16,7 @@ from ntpseg.cli import app
 from ntpseg.data import DataProblems
 from ntpseg.evaluation.run_directory import training_log
 from ntpseg.models import Bundle
-from ntpseg.training import dataset, load_config, train
+from ntpseg.training import load_config, train
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.pipeline import make_model, make_trainer
 from ntpseg.training.preparation import prepare_run
@@ -205,7 +205,7 @@ def test_auto_is_measured_once_and_kept(run, data, tmp_path, monkeypatch, capsys
     """Also packed, with a checkpointed decoder; a resumed run keeps its choice, whatever the cache says by then."""
     monkeypatch.setenv("NTPSEG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NTPSEG_MEASURE_ATTENTION", "1")
-    monkeypatch.setattr(dataset, "_WORTH_PACKING", 10.0)
+    monkeypatch.setattr("ntpseg.training.dataset._WORTH_PACKING", 10.0)
     options = ["model.attention=auto", "data.packing=200", "training.activation_checkpointing=true"]
     config = load_config(
         "tiny", [f"data.path={data}", f"output={tmp_path / 'r'}", *FAST, *options, "training.num_train_epochs=1"]
