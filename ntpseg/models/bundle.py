@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from ntpseg.models.archive import unpack_bundle
-from ntpseg.models.attention import attention_errors
+from ntpseg.models.attention import AttentionUse, attention_errors
+from ntpseg.models.attention_choice import choose_attention
 from ntpseg.models.volume_input import VOLUME, VolumeInput
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
@@ -86,7 +87,7 @@ class Bundle:
         Args:
             directory: what `save_pretrained` wrote, a run of ``ntpseg train``, or a file of ``ntpseg pack``.
             dtype: of the weights; that in which they were saved by default.
-            attention: attention implementation; PyTorch's by default.
+            attention: one of `ATTENTION_NAMES`, or another that transformers knows; PyTorch's by default.
             device: where the model and the vision tokenizer go; the CPU by default.
 
         Raises:
@@ -100,8 +101,12 @@ class Bundle:
         path = bundle_directory(directory)
         sequence = _read_sequence(path / "sequence.json")
         options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+        chosen = None
+        if attention is not None:
+            # One rank alone may load a model.
+            chosen = choose_attention(attention, _use(path, sequence, dtype, device), agree=False).implementation
         with attention_errors(attention):
-            model = load_whole(NTPSegModel, path, attn_implementation=attention, **options)
+            model = load_whole(NTPSegModel, path, attn_implementation=chosen, **options)
         check_finite(model, f"the model {path}")
         vision, text = load_vision_tokenizer(path / "vision"), load_text_tokenizer(path / "text")
         _check_sizes(path, sequence.vocabulary, text, vision)
@@ -119,6 +124,30 @@ class Bundle:
             decoding=_read_json(decoding) if decoding.is_file() else None,
             volume=VolumeInput.from_dict(_read_json(volume), volume) if volume.is_file() else VolumeInput(),
         )
+
+
+def _use(
+    path: Path, sequence: SequenceFormat, dtype: torch.dtype | str | None, device: torch.device | str | None
+) -> AttentionUse:
+    """What attention one image and its sentence take when a mask is decoded."""
+    config = _read_json(path / "config.json")
+    try:
+        text = config["text_config"]
+        heads = text["num_attention_heads"]
+        kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or config.get("dtype")), None)
+        return AttentionUse(
+            device=torch.device(device or "cpu"),
+            dtype=kind if isinstance(kind, torch.dtype) else torch.float32,
+            batch=1,
+            heads=heads,
+            length=sequence.grid_positions,
+            width=text.get("head_dim") or text["hidden_size"] // heads,
+            kv_heads=text.get("num_key_value_heads"),
+            prefix=bool(config.get("prefix_lm")),
+            training=False,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'config.json'} must be a model's, got a damaged file ({error!r})") from error
 
 
 def bundle_directory(directory: str | Path) -> Path:

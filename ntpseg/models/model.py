@@ -6,6 +6,7 @@ What training adds to the loss on tokens, the reading of drafts and the losses o
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,13 +19,14 @@ from transformers.utils import ModelOutput
 
 from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
-from ntpseg.models import causal_blocks
+from ntpseg.models import causal_blocks, xformers_attention
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
 from ntpseg.models.heads import NextKHeads
 from ntpseg.models.image_encoder import CaptionModulation, Convolution
 from ntpseg.models.mask_training import MaskTraining
+from ntpseg.models.packing import PackedRows, packed_arguments
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
@@ -32,6 +34,7 @@ from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
+xformers_attention.register()
 
 
 @dataclass
@@ -262,6 +265,7 @@ class NTPSegModel(PreTrainedModel):
         num_images: float | Tensor | None = None,
         stem_output: StemOutput | None = None,
         inputs_embeds: Tensor | None = None,
+        packing: Mapping[str, Tensor] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NTPSegOutput | tuple[Any, ...]:
@@ -284,6 +288,9 @@ class NTPSegModel(PreTrainedModel):
             stem_output: what `encode_image` returned, instead of `pixel_values`.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`, as `embed` makes them (with the grid's and the stem's
                 part).
+            packing: ``PackedRows.tensors()`` of the batch: the decoder reads rows of several sequences without their
+                padding. Arguments and results keep the form ``[B, T]``; what lies behind a sequence's end is undefined.
+                Not with `attention_mask`, `position_ids` or a cache.
             return_dict: False: a tuple of what is not None.
             **kwargs: passed to the backbone, such as ``cu_seq_lens_q`` of packed sequences or ``output_hidden_states``.
 
@@ -293,6 +300,12 @@ class NTPSegModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or neither")
+        packed: PackedRows | None = None
+        if packing is not None:
+            if attention_mask is not None or position_ids is not None or past_key_values is not None or use_cache:
+                raise ValueError("attention_mask, position_ids and the cache must be left out with packing, got one")
+            given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            packed = PackedRows.of(packing, *given.shape[:2])
         stem = stem_output
         if self.front_end is not None and stem is None and input_ids is not None:
             # A sequence with labels ends in a whole mask: reading the caption in front of it alone saves time.
@@ -304,23 +317,25 @@ class NTPSegModel(PreTrainedModel):
             if ids is not None:
                 embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
             assert embeds is not None
+            if packed is not None:
+                embeds = packed.pack(embeds)
             mask: Any = attention_mask
             if self.config.prefix_lm and past_key_values is None:
-                if grid_ids is None or grid_ids.shape != embeds.shape[:2]:
+                wanted = embeds.shape[:2] if packed is None else packed.place.shape
+                if grid_ids is None or grid_ids.shape != wanted:
                     shape = None if grid_ids is None else list(grid_ids.shape)
-                    raise ValueError(
-                        f"grid_ids must be {list(embeds.shape[:2])}, as input_ids is, with prefix_lm, got {shape}"
-                    )
+                    raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
                 lengths = prompt_lengths(grid_ids, self.image_cells)
-                mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths)
-            return self.backbone(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
+                mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths, packed)
+            fields: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, **kwargs}
+            if packed is not None:
+                fields |= packed_arguments(packed, self.backbone.config._attn_implementation, mask)
+            decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
+            if packed is not None:
+                decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
+                if decoded.hidden_states is not None:
+                    decoded.hidden_states = tuple(map(packed.unpack, decoded.hidden_states))
+            return decoded
 
         extra = self.mask_training
         if labels is not None and self.training and extra.inputs is not None:

@@ -8,36 +8,55 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from ntpseg.models.packing import PackedRows
 from ntpseg.utils.transformers_compat import CACHE
 
 
-def prefix_mask(config: Any, embeds: Tensor, attention_mask: Tensor | None, prefix: Tensor) -> Any:
+def prefix_mask(
+    config: Any, embeds: Tensor, attention_mask: Tensor | None, prefix: Tensor, packed: PackedRows | None = None
+) -> Any:
     """The mask that the configured attention implementation takes.
 
     Args:
         config: the Hugging Face decoder's; its attention implementation decides the mask's form.
-        embeds: ``[B, T, D]``.
+        embeds: ``[B, T, D]``, or ``[R, L, D]`` of packed rows.
         attention_mask: ``[B, T]``, 0 at padding, or None.
-        prefix: ``[B]`` int64, tokens of each row's prompt.
+        prefix: ``[B]`` int64, tokens of each sequence's prompt.
+        packed: where the sequences lie in `embeds`; None: each in a row of its own.
 
     Raises:
         ValueError: the implementation takes no mask (FlashAttention).
     """
     if "flash" in str(config._attn_implementation):
         raise ValueError(
-            f"attention must be sdpa, eager, flex_attention or causal_blocks with prefix_lm, "
+            f"attention must be sdpa, eager, flex, xformers or causal_blocks with prefix_lm, "
             f"got {config._attn_implementation!r}, which takes no mask"
         )
 
     def within_prompt(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query < prefix[batch]) & (key < prefix[batch])
 
+    within: Any = within_prompt
+    same: Any = None
+    if packed is not None:
+        prompt = (packed.source >= 0) & (packed.position < prefix[packed.sample.clamp_min(0)])
+        segment = packed.segment
+
+        def within_packed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return prompt[batch, query] & prompt[batch, key]
+
+        def same_sequence(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return segment[batch, query] == segment[batch, key]
+
+        within, same = within_packed, same_sequence
+
     return create_causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=attention_mask,
         position_ids=None,
-        or_mask_function=within_prompt,
+        or_mask_function=within,
+        and_mask_function=same,
         **{CACHE: None},
     )
 

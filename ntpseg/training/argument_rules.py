@@ -239,6 +239,12 @@ _FORMER = {
 }
 
 
+# Newer names of fields, by which those are known here whatever release is installed.
+_ALIASES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
 # Fields of a run's configuration that are easily looked for in this section.
 _ELSEWHERE = ("max_minutes", "max_skipped_steps", "clock", "output")
 
@@ -272,13 +278,26 @@ def check_training(fields: Mapping[Any, Any]) -> None:
         ACCEPTED[name](f"training.{name}", value)
 
 
+def installed_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under the names that the installed transformers has for them."""
+    known = _own_fields()
+    return {_ALIASES.get(name, name) if name not in known else name: value for name, value in fields.items()}
+
+
 def _fields() -> tuple[list[str], str]:
-    """The names of the fields that the installed transformers has, and its release."""
+    """The names of the fields that can be given to the installed transformers, and its release."""
+    import transformers
+
+    own = _own_fields()
+    return [*own, *(name for name, former in _ALIASES.items() if former in own)], transformers.__version__
+
+
+def _own_fields() -> list[str]:
     import dataclasses
 
     import transformers
 
-    return [field.name for field in dataclasses.fields(transformers.TrainingArguments)], transformers.__version__
+    return [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
 
 
 def check_combinations(fields: Mapping[str, Any], *, max_minutes: float | None, optimizer: str, ema: float) -> None:
@@ -298,6 +317,11 @@ def check_combinations(fields: Mapping[str, Any], *, max_minutes: float | None, 
         for name in ("optim", "optim_args", "optim_target_modules"):
             if fields.get(name) is not None:
                 raise ValueError(f"training.{name} must not be set with optimizer.name=muon, got {shown(fields[name])}")
+    for name, former in _ALIASES.items():
+        if fields.get(name) is not None and fields.get(former) is not None:
+            raise ValueError(
+                f"training.{former} must not be set with training.{name}, its newer name, got {shown(fields[former])}"
+            )
     if fields.get("bf16") is True and fields.get("fp16"):
         raise ValueError("training.fp16 must be false with training.bf16=true, got true")
     if fields.get("load_best_model_at_end") and ema:

@@ -62,8 +62,10 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     if zero is not None:
         prepare_deepspeed()
         fields["deepspeed"] = zero
+    from ntpseg.training.argument_rules import installed_names
+
     try:
-        args = TrainingArguments(**fields)
+        args = TrainingArguments(**installed_names(fields))
         _try_schedule(args)
     except Exception as error:  # packages that are not there, hardware, and combinations that transformers refuses
         raise ValueError(f"training must be fields that TrainingArguments accepts, got: {reason(error)}") from error

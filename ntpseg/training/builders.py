@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ntpseg.generation.options import DecodingOptions
-from ntpseg.models.attention import attention_errors, default_attention
+from ntpseg.models.attention import attention_errors
+from ntpseg.models.attention_choice import choose_attention
 from ntpseg.models.bundle import load_whole
 from ntpseg.models.mask_inputs import MaskInputOptions
 from ntpseg.models.pretrained_encoder import huggingface_encoder_config
 from ntpseg.models.stem import StemOptions
 from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.training.attention import training_use
 from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
@@ -21,6 +23,7 @@ from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import check_folder
 
 if TYPE_CHECKING:
+    from ntpseg.models.attention_choice import AttentionChoice
     from ntpseg.models.model import NTPSegModel
 
 
@@ -61,7 +64,13 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
         return Datasets(
             PixelDataset(training, augmentation, seed=config.seed),
             None if validation is None else PixelDataset(validation, seed=config.seed),
-            PixelCollator(sequence, prepared.text, prepared.vision, image_tokens=prompt_has_codes(config)),
+            PixelCollator(
+                sequence,
+                prepared.text,
+                prepared.vision,
+                image_tokens=prompt_has_codes(config),
+                packing=config.data.packing,
+            ),
         )
     assert not isinstance(validation, PixelCache)
     settings, loss = config.model, config.loss
@@ -70,12 +79,16 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     return Datasets(
         TokenDataset(training, sequence, seed=config.seed, mask_noise=config.data.mask_noise),
         None if validation is None else TokenDataset(validation, sequence, seed=config.seed, augmented=False),
-        Collator(sequence, grid_ids=cells),
+        Collator(sequence, grid_ids=cells, packing=config.data.packing),
     )
 
 
-def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
+def make_model(config: RunConfig, prepared: Prepared, choice: AttentionChoice | None = None) -> NTPSegModel:
     """A fresh model, or one that starts from ``model.weights``.
+
+    Args:
+        config, prepared: the run's.
+        choice: its attention, see `run_attention`; chosen here by default.
 
     Raises:
         ValueError: a setting of the model, the loss or the attention cannot be used.
@@ -104,6 +117,7 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
         "prefix_lm": settings.prefix_lm,
     }
     model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
+    choice = choice or choose_attention(settings.attention, training_use(config, prepared))
     with attention_errors(settings.attention):
         if settings.weights is not None:
             path = Path(settings.weights).expanduser()
@@ -115,11 +129,11 @@ def make_model(config: RunConfig, prepared: Prepared) -> NTPSegModel:
                 path,
                 optional=("heads.", "grid.", "front_end.", "readout."),
                 config=model_config,
-                attn_implementation=settings.attention or default_attention(),
+                attn_implementation=choice.implementation,
             )
             check_finite(model, f"model.weights {path}")
         else:
-            model_config._attn_implementation = settings.attention or default_attention()
+            model_config._attn_implementation = choice.implementation
             model = NTPSegModel(model_config)
     # The tokenizer's at hand, which need not be the one that saved weights were trained with.
     assert model.readout is not None

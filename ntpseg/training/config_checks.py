@@ -11,6 +11,7 @@ from ntpseg.training.argument_rules import (
     check_training,
     integer,
     number,
+    optional,
     shown,
 )
 from ntpseg.training.sampling import SamplingOptions
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Larger images would be resized to more than any model here reads.
 MAX_SIZE = 16384
+# Rows of packed sequences: attention of some implementations grows with their square.
+MAX_PACKED = 2**20
 MAX_SEED = 2**32 - 1  # of NumPy's generators
 
 
@@ -38,6 +41,7 @@ def check_sections(config: RunConfig) -> None:
 
     integer(1, MAX_SIZE)("data.size", config.data.size)
     integer(0, 10_000)("data.variants", config.data.variants)
+    optional(integer(1, MAX_PACKED))("data.packing", config.data.packing)
     check_choice("data.layout", config.data.layout, LAYOUT_NAMES)
     SamplingOptions(config.data.empty_share, config.data.pairs_per_volume)
     if config.data.empty_share is not None and not config.data.keep_empty:

@@ -12,6 +12,7 @@ from ntpseg.generation.options import DecodingOptions
 from ntpseg.models.bundle import Bundle
 from ntpseg.tokenizers.pixel_cache import PixelCache
 from ntpseg.training.arguments import training_arguments
+from ntpseg.training.attention import check_attention, run_attention
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.builders import default_decoding, make_datasets, make_model
 from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
@@ -74,6 +75,7 @@ def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> Non
     try:
         keep_freed_memory()
         args = training_arguments(config, run)
+        check_attention(config)
         shown = progress and args.process_index == 0
         with args.main_process_first(local=False, desc="preparing the data"):
             prepared = prepare_run(config, run, progress=shown)
@@ -120,7 +122,7 @@ def make_trainer(
     if config.loss.hard_tokens and config.loss.het_weight:
         memory = HardTokenMemory(len(training), config.loss.hard_tokens, args.device, key=training.key)
     trainer = NTPSegTrainer(
-        make_model(config, prepared),
+        make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index)),
         args,
         train_dataset=data.training,
         eval_dataset=data.validation,

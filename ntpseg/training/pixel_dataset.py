@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ntpseg.tokenizers.text import encode_text
 from ntpseg.training.dataset import Collator, EpochDataset
@@ -56,6 +55,7 @@ class PixelCollator:
         vision: the vision tokenizer.
         image_tokens: the sequence's image tokens are the image's codes; False fills them with code 0, the places of
             features that are not aligned.
+        packing: see `Collator`.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class PixelCollator:
         vision: VisionTokenizer,
         *,
         image_tokens: bool = True,
+        packing: int | None = None,
     ) -> None:
         self.sequence, self.text, self.vision, self.image_tokens = sequence, text, vision, image_tokens
-        self.collate = Collator(sequence)
+        self.collate = Collator(sequence, packing=packing)
         self._text_ids: dict[str, list[int]] = {}
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor | int]:
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What `Collator` returns, with pixel_values ``[B, C, S, S]`` in [-1, 1] and mask_pixels ``[B, S, S]``."""
         images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
         masks = torch.from_numpy(np.stack([sample["mask"] for sample in samples]))

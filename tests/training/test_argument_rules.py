@@ -146,3 +146,20 @@ def test_the_hint_of_unknown_fields_needs_no_text_keys() -> None:
     with pytest.raises(ValueError, match="training must hold fields"):
         check_training({1: 2})
     assert argument_rules.shown(SimpleNamespace(text="x" * 200)).endswith("...")
+
+
+@pytest.mark.parametrize("installed", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_is_one_switch_in_every_release(monkeypatch, installed) -> None:
+    from ntpseg.training import argument_rules
+
+    monkeypatch.setattr(argument_rules, "_own_fields", lambda: [installed, "gradient_checkpointing", "fp16"])
+    argument_rules.check_training({"activation_checkpointing": True, "fp16": False})
+    assert argument_rules.installed_names({"activation_checkpointing": True}) == {installed: True}
+    assert argument_rules.installed_names({"gradient_checkpointing": True}) == {"gradient_checkpointing": True}
+    with pytest.raises(ValueError, match=r"training\.activation_checkpointing must be true or false, got 'yes'"):
+        argument_rules.check_training({"activation_checkpointing": "yes"})
+    both = {"activation_checkpointing": True, "gradient_checkpointing": False}
+    with pytest.raises(
+        ValueError, match=r"training\.gradient_checkpointing must not be set with training\.activation_"
+    ):
+        argument_rules.check_combinations(both, max_minutes=None, optimizer="adamw", ema=0.0)

@@ -185,15 +185,44 @@ def test_bad_data_is_refused_with_a_table(tmp_path) -> None:
     assert (run / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "nonsense"])
+@pytest.mark.parametrize("name", ["flash", "xformers", "flex", "flash_attention_2", "flash_attention_3", "nonsense"])
 def test_attention_that_cannot_be_used(run, data, tmp_path, name) -> None:
-    if name.startswith("flash") and torch.cuda.is_available():
+    if name != "nonsense" and torch.cuda.is_available():
         pytest.skip("may be installed here")
     config = load_config(run, [f"model.attention={name}"])
     with pytest.raises(ValueError, match=f"attention must be .* got '{name}'"):
         make_model(config, prepare_run(config, run, progress=False))
+    if name != "flex":  # it has a forward
+        with pytest.raises(ValueError, match=f"attention must be .* got '{name}'"):
+            Bundle.from_pretrained(run, attention=name)
+    new = load_config("tiny", [f"data.path={data}", f"output={tmp_path / 'r'}", *FAST, f"model.attention={name}"])
     with pytest.raises(ValueError, match=f"attention must be .* got '{name}'"):
-        Bundle.from_pretrained(run, attention=name)
+        train(new, progress=False)
+    assert not (tmp_path / "r" / "cache").exists(), "it ends before anything is prepared"
+
+
+def test_auto_is_measured_once_and_kept(run, data, tmp_path, monkeypatch, capsys) -> None:
+    """Also packed, with a checkpointed decoder; a resumed run keeps its choice, whatever the cache says by then."""
+    monkeypatch.setenv("NTPSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NTPSEG_MEASURE_ATTENTION", "1")
+    monkeypatch.setattr("ntpseg.training.dataset._WORTH_PACKING", 10.0)
+    options = ["model.attention=auto", "data.packing=200", "training.activation_checkpointing=true"]
+    config = load_config(
+        "tiny", [f"data.path={data}", f"output={tmp_path / 'r'}", *FAST, *options, "training.num_train_epochs=1"]
+    )
+    output = train(config, progress=False)
+    kept = json.loads((output / "attention.json").read_text())
+    assert kept["asked"] == "auto" and kept["source"] == "measured"
+    assert kept["milliseconds"][kept["attention"]] <= 1.03 * min(kept["milliseconds"].values())
+    assert set(kept["milliseconds"]) >= {"sdpa", "eager", "causal_blocks"}
+    assert f"attention: {kept['attention']} (measured: " in capsys.readouterr().err
+    other = "eager" if kept["attention"] != "eager" else "sdpa"
+    (output / "attention.json").write_text(json.dumps({**kept, "attention": other, "implementation": other}))
+    config.training["num_train_epochs"] = 2
+    train(config, resume=True, progress=False)
+    assert json.loads((output / "attention.json").read_text())["attention"] == other
+    assert f"attention: {other} (kept)" in capsys.readouterr().err
+    assert json.loads((run / "attention.json").read_text())["source"] == "default"
 
 
 def test_strategies_off_by_configuration(run, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Trains the toy on the ranks of torchrun: ``two_ranks.py OUTPUT MODE ...``.
 
-Each MODE is ddp, zero2 or zero3; a zero3 run is also resumed.
+Each MODE is ddp, zero2 or zero3, with ``+`` on packed rows and with activation checkpointing; a zero3 run is also
+resumed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from toy import make_toy, make_trainer
+from toy import make_toy, make_trainer, sequence_of
 
+from ntpseg.training import Collator, dataset
+from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
 
 NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm", "token_accuracy")
@@ -24,6 +27,7 @@ NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm", "token_accuracy")
 
 def run(mode: str, output: Path, batch: int, **fields) -> list[list[float]]:
     """Every step's figures of four epochs; with ``save_strategy`` also checkpoints and the saved model."""
+    packed, mode = mode.endswith("+"), mode.removesuffix("+")
     zero = deepspeed_config(mode if mode.startswith("zero") else None)
     if zero is not None:
         if mode == "zero3":
@@ -31,7 +35,18 @@ def run(mode: str, output: Path, batch: int, **fields) -> list[list[float]]:
         fields["deepspeed"] = zero
     fields = {"num_train_epochs": 4, "per_device_train_batch_size": batch, **fields}
     resume = fields.pop("resume", None)
-    trainer = make_trainer(make_toy(16, variants=1), output, k=3, **fields)
+    toy = make_toy(16, variants=1)
+    trainer = make_trainer(toy, output, k=3, **fields, **installed_names({"activation_checkpointing": packed}))
+    if packed:
+        dataset._WORTH_PACKING = 10.0  # also where it saves nothing, as the toy's sentences are about as long
+        collate = Collator(sequence_of(toy), packing=400)
+
+        def packed_batch(samples):
+            batch = collate(samples)
+            assert "packing" in batch
+            return batch
+
+        trainer.data_collator = packed_batch
     trainer.train(resume)
     if "save_strategy" in fields:
         trainer.save_model(str(output / "model"))
