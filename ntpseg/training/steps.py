@@ -21,6 +21,7 @@ from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
 from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge_step
 from ntpseg.training.loss_means import EvaluationMeans, LossMeans
 from ntpseg.training.throughput import Throughput, count_batch
+from ntpseg.utils.ranges import part
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
 # Only of models that have losses on pixels.
@@ -103,7 +104,8 @@ class StepTrainer(Trainer):
             ignore_padding(batch)
             het = None
             if self.memory is not None:
-                het = self.memory.lookup(batch["sample_ids"])
+                with part("HET recording"):
+                    het = self.memory.lookup(batch["sample_ids"])
                 batch["het_position"], batch["het_token"] = het.position, het.token
                 het = HardTokens(het.position.to(device), het.token.to(device))
             rows, entries, images = self._count(batch["labels"].to(device), het)
@@ -183,6 +185,10 @@ class StepTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
+    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        with part("optimiser"):
+            return super()._clip_grad_norm(*args, **kwargs)
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
         return self._gradient_norm
@@ -208,7 +214,8 @@ class StepTrainer(Trainer):
             self._means.add(self._step_sums)
             if self.memory is not None:
                 for batch in self._step:
-                    self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
+                    with part("HET recording"):
+                        self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
         else:
             self.skipped_in_row += 1
             if not self._optimizer_skips:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntpseg.models.flops import TrainingFlops
 from ntpseg.utils.flop_rate import matmul_flops
+from ntpseg.utils.ranges import part
 
 _GIB = 2**30
 # Console names and formats of the logged figures.
@@ -81,7 +82,8 @@ class Throughput:
         while True:
             start = now()
             try:
-                batch = next(source)
+                with part("load"):
+                    batch = next(source)
             except StopIteration:
                 return
             finally:
@@ -101,7 +103,8 @@ class Throughput:
         """A block that is no part of training: an evaluation, a checkpoint."""
         start, running = time.perf_counter(), self._started is not None
         try:
-            yield
+            with part("evaluation, checkpoints"):
+                yield
         finally:
             if running:
                 self._paused += time.perf_counter() - start

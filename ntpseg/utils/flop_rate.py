@@ -28,7 +28,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)
-        seconds = []
+        seconds: list[float] = []
         deadline = time.perf_counter() + _SECONDS
         while len(seconds) < _ROUNDS[0] or (len(seconds) < _ROUNDS[1] and time.perf_counter() < deadline):
             seconds.append(_product_seconds(a, b, out))
