@@ -20,6 +20,7 @@ from benchmarks.harness import Case, Comparison, Grid, Inaccurate, Provider, Set
 from benchmarks.models import Size, hugging_face, matrices
 from benchmarks.peers import import_error
 from ntpseg.models import NTPSegModel
+from ntpseg.models.attention import default_attention
 
 LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
 
@@ -110,7 +111,7 @@ class _Step:
         cross_entropy: Callable[[], Tensor] | None = None,
     ) -> None:
         self.head, self.loss, self.cross_entropy = head, loss, cross_entropy or loss
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if head.is_cuda else None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         self.autocast = torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -138,6 +139,8 @@ def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -
     own = NTPSegModel(model.config)
     own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
     own.load_state_dict(model.state_dict())
+    if attention := default_attention():
+        own.set_attn_implementation(attention)  # what `ntpseg train` takes where nothing is named
     supervised = (labels[0] != -100).nonzero().flatten()
     position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
     token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,14 @@ class Throughput:
         heads: k, the number of supervised row counts.
         device: where batches are counted.
         world_size: the number of ranks.
+
+    Attributes:
+        now: the clock, seconds; benchmarks on a busy machine take the process's own time instead of the wall's.
     """
 
     def __init__(self, heads: int, device: torch.device, world_size: int = 1) -> None:
         self.heads, self.device, self.world_size = heads, device, world_size
+        self.now: Callable[[], float] = time.perf_counter
         self.flops: TrainingFlops | None = None
         self.peak: float | None = None
         self.reset()
@@ -76,18 +80,17 @@ class Throughput:
 
     def batches(self, source: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what each takes to come is waiting for data."""
-        now = time.perf_counter
         if self._started is None:
-            self._started = now()
+            self._started = self.now()
         while True:
-            start = now()
+            start = self.now()
             try:
                 with part("load"):
                     batch = next(source)
             except StopIteration:
                 return
             finally:
-                self._waited += now() - start
+                self._waited += self.now() - start
             yield batch
 
     def add(self, counts: Tensor) -> None:
@@ -101,17 +104,17 @@ class Throughput:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """A block that is no part of training: an evaluation, a checkpoint."""
-        start, running = time.perf_counter(), self._started is not None
+        start, running = self.now(), self._started is not None
         try:
             with part("evaluation, checkpoints"):
                 yield
         finally:
             if running:
-                self._paused += time.perf_counter() - start
+                self._paused += self.now() - start
 
     def pop(self) -> dict[str, float]:
         """The figures since the last call; all ranks must call it alike, right after the device was waited for."""
-        now, counts, steps = time.perf_counter(), self._counts, self._steps
+        now, counts, steps = self.now(), self._counts, self._steps
         seconds = now - self._started - self._paused if self._started is not None else 0.0
         waited = self._waited
         self.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,10 +105,9 @@ def test_a_line_covers_the_steps_since_the_last(tmp_path) -> None:
     assert losses(again) == losses(whole)
 
 
-def test_waiting_for_data_is_seen_and_evaluation_is_no_step(tmp_path, monkeypatch) -> None:
+def test_waiting_for_data_is_seen_and_evaluation_is_no_step(tmp_path) -> None:
     """By a clock of its own: a sample takes 1 s, an evaluation and a checkpoint 100 s each."""
     clock = [0.0]
-    monkeypatch.setattr("ntpseg.training.throughput.time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def spend(seconds: float, call: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +119,7 @@ def test_waiting_for_data_is_seen_and_evaluation_is_no_step(tmp_path, monkeypatc
     trainer = make_trainer(
         make_toy(8), tmp_path, evaluate=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
     )
+    trainer.throughput.now = lambda: clock[0]
     trainer.train_dataset.variant = spend(1.0, trainer.train_dataset.variant)
     trainer.evaluation_loop = spend(100.0, trainer.evaluation_loop)
     trainer._save_optimizer_and_scheduler = spend(100.0, trainer._save_optimizer_and_scheduler)
@@ -195,3 +196,16 @@ def test_peak_memory_never_falls() -> None:
     after = peak_memory(CPU)
     del block
     assert 0 < before <= after <= peak_memory(CPU)
+
+
+def test_logs_beside_the_benchmark(tmp_path, capsys) -> None:
+    """The same tokens, ratios of one process, and parts of the step."""
+    from benchmarks.training_log import main
+
+    file = tmp_path / "result.json"
+    assert main(["--preset", "smallest", "--steps", "2", "--results", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["tokens"]["log"] == pytest.approx(result["tokens"]["bench"], rel=1e-3)
+    assert set(result["ratios"]) == {"log / bench", "log / products", "bench / products"}
+    assert {"attention", "MLP", "optimiser"} <= {row["part"] for row in result["parts"]["parts"]}
+    assert "log / bench: " in capsys.readouterr().out
