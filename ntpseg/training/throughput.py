@@ -152,7 +152,7 @@ def count_batch(batch: Mapping[str, Any], pad: int, device: torch.device) -> Ten
 
     Args:
         batch: ``input_ids`` ``[B, T]``, ``sample_ids`` ``[B]``; ``position_ids`` and ``attention_mask`` where it has
-            them.
+            them, and ``packing`` with the ``source`` ``[R, L]`` of packed rows, whose places then count.
         pad: id of padding.
         device: of the result.
     """
@@ -167,8 +167,10 @@ def count_batch(batch: Mapping[str, Any], pad: int, device: torch.device) -> Ten
         position = torch.arange(ids.shape[1], device=device)
     # Summed over the positions 0 .. n - 1, 2 p + 1 is n squared.
     odd = 2 * position.to(device) + 1
+    packing = batch.get("packing")
+    places = ids.numel() if packing is None else packing["source"].numel()
     sequences = real.any(1).sum() if batch.get("position_ids") is None else (real & (odd == 1)).sum()
-    return torch.stack([real.sum(), (odd * real).sum(), sequences.new_full((), ids.numel()), sequences]).double()
+    return torch.stack([real.sum(), (odd * real).sum(), sequences.new_full((), places), sequences]).double()
 
 
 def peak_memory(device: torch.device) -> int:

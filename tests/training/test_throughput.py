@@ -138,6 +138,8 @@ def test_packed_and_filled_up_rows() -> None:
     assert count_batch({"input_ids": ids, "position_ids": position}, 0, CPU).tolist() == [8, 4 + 9 + 9, 12, 3]
     assert count_batch({"input_ids": ids}, 0, CPU).tolist() == [8, 25 + 9, 12, 2]
     assert count_batch({"input_ids": ids, "sample_ids": torch.tensor([3, -1])}, 0, CPU).tolist() == [5, 25, 12, 1]
+    packing = {"source": torch.arange(10).view(1, 10)}
+    assert count_batch({"input_ids": ids, "packing": packing}, 0, CPU).tolist() == [8, 25 + 9, 10, 2]
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
     assert count_batch({"input_ids": ids, "attention_mask": mask}, 0, CPU).tolist() == [7, 36 + 1, 12, 2]
 
