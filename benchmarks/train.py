@@ -135,12 +135,13 @@ class _Step:
         return loss.detach()
 
 
-def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> _Step:
+def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, attention: str | None = None) -> _Step:
     own = NTPSegModel(model.config)
     own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
     own.load_state_dict(model.state_dict())
-    if attention := default_attention():
-        own.set_attn_implementation(attention)  # what `ntpseg train` takes where nothing is named
+    attention = attention or default_attention()  # what `ntpseg train` takes where nothing is named
+    if attention:
+        own.set_attn_implementation(attention)
     supervised = (labels[0] != -100).nonzero().flatten()
     position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
     token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one

@@ -111,6 +111,7 @@ def compare(size: Size, steps: int, folder: Path) -> dict[str, Any]:
     rows = int((labels[:, 1:] != -100).sum())
     calls = {
         "bench": _ours(model, ids, labels, torch.float32),
+        "bench, sdpa": _ours(model, ids, labels, torch.float32, "sdpa"),
         "products": products(model, ids.numel(), rows * size.heads, torch.float32),
     }
     beside = _Beside(calls)
@@ -125,7 +126,7 @@ def compare(size: Size, steps: int, folder: Path) -> dict[str, Any]:
     for _ in range(100):
         count_batch(counted, model.config.text_config.pad_token_id, cpu)
     counting = (time.process_time() - start) / 100
-    pairs = [("log", "bench"), ("log", "products"), ("bench", "products")]
+    pairs = [("log", "bench"), *((name, "products") for name in seconds if name != "products")]
     return {
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
         "ratios": {
