@@ -155,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--results", type=Path, default=RESULTS / "training_log_cpu.json")
     args = options.parse_args(arguments)
     keep_freed_memory()
-    small = args.preset == "smallest"
-    size = Size(args.preset, *((4, 24, 64, 2) if small else (14, 512)), dtype="float32")
+    size = Size(args.preset, 14, 512, dtype="float32")
+    if args.preset == "smallest":
+        size = Size(args.preset, 4, 24, 64, batch=2, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         result = compare(size, args.steps, Path(folder))
         table = parts(size, Path(folder))
