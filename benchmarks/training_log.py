@@ -37,7 +37,8 @@ from ntpseg.training.throughput import count_batch
 from ntpseg.utils.files import write_json
 
 _PROFILED = 3
-_WARMUP = 2
+# Steps of an epoch. The first serves no hard error token and is the warm-up; the benchmark's step always has 16.
+_EPOCH = 2
 
 
 class _Samples(EpochDataset):
@@ -70,7 +71,10 @@ class _Beside(TrainerCallback):
         with trainer.throughput.pause():
             self.figures.append(dict(logs))
             self.seconds["log"].append(logs["step_seconds"])
-            for name, call in self.calls.items():
+            # The order turns, so that nobody always follows the same neighbour.
+            turn = len(self.figures) % len(self.calls)
+            order = list(self.calls.items())
+            for name, call in order[turn:] + order[:turn]:
                 start = time.process_time()
                 call()
                 self.seconds[name].append(time.process_time() - start)
@@ -87,16 +91,16 @@ def make_trainer(size: Size, folder: Path, steps: int, callbacks: list[Any]) -> 
     fields |= {
         "per_device_train_batch_size": size.batch,
         "logging_steps": 1,
-        "num_train_epochs": 2,
+        "num_train_epochs": -(-steps // _EPOCH),
         "learning_rate": 1e-5,
     }
     fields |= {"save_strategy": "no", "disable_tqdm": True, "output_dir": str(folder)}
     trainer = NTPSegTrainer(
         model,
         TrainingArguments(**fields),
-        train_dataset=_Samples(ids, labels, steps),
+        train_dataset=_Samples(ids, labels, _EPOCH),
         data_collator=Collator(size.sequence(), grid_ids=False),
-        memory=HardTokenMemory(steps * size.batch, 8),
+        memory=HardTokenMemory(_EPOCH * size.batch, 16),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -115,11 +119,11 @@ def compare(size: Size, steps: int, folder: Path) -> dict[str, Any]:
         "products": products(model, ids.numel(), rows * size.heads, torch.float32),
     }
     beside = _Beside(calls)
-    trainer = make_trainer(size, folder, -(-(steps + _WARMUP) // 2), [beside])
+    trainer = make_trainer(size, folder, _EPOCH + steps, [beside])
     beside.trainer = trainer  # type: ignore[assignment]
     trainer.throughput.now = time.process_time
     trainer.train()
-    seconds = {name: values[_WARMUP:] for name, values in beside.seconds.items()}
+    seconds = {name: values[_EPOCH:] for name, values in beside.seconds.items()}
     figures = beside.figures[-1]
     counted = {"input_ids": ids, "sample_ids": torch.arange(len(ids))}
     start = time.process_time()
@@ -141,7 +145,7 @@ def compare(size: Size, steps: int, folder: Path) -> dict[str, Any]:
 
 def parts(size: Size, folder: Path) -> dict[str, Any]:
     """The table of a profile of the trainer's steps."""
-    trainer = make_trainer(size, folder, 4, [ProfileSteps(folder, _PROFILED)])
+    trainer = make_trainer(size, folder, 4 + _PROFILED, [ProfileSteps(folder, _PROFILED)])
     trainer.train()
     print((folder / FOLDER / "parts.txt").read_text(encoding="utf-8"))
     return json.loads((folder / FOLDER / "parts.json").read_text(encoding="utf-8"))

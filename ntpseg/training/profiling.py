@@ -73,6 +73,21 @@ class ProfileSteps(TrainerCallback):
             self._end_step()
             self._finish(args)
 
+    def abort(self) -> None:
+        """End without a file, where training has failed."""
+        if self._profiler is not None:
+            self._end_step()
+            self._stop()
+
+    def _stop(self) -> Any:
+        profiler, self._profiler = self._profiler, None
+        profiling(False)
+        for remove in self._handles:
+            remove()
+        self._handles = []
+        profiler.stop()
+        return profiler
+
     def _start(self, model: Any) -> None:
         from torch.profiler import ProfilerActivity, profile, supported_activities
 
@@ -91,12 +106,7 @@ class ProfileSteps(TrainerCallback):
         self._step.__exit__(None, None, None)
 
     def _finish(self, args: TrainingArguments) -> None:
-        profiler, self._profiler = self._profiler, None
-        profiling(False)
-        for remove in self._handles:
-            remove()
-        self._handles = []
-        profiler.stop()
+        profiler = self._stop()
         if not self._done:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from ntpseg.training.divergence import CURE, TrainingDiverged, check_weights
 from ntpseg.training.ema import WeightAverage
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
+from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.steps import StepTrainer
 
 
@@ -109,6 +110,9 @@ class NTPSegTrainer(StepTrainer):
                 result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except BaseException:
             self._close_bars()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProfileSteps):
+                    callback.abort()
             raise
         if not self._steps_counted and not (resume_from_checkpoint and self.state.global_step):
             raise ValueError(

@@ -55,6 +55,24 @@ def test_a_run_writes_its_trace_and_table(tmp_path: Path, epochs: int) -> None:
     assert all(name in text for name in parts) and "slowest operators" in text
 
 
+def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    trainer = make_trainer(make_toy(8), tmp_path, num_train_epochs=4, callbacks=[ProfileSteps(tmp_path, 9)])
+    before = hooks(trainer.model)
+    step = trainer.training_step
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 5:
+            assert ranges._profiling
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.training_step = broken
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert hooks(trainer.model) == before and not ranges._profiling
+    assert not (tmp_path / "profile").exists()
+
+
 def test_backward_belongs_to_the_part_that_made_it() -> None:
     """Products of known number and size, in forward and backward, whatever stands between them."""
     a, b = (torch.randn(192, 192, requires_grad=True) for _ in range(2))
