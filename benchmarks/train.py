@@ -2,8 +2,7 @@
 
 The reference is the products alone: for every linear layer ``X W^T``, ``G W`` and ``G^T X`` over all tokens, and the
 same for the head over the supervised ones. Ours trains CE + TCL + HET; transformers' own model CE with whole logits.
-FLOPs of a step are six per matrix parameter and token, six per head parameter and supervised row, and half of twelve
-per layer, pair of tokens and feature for causal attention.
+FLOPs of a step are those of `ntpseg.models.flops`, which the logs of training show.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from benchmarks.harness import Case, Comparison, Grid, Inaccurate, Provider, Set
 from benchmarks.models import Size, hugging_face, matrices
 from benchmarks.peers import import_error
 from ntpseg.models import NTPSegModel
+from ntpseg.models.attention import default_attention
 
 LIMITS = {"float32": {"loss": 1e-5, "d_head": 1e-3}, "bfloat16": {"loss": 1e-2, "d_head": 6e-2}}
 
@@ -43,7 +43,6 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
     device, dtype = settings.device, getattr(torch, size.dtype)
     ids, labels = size.batch_of(device)
     model = size.model(device)
-    config = model.config
     rows = int((labels[:, 1:] != -100).sum())
     truth: dict[str, Tensor] = {}
 
@@ -71,19 +70,25 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
         "transformers": Provider(partial(theirs, liger=False), check, single, "CE"),
         "transformers + liger": Provider(partial(theirs, liger=True), check, liger, "CE; Liger's loss, norms and MLPs"),
     }
-    parameters = sum(weight.numel() for weight in matrices(model))
-    text = config.text_config
-    attention = text.num_hidden_layers * text.num_attention_heads * text.head_dim * ids.shape[1]
-    head = config.vocab_size * config.hidden_size
     return Comparison(
         providers,
         "products",
-        flops=6.0 * ids.numel() * (parameters + attention) + 6.0 * rows * size.heads * head,
+        flops=step_flops(model, ids, rows),
         tokens=ids.numel(),
         graphs=False,
         dtype=dtype,
         release=truth.clear,
     )
+
+
+def step_flops(model: NTPSegModel, ids: Tensor, rows: int) -> float:
+    """Floating-point operations of a step on ids ``[B, T]`` without padding, `rows` of them supervised in each head."""
+    try:
+        from ntpseg.models.flops import TrainingFlops
+    except ImportError:  # with --base: an older revision of the package
+        return 0.0
+    squares = len(ids) * ids.shape[1] ** 2
+    return TrainingFlops.of(model).step(tokens=ids.numel(), squares=squares, rows=[rows] * model.config.num_heads_k)
 
 
 class _Step:
@@ -106,7 +111,7 @@ class _Step:
         cross_entropy: Callable[[], Tensor] | None = None,
     ) -> None:
         self.head, self.loss, self.cross_entropy = head, loss, cross_entropy or loss
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if head.is_cuda else None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         self.autocast = torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -130,10 +135,13 @@ class _Step:
         return loss.detach()
 
 
-def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> _Step:
+def _ours(model: NTPSegModel, ids: Tensor, labels: Tensor, dtype: torch.dtype, attention: str | None = None) -> _Step:
     own = NTPSegModel(model.config)
     own.to(ids.device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
     own.load_state_dict(model.state_dict())
+    attention = attention or default_attention()  # what `ntpseg train` takes where nothing is named
+    if attention:
+        own.set_attn_implementation(attention)
     supervised = (labels[0] != -100).nonzero().flatten()
     position = supervised[:: max(1, len(supervised) // 16)].expand(len(ids), -1).contiguous()
     token = labels.gather(1, position).flip(0).contiguous()  # another sample's token is mostly a wrong one

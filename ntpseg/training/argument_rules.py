@@ -1,7 +1,8 @@
 """Which fields of `transformers.TrainingArguments` a configuration may set, and what each may be.
 
 Every field is in `ACCEPTED` or in `REFUSED`; one that is in neither, because transformers has added it since, is
-refused too. So nothing that a configuration says under ``training:`` is overridden or ignored in silence.
+refused too; the settings of `OWN` are no fields of that class. So nothing that a configuration says under ``training:``
+is overridden or ignored in silence.
 """
 
 from __future__ import annotations
@@ -155,6 +156,11 @@ ACCEPTED: dict[str, Check] = {
     "skip_memory_metrics": _switch,
 }
 
+# Settings of the section that are ours and no fields of TrainingArguments.
+OWN: dict[str, Check] = {
+    "profile_steps": integer(0),  # see `ntpseg.training.profiling`
+}
+
 _LOGS = "logs go to OUTPUT/logs (TensorBoard) and OUTPUT/trainer_log.jsonl; import those into other loggers"
 _HUB = "a run uploads nothing; use `ntpseg pack` and upload its file"
 _SCORES = "evaluation scores are computed here, without gathering predictions; `ntpseg eval` scores masks"
@@ -258,6 +264,9 @@ def check_training(fields: Mapping[Any, Any]) -> None:
     """
     known, release = _fields()
     for name, value in fields.items():
+        if name in OWN:
+            OWN[name](f"training.{name}", value)
+            continue
         why = REFUSED.get(name) if name in known else _FORMER.get(name)
         if why is not None:
             got = "a value" if "token" in name else shown(value)  # a token of the hub is a secret
@@ -267,7 +276,7 @@ def check_training(fields: Mapping[Any, Any]) -> None:
                 raise ValueError(
                     f"training.{name} must not be set (it stands outside of training: {name}=...), got {shown(value)}"
                 )
-            near = difflib.get_close_matches(str(name), ACCEPTED, 1)
+            near = difflib.get_close_matches(str(name), [*ACCEPTED, *OWN], 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"training must hold fields of transformers.TrainingArguments, got {shown(name)}{hint}")
         if name not in ACCEPTED:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ntpseg.training.argument_rules import OWN
 from ntpseg.training.config import RunConfig
 from ntpseg.training.config_file import reason
 from ntpseg.training.distributed import deepspeed_config, prepare_deepspeed
@@ -52,7 +53,8 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     """
     from transformers import TrainingArguments
 
-    fields = {**DEFAULTS, **config.training, **FIXED, "output_dir": str(run), "seed": config.seed}
+    own = {name: value for name, value in config.training.items() if name not in OWN}
+    fields = {**DEFAULTS, **own, **FIXED, "output_dir": str(run), "seed": config.seed}
     # YAML reads a bare `no` as False.
     fields |= {k: "no" for k, v in fields.items() if k.endswith("_strategy") and v is False}
     fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)

@@ -13,6 +13,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ntpseg.evaluation.run_directory import TRAINING_LOG, training_log
+from ntpseg.training import throughput
 from ntpseg.utils.files import json_text, write_jsonl
 
 _SHOWN = ("loss", "ntp", "tcl", "het", "token_accuracy", "eval_loss", "eval_token_dice", "learning_rate")
@@ -45,6 +46,7 @@ class TrainingProgress(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {k: v for k, v in (logs or {}).items() if k in _SHOWN}
             self.metrics.update({k: "nan" if v is None else f"{v:.4g}" for k, v in shown.items()})
+            self.metrics.update(throughput.shown(logs or {}))
             self.training_bar.set_postfix(self.metrics, refresh=False)
 
 

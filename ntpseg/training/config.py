@@ -178,7 +178,8 @@ class RunConfig:
     Attributes:
         data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
-        training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto".
+        training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto". Besides them
+            ``profile_steps``: so many steps are profiled, see docs/profiling.md.
         output: the run's directory; must be given.
         seed: of everything random.
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).

@@ -23,6 +23,7 @@ from ntpseg.training.distributed import end_processes, rank
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
+from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.same_data import check_same_data
 from ntpseg.utils.files import is_litter, publish_folder, remove_folder, remove_litter, write_json, write_text
 from ntpseg.utils.lock import LOCK, folder_lock
@@ -138,6 +139,8 @@ def make_trainer(
         else FreeRunningDice.from_prepared(prepared, default_decoding(config), image_tokens=prompt_has_codes(config)),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
+    if steps := config.training.get("profile_steps"):
+        trainer.add_callback(ProfileSteps(run, steps, trainer.throughput.pause))
     for plain in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(plain)
     if progress:

@@ -22,6 +22,8 @@ from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
 from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge_step
 from ntpseg.training.interruption import Interruption
 from ntpseg.training.loss_means import EvaluationMeans, LossMeans
+from ntpseg.training.throughput import Throughput, count_batch
+from ntpseg.utils.ranges import part
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
 # Only of models that have losses on pixels.
@@ -53,6 +55,7 @@ class StepTrainer(Trainer):
         weights = {"nktp": 1.0, "tcl": config.tcl_weight, "het": config.het_weight, **{n: dense[n] for n in used}}
         self._means = LossMeans(self._terms, self.args.world_size)
         self._evaluation_means = EvaluationMeans(weights, used, self.args.world_size)
+        self.throughput = Throughput(config.num_heads_k, self.args.device, self.args.world_size)
         self._evaluating = False
         self.max_skipped_steps, self.skipped_in_row = max_skipped_steps, 0
         self._step: list[MicroBatch] = []
@@ -84,10 +87,10 @@ class StepTrainer(Trainer):
             return 1
         return batch_size if self.accelerator.split_batches else batch_size * self.args.world_size
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a training step and their counts; the Trainer calls it for training alone."""
         self._step, self._step_sums, self._gradient_norm = [], torch.zeros(0), None
-        return super().get_batch_samples(*args, **kwargs)
+        return super().get_batch_samples(self.throughput.batches(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """The counts of all micro-batches of a step over all ranks; adds each micro-batch's hard tokens on the way.
@@ -98,25 +101,34 @@ class StepTrainer(Trainer):
             return None
         model: Any = self.model
         config, heads = model.config, model.config.num_heads_k
-        counts = torch.zeros(heads + 2, dtype=torch.float64, device=device)
+        # Counted together, so that ranks exchange one vector: rows, tokens and lengths, hard tokens, labelled images.
+        counts = torch.zeros(heads + 6, dtype=torch.float64, device=device)
         for batch in batch_samples:
+            counts[heads:-2] += count_batch(batch, self._pad, device)
             ignore_padding(batch)
             het = None
             if self.memory is not None:
-                het = self.memory.lookup(batch["sample_ids"])
+                with part("HET recording"):
+                    het = self.memory.lookup(batch["sample_ids"])
                 batch["het_position"], batch["het_token"] = het.position, het.token
                 het = HardTokens(het.position.to(device), het.token.to(device))
             rows, entries, images = self._count(batch["labels"].to(device), het)
             counts[:heads] += rows
-            counts[heads] += entries
-            counts[heads + 1] += images
+            counts[-2] += entries
+            counts[-1] += images
         if self.args.world_size > 1:
             dist.all_reduce(counts)
         if config.dense_loss is not None:
             for batch in batch_samples:
-                batch["num_images"] = counts[heads + 1].to(torch.float32)
+                batch["num_images"] = counts[-1].to(torch.float32)
+        self.throughput.add(counts[:-2])
         self._supervised = counts[:heads].sum()
-        return NumItems(counts[:heads], counts[heads])
+        return NumItems(counts[:heads], counts[-2])
+
+    @property
+    def _pad(self) -> int:
+        pad = cast(Any, self.model).config.text_config.pad_token_id
+        return -1 if pad is None else int(pad)
 
     def _count(self, labels: Tensor, het: HardTokens | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Rows ``[k]``, hard tokens and images of a batch, float64."""
@@ -177,6 +189,10 @@ class StepTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
+    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        with part("optimiser"):
+            return super()._clip_grad_norm(*args, **kwargs)
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
         return self._gradient_norm
@@ -211,7 +227,8 @@ class StepTrainer(Trainer):
             self._means.add(self._step_sums)
             if self.memory is not None:
                 for batch in self._step:
-                    self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
+                    with part("HET recording"):
+                        self.memory.record(batch.sample_ids, batch.prediction, batch.labels, batch.margin)
         else:
             self.skipped_in_row += 1
             if not self._optimizer_skips:

@@ -33,6 +33,7 @@ from ntpseg.training.ema import WeightAverage
 from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
+from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.steps import StepTrainer
 
 
@@ -50,7 +51,7 @@ class NTPSegTrainer(StepTrainer):
     - Hard error tokens: looked up for each batch, recorded after it, exchanged between ranks and advanced at the end of
       each epoch, saved with each checkpoint.
     - ntp, nktp, tcl, het, the losses on pixels and the token accuracy of head 0 are logged with the loss, in training
-      and evaluation.
+      and evaluation; in training with step time, tokens/s, FLOP/s, memory and waiting for data (`Throughput`).
     - Muon as an optimizer, and an average of the weights that is evaluated in their place.
 
     Args:
@@ -105,6 +106,7 @@ class NTPSegTrainer(StepTrainer):
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
         self._asked = None
         self._means.reset()
+        self.throughput.reset()
         checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             # The best checkpoint may be read at the end, even where none is at the beginning.
@@ -112,6 +114,9 @@ class NTPSegTrainer(StepTrainer):
                 result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except BaseException:
             self._close_bars()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProfileSteps):
+                    callback.abort()
             raise
         if not self._steps_counted and not (resume_from_checkpoint and self.state.global_step):
             raise ValueError(
@@ -218,7 +223,7 @@ class NTPSegTrainer(StepTrainer):
         """The Trainer's evaluation, with the scores of decoded masks."""
         pause = nullcontext() if self.budget is None else self.budget.evaluation()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with pause, torch.random.fork_rng(devices), self.averaged_weights():
+        with self.throughput.pause(), pause, torch.random.fork_rng(devices), self.averaged_weights():
             self._generation_scores = {}
             if self.generation_metrics is not None and not self.shares_weights:
                 try:
@@ -238,12 +243,13 @@ class NTPSegTrainer(StepTrainer):
         return nullcontext() if self.average is None else self.average.applied(cast(Any, self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms: means over the steps since the last log that counted, over all ranks.
+        """Add the loss terms (means over the steps since the last log that counted, over all ranks) and the speed.
 
         What is not finite is logged as None, which is null in JSON.
         """
         if "loss" in logs:
             logs.update(self._means.pop())
+            logs.update(self.throughput.pop())
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self._generation_scores.items()})
         odd = {name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -291,6 +297,10 @@ class NTPSegTrainer(StepTrainer):
             # The weights may be what makes steps fail: older checkpoints must not make room for them.
             self._save_due = True
             return
+        with self.throughput.pause():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self._run / f"checkpoint-{self.state.global_step}"
         check_weights(cast(Any, self.model), folder.name, world_size=self.args.world_size)
         if self.args.should_save:
@@ -354,6 +364,8 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         memory = self.trainer.memory
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.trainer.throughput.prepare(self.trainer.model, dtype, first=state.is_world_process_zero)
         # A checkpoint of an epoch's very last step was written before that epoch's end.
         while memory is not None and memory.epoch < _epoch(state) + 1:
             self._advance(memory)
@@ -376,6 +388,7 @@ class _Epochs(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
+        trainer.throughput.step()
         if trainer._skip_reason is not None:
             trainer._report_skipped(trainer._skip_reason)
             return

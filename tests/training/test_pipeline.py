@@ -16,7 +16,7 @@ from ntpseg.cli import app
 from ntpseg.data import DataProblems
 from ntpseg.evaluation.run_directory import training_log
 from ntpseg.models import Bundle
-from ntpseg.training import load_config, train
+from ntpseg.training import load_config, throughput, train
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.pipeline import make_model, make_trainer
 from ntpseg.training.preparation import prepare_run
@@ -82,6 +82,7 @@ def test_run_directory(run) -> None:
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
     assert {"ntp", "nktp", "tcl", "het", "token_accuracy", "learning_rate"} <= set(training[0])
+    assert all({*throughput._SHOWN} <= set(line) and line["mfu"] > 0 for line in training)
     evaluated = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [2, 4]
     assert all(0.0 <= line["eval_token_dice"] <= 1.0 for line in evaluated)

@@ -22,6 +22,8 @@ from ntpseg.training.distributed import deepspeed_config, end_processes, prepare
 
 SIZES = {"ddp": (14, 9, 1), "dense": (7,), "nan": (14,), "zero2": (14,), "zero3": (14,)}
 BROKEN = 5
+# Figures of a log that differ from run to run, or with the division of a batch.
+MACHINE = ("total_flos", "mfu", "peak_memory_gib", "data_wait_share", "padding_share")
 # Plain gradient descent: Adam would divide by gradients that are nearly zero, and magnify rounding.
 PLAIN = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
 
@@ -62,10 +64,16 @@ def run(mode: str, pairs: int, output: Path) -> dict[str, Any]:
     trainer.train()
     trainer.save_model(str(output / "model"))
     log = [
-        {k: v for k, v in line.items() if "second" not in k and "runtime" not in k and k != "total_flos"}
+        {k: v for k, v in line.items() if "second" not in k and "runtime" not in k and k not in MACHINE} | work(line)
         for line in trainer.state.log_history
     ]
     return {"log": log, "memory": trainer.memory.state_dict()}
+
+
+def work(line: dict[str, Any]) -> dict[str, float]:
+    """What a step did by a training log's figures, whatever time it took."""
+    names = ("tokens_per_second", "supervised_tokens_per_second", "flops_per_second")
+    return {name.removesuffix("_per_second"): line[name] * line["step_seconds"] for name in names if name in line}
 
 
 def break_sample(model: Any) -> None:
