@@ -9,8 +9,10 @@ is all that the prompts need and a row's result does not depend on what it was b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,6 +128,16 @@ class NativeDecoder:
 
     def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
         """See `Decoder.start`."""
+        return self._start(prompts, capacity, 0)[:, 0]
+
+    def start_with(self, prompts: PromptBatch, capacity: int, tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """See `RewindableDecoder.start_with`."""
+        ids = [torch.cat([prompt, more]) for prompt, more in zip(prompts.ids, tokens)]
+        cells = [torch.cat([prompt, more]) for prompt, more in zip(prompts.grid_ids, grid_ids)]
+        return self._start(PromptBatch(ids, cells, prompts.stem), capacity, tokens.shape[1])
+
+    def _start(self, prompts: PromptBatch, capacity: int, more: int) -> Tensor:
+        """Read sequences that end in `more` tokens that are no prompt: ``[B, more + 1, D]``, see `start_with`."""
         batch, device = len(prompts), self.device
         self.lengths = torch.tensor([len(ids) for ids in prompts.ids], device=device)
         self.longest = prompts.max_length
@@ -146,10 +158,20 @@ class NativeDecoder:
         hidden = self.embed(ids, pad(prompts.grid_ids, batch_first=True).to(device), self.features)
         visible = None
         if self.prefix_lm:
-            # All of a prompt sees all of it, but not the padding behind a shorter one.
-            visible = (torch.arange(self.longest, device=device) < self.lengths[:, None])[:, None, None]
-        hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], visible, prompt=True)
-        return self._final_norm(hidden[self.rows[:, 0], self.lengths - 1])
+            # All of a prompt sees all of it, but neither the padding nor, where more is read, what follows.
+            slots = torch.arange(self.longest, device=device)
+            visible = (slots < (self.lengths - more)[:, None])[:, None, None]
+            if more:
+                visible = visible | (slots <= slots[:, None])
+
+        def attend(layer: _Layer, query: Tensor, key_value: Tensor) -> Tensor:
+            layer.cache.write(0, key_value)
+            key, value = key_value[:, :, : self.kv_heads], key_value[:, :, self.kv_heads :]
+            return prompt_attention(query, key, value, visible)
+
+        hidden = self._run(hidden, self.cos[: self.longest], self.sin[: self.longest], attend)
+        last = self.lengths[:, None] - 1 - torch.arange(more, -1, -1, device=device)
+        return self._final_norm(hidden[self.rows, last])
 
     def extend(self, tokens: Tensor, grid_ids: Tensor) -> Tensor:
         """See `Decoder.extend`."""
@@ -164,15 +186,67 @@ class NativeDecoder:
             positions = self.lengths[:, None] + torch.arange(new, device=self.device)
             cos, sin = self.cos[positions], self.sin[positions]
             visible = visible_slots(positions, end)
-        hidden = self._run(self.embed(tokens, grid_ids, self.features), cos, sin, visible, positions=positions, end=end)
+
+        def attend(layer: _Layer, query: Tensor, key_value: Tensor) -> Tensor:
+            if positions is None:
+                layer.cache.write(end - new, key_value)
+            else:
+                layer.cache.scatter(self.rows, positions, key_value)
+            return step_attention(query, *layer.cache.read(end), visible)
+
+        hidden = self._run(self.embed(tokens, grid_ids, self.features), cos, sin, attend)
         self.lengths = self.lengths + new
         self.longest = end
         return self._final_norm(hidden)
 
+    def extend_ragged(self, counts: Sequence[int], tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """See `RewindableDecoder.extend_ragged`. Only attention is padded; the products see the tokens alone."""
+        number = np.asarray(counts, np.int64)
+        before = self.lengths.cpu().numpy()
+        active = np.flatnonzero(number)
+        row = np.repeat(np.arange(len(number)), number)
+        place = np.arange(len(row)) - np.repeat(number.cumsum() - number, number)
+        most, end = int(number.max()), int((before + number)[active].max())
+        index = np.stack([row, place, before[row] + place, np.searchsorted(active, row)])
+        rows, places, positions, padded_rows = torch.from_numpy(index).to(self.device)
+        everyone = len(active) == len(number)
+        chosen = None if everyone else torch.from_numpy(active).to(self.device)
+        shape = (len(active), most)
+        square = len(row) == len(active) * most
+
+        def pad(flat: Tensor) -> Tensor:
+            """``[N, ...]`` to ``[active rows, most, ...]``."""
+            if square:
+                return flat.view(*shape, *flat.shape[1:])
+            padded = flat.new_zeros(*shape, *flat.shape[1:])
+            padded[padded_rows, places] = flat
+            return padded
+
+        def flatten(padded: Tensor) -> Tensor:
+            return (padded.flatten(0, 1) if square else padded[padded_rows, places])[None]
+
+        features = self.features
+        if features is not None and chosen is not None:
+            features = features[chosen]
+        visible = visible_slots(pad(positions), end)
+
+        def attend(layer: _Layer, query: Tensor, key_value: Tensor) -> Tensor:
+            layer.cache.scatter(rows, positions, key_value[0])
+            key, value = layer.cache.read(end, chosen)
+            return flatten(step_attention(pad(query[0]), key, value, visible))
+
+        hidden = flatten(self.embed(pad(tokens), pad(grid_ids), features))
+        hidden = self._run(hidden, self.cos[positions], self.sin[positions], attend)
+        self._set_lengths(self.lengths + torch.from_numpy(number).to(self.device))
+        return self._final_norm(hidden[0])
+
     def rewind(self, tokens: Tensor) -> None:
         """See `RewindableDecoder.rewind`."""
-        self.lengths = self.lengths - tokens
-        low, high = torch.aminmax(self.lengths)
+        self._set_lengths(self.lengths - tokens)
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+        low, high = torch.aminmax(lengths)
         self.longest, self.uniform = int(high), int(low) == int(high)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
@@ -182,16 +256,16 @@ class NativeDecoder:
         return F.rms_norm(hidden, weight.shape, weight, self.epsilon).to(self.dtype)
 
     def _run(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        visible: Tensor | None,
-        *,
-        prompt: bool = False,
-        positions: Tensor | None = None,
-        end: int = 0,
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[_Layer, Tensor, Tensor], Tensor]
     ) -> Tensor:
+        """All layers on ``[B, q, D]``.
+
+        Args:
+            hidden: the embeddings.
+            cos, sin: of the tokens' positions, ``[q or B, q, 1, head_dim]``.
+            attend: of a layer, queries ``[B, q, heads, head_dim]`` and keys and values ``[B, q, 2 * kv_heads,
+                head_dim]``, which it caches: ``[B, q, heads * head_dim]``.
+        """
         batch, new = hidden.shape[:2]
         rotated = self.heads + self.kv_heads
         for layer in self.layers:
@@ -202,17 +276,7 @@ class NativeDecoder:
                 query_key = (query_key * layer.norm_qk).to(self.dtype)
             rotation = query_key.roll(self.head_dim // 2, -1)
             qkv[:, :, :rotated] = torch.addcmul(query_key * cos, rotation, sin)
-            query, key_value = qkv[:, :, : self.heads], qkv[:, :, self.heads :]
-            if prompt:
-                layer.cache.write(0, key_value)
-                key, value = key_value[:, :, : self.kv_heads], key_value[:, :, self.kv_heads :]
-                attended = prompt_attention(query, key, value, visible)
-            else:
-                if positions is None:
-                    layer.cache.write(end - new, key_value)
-                else:
-                    layer.cache.scatter(self.rows, positions, key_value)
-                attended = step_attention(query, *layer.cache.read(end), visible)
+            attended = attend(layer, qkv[:, :, : self.heads], qkv[:, :, self.heads :])
             hidden = hidden + F.linear(attended, *layer.out)
             gate, up = F.linear(self._normed(hidden, layer.norm_out), *layer.gate_up).chunk(2, -1)
             hidden = hidden + F.linear(layer.activation(gate) * up, *layer.down)

@@ -32,12 +32,13 @@ class DecodingOptions:
         batch_size: prompts decoded together; sorted by length, so that a batch wastes little.
         method: the name of one of `ntpseg.generation.methods.METHODS`. "greedy" takes one token per step; "speculative"
             lets heads 1..k-1 draft and head 0 verify, with the same result. It takes about half the steps with k = 2,
-            which is faster for single images, not for batches. "expected" feeds back the code nearest to the expected
+            which is faster for single images, not for batches. "jacobi" drafts and verifies whole masks, with the same
+            result in a few steps where the model drafts well. "expected" feeds back the code nearest to the expected
             patch, "refine" decodes all cells at once, "sample" averages sampled masks.
         passes: of method "refine": how often the last draft is read; 0 feeds nothing back.
         samples, temperature, seed: of method "sample".
         readout: "codes" decodes the mask from its codes, "expected" from the expected patches; "auto" is "codes" for
-            "greedy" and "speculative", as in the paper, and "expected" for the other methods.
+            "greedy", "speculative" and "jacobi", as in the paper, and "expected" for the other methods.
         threshold: foreground probability from which a pixel is foreground.
         mirror: also decode the mirrored image with left and right exchanged in the sentence, and average; takes twice
             the time. For data in which a mirrored image is anatomically right.
