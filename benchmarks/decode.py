@@ -1,8 +1,8 @@
 """Decoding masks: our native path, our path through Hugging Face's forward, and transformers' own ``generate``.
 
 The reference is the products alone: every linear layer over the prompts, then once per mask token, and the mask codes'
-logits. No attention, no norms, no cache. Weights are random, so how many drafts the speculative method keeps says
-nothing about a trained model.
+logits. No attention, no norms, no cache. Weights are random, so how many drafts the speculative and the Jacobi method
+keep says nothing about a trained model: `python -m benchmarks.jacobi RUN DATA` measures one.
 """
 
 from __future__ import annotations
@@ -73,10 +73,12 @@ def _comparison(size: Size, settings: Settings) -> Comparison:
 
     plain = partial(products, model, size, start, cells, (low, high), dtype)
     speculative = partial(ours, decoder="native", method="speculative")
+    jacobi = partial(ours, decoder="native", method="jacobi")
     providers = {
         "products": Provider(plain, computes="linear layers only"),
         "ntpseg native": Provider(partial(ours, decoder="native"), check, computes="greedy"),
         "ntpseg speculative": Provider(speculative, check, computes="greedy, untrained drafts"),
+        "ntpseg jacobi": Provider(jacobi, check, computes="greedy, untrained drafts"),
         "ntpseg huggingface": Provider(partial(ours, decoder="huggingface"), check, computes="greedy"),
         "transformers generate": Provider(generate, check, computes="greedy"),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,17 +21,31 @@ class KeyValueCache:
         # Zeros, not uninitialised memory: a NaN in a slot that the mask hides would still reach the result as 0 * NaN.
         self.buffer = like.new_zeros(batch, 2 * kv_heads, capacity, head_dim)
 
+    def emptied(self, batch: int) -> KeyValueCache:
+        """A cache of the first `batch` rows in the same memory, with zeros in it."""
+        cache = copy.copy(self)
+        cache.buffer = self.buffer[:batch]
+        # Another batch may have left a NaN behind.
+        cache.buffer.zero_()
+        return cache
+
     def write(self, start: int, new: Tensor) -> None:
         """Store `new` ``[B, q, 2 * kv_heads, head_dim]`` at the same slots of every row, from `start`."""
         self.buffer[:, :, start : start + new.shape[1]] = new.transpose(1, 2)
 
     def scatter(self, rows: Tensor, slots: Tensor, new: Tensor) -> None:
-        """Store `new` ``[B, q, 2 * kv_heads, head_dim]`` at each row's own `slots` ``[B, q]``; `rows` is ``[B, 1]``."""
+        """Store `new` ``[..., 2 * kv_heads, head_dim]`` at `rows` and `slots`, which broadcast to ``[...]``."""
         self.buffer[rows, :, slots] = new
 
-    def read(self, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` slots, each ``[B, kv_heads, length, head_dim]`` (views)."""
-        return self.buffer[:, : self.kv_heads, :length], self.buffer[:, self.kv_heads :, :length]
+    def read(self, length: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` slots, each ``[B, kv_heads, length, head_dim]``.
+
+        They are views; copies where only some `rows`, int64 ``[A]``, are read.
+        """
+        held = self.buffer[:, :, :length]
+        if rows is not None:
+            held = held[rows]
+        return held[:, : self.kv_heads], held[:, self.kv_heads :]
 
 
 def prompt_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:

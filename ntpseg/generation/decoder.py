@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +85,30 @@ class RewindableDecoder(Decoder, Protocol):
         """Remove the last `tokens` (int64 ``[B]``) of each row from the cache."""
         ...
 
+    def start_with(self, prompts: PromptBatch, capacity: int, tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """`start` and `extend` by q tokens in one forward pass.
+
+        Args:
+            prompts, capacity: see `start`.
+            tokens, grid_ids: int64 ``[B, q]``.
+
+        Returns:
+            float32 ``[B, q + 1, D]``: the final hidden states of each prompt's last token and of the q tokens.
+        """
+        ...
+
+    def extend_ragged(self, counts: Sequence[int], tokens: Tensor, grid_ids: Tensor) -> Tensor:
+        """Append to every row its own number of tokens.
+
+        Args:
+            counts: of each of the B rows; 0 leaves a row out of the pass.
+            tokens, grid_ids: int64 ``[N]``, those of row 0, then those of row 1 ...; N is the sum of `counts`, >= 1.
+
+        Returns:
+            float32 ``[N, D]``: their final hidden states.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class DecodedBatch:
@@ -143,6 +168,7 @@ class TargetTemplate:
         device: where the tensors are.
         readout: the model's, for expected patches; None without one.
         blank: id that stands for a mask token that is not known.
+        draft: where a model has a draft of a whole mask: "stem", "blanks" (it was trained to read them) or None.
 
     Attributes:
         code_range: half-open id range of the mask codes.
@@ -150,7 +176,8 @@ class TargetTemplate:
         grid_ids: int64 ``[M]``, the grid id of each target index.
         free: the free target indices in order, one per grid cell.
         end: target index after the last free one; what follows is forced and never read.
-        readout, blank: as given.
+        columns: cells of a row of the mask's grid.
+        readout, blank, draft: as given.
     """
 
     def __init__(
@@ -159,8 +186,10 @@ class TargetTemplate:
         device: torch.device,
         readout: PatchReadout | None = None,
         blank: int = -1,
+        draft: Literal["stem", "blanks"] | None = None,
     ) -> None:
-        self.readout, self.blank = readout, blank
+        self.readout, self.blank, self.draft = readout, blank, draft
+        self.columns = sequence.mask_grid[1]
         forced = [sequence.forced(i) for i in range(sequence.num_target)]
         self.code_range = sequence.vocabulary.mask_range
         self.forced = torch.tensor([-1 if token is None else token for token in forced], device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ntpseg.losses.dense import from_patches
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle
+    from ntpseg.models.config import NTPSegConfig
     from ntpseg.models.model import NTPSegModel
     from ntpseg.tokenizers.sequence import SequenceFormat
 
@@ -41,7 +42,9 @@ class MaskGenerator:
     def __init__(self, model: NTPSegModel, sequence: SequenceFormat, options: DecodingOptions | None = None) -> None:
         self.model, self.sequence, self.options = model, sequence, options or DecodingOptions()
         self.device = next(model.parameters()).device
-        self.target = TargetTemplate(sequence, self.device, model.readout, model.config.blank_token)
+        self.target = TargetTemplate(
+            sequence, self.device, model.readout, model.config.blank_token, draft_source(model.config)
+        )
         method = METHODS[self.options.method]
         _check_method(model, self.options, method)
         self.method = method.load()
@@ -144,12 +147,24 @@ class MaskGenerator:
         stem = None
         if self.model.front_end is not None and pixel_values is not None:
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.sequence.vocabulary.pad)
-            stem = self.model.encode_image(torch.as_tensor(pixel_values, device=self.device), padded)
+            # Several sentences on one image: what does not depend on the sentence is computed once.
+            seen: dict[bytes, int] = {}
+            image_of = [seen.setdefault(pixels.tobytes(), row) for row, pixels in enumerate(pixel_values)]
+            own, places = np.unique(image_of, return_inverse=True)
+            shared = None if len(own) == len(ids) else torch.as_tensor(places, device=self.device)
+            stem = self.model.encode_image(torch.as_tensor(pixel_values[own], device=self.device), padded, shared)
         return PromptBatch(
             ids=ids,
             grid_ids=[torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts],
             stem=stem,
         )
+
+
+def draft_source(config: NTPSegConfig) -> Literal["stem", "blanks"] | None:
+    """Where a model of this configuration has a draft of a whole mask, see `TargetTemplate`."""
+    if config.front_end != "codes" and (config.dense_loss or {}).get("pixel"):
+        return "stem"
+    return "blanks" if (config.mask_inputs or {}).get("blank") else None
 
 
 def _check_prompts(prompts: Sequence[np.ndarray], vocab_size: int) -> None:

@@ -25,7 +25,8 @@ def greedy(
     sink: TokenSink | None = None,
 ) -> DecodedBatch:
     """Feed the likeliest code back, see `StreamingMethodFunction`; takes h * w - 1 steps."""
-    return decode_in_order(heads, decoder, target, prompts, lambda logits: logits.argmax(-1), sink)
+    read_out = options.expected_readout or sink is not None
+    return decode_in_order(heads, decoder, target, prompts, lambda logits: logits.argmax(-1), sink, read_out)
 
 
 def expected(
@@ -55,13 +56,16 @@ def decode_in_order(
     prompts: PromptBatch,
     choose: Callable[[Tensor], Tensor],
     sink: TokenSink | None = None,
+    read_out: bool = True,
 ) -> DecodedBatch:
     """Decode a batch cell by cell.
 
     Args:
         heads, decoder, target, prompts, sink: see `StreamingMethodFunction`.
         choose: the codes int64 ``[B]`` that are fed back, of float32 logits ``[B, V]``.
+        read_out: make the expected patches where the model has a read-out.
     """
+    readout = target.readout if read_out else None
     dtype, low = heads.weight.dtype, target.code_range[0]
     batch, cells = len(prompts), len(target.free)
     hidden = decoder.start(prompts, prompts.max_length + target.end)
@@ -77,8 +81,8 @@ def decode_in_order(
         logits = heads.logits(hidden.to(dtype), vocab_range=target.code_range)[:, 0].float()
         codes[step] = choose(logits)
         logprob[step] = logits.log_softmax(-1).gather(1, codes[step][:, None])[:, 0]
-        if target.readout is not None:
-            patches.append(target.readout.expected(logits))
+        if readout is not None:
+            patches.append(readout.expected(logits))
         if sink is not None:
             for row in range(batch):
                 known = patches[step][row, None] if patches else None

@@ -58,6 +58,13 @@ METHODS: dict[str, DecodingMethod] = {
             streams=True,
         ),
         DecodingMethod(
+            "jacobi",
+            "whole masks are drafted and verified in one pass; the same result",
+            "ntpseg.generation.jacobi:jacobi",
+            needs_rewind=True,
+            streams=True,
+        ),
+        DecodingMethod(
             "expected",
             "one token per step, the code nearest to the expected patch",
             "ntpseg.generation.greedy:expected",

@@ -33,7 +33,8 @@ class DecodingOptions:
         batch_size: prompts decoded together; sorted by length, so that a batch wastes little.
         method: the name of one of `ntpseg.generation.methods.METHODS`. "greedy" takes one token per step; "speculative"
             lets heads 1..k-1 draft and head 0 verify, with the same result. It takes about half the steps with k = 2,
-            which is faster for single images, not for batches. "expected" feeds back the code nearest to the expected
+            which is faster for single images, not for batches. "jacobi" drafts and verifies whole masks, with the same
+            result in a few steps where the model drafts well. "expected" feeds back the code nearest to the expected
             patch, "refine" decodes all cells at once, "sample" averages sampled masks.
         passes: of method "refine": how often the last draft is read; 0 feeds nothing back.
         samples: of method "sample": how many masks are drawn of each prompt. They are decoded together as far as
@@ -42,7 +43,7 @@ class DecodingOptions:
             `ntpseg.generation.sampling.tempered`.
         seed: of method "sample".
         readout: "codes" decodes the mask from its codes ("sample": the mean of each sample's), "expected" from the
-            expected patches; "auto" is "codes" for "greedy" and "speculative", as in the paper, and "expected" for the
+            expected patches; "auto" is "codes" for "greedy", "speculative" and "jacobi", as in the paper, and "expected" for the
             other methods ("sample": where the model has a read-out).
         threshold: foreground probability, before its calibration, from which a pixel is foreground.
         calibration_temperature: divides the logit of every pixel's probability, see

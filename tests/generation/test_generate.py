@@ -175,7 +175,7 @@ def test_wrong_input_is_named(sequence: Any) -> None:
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         DecodingOptions(batch_size=0)
     with pytest.raises(
-        ValueError, match="method must be one of greedy, speculative, expected, refine, sample, got 'beam'"
+        ValueError, match="method must be one of greedy, speculative, jacobi, expected, refine, sample, got 'beam'"
     ):
         DecodingOptions(method="beam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"decoder must be native or auto .* got 'huggingface'"):

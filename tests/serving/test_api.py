@@ -137,7 +137,7 @@ def test_dicom_files_of_one_series_are_a_volume_and_of_several_one_is_chosen(cli
     assert single.json()["axes"][0]["count"] == 1 and single.json()["axes"][0]["spacing"] == [2.0, 1.0]
 
 
-@pytest.mark.parametrize("method", ["greedy", "speculative"])
+@pytest.mark.parametrize("method", ["greedy", "speculative", "jacobi"])
 def test_concurrent_requests_give_what_single_ones_do(method: str) -> None:
     segmenter = Segmenter(shared()[1], DecodingOptions(dtype="float32"))
     expected = {text: segmenter.segment(squares(), text).mask.sum() for text in TEXTS[:2]}
