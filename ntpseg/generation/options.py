@@ -43,8 +43,8 @@ class DecodingOptions:
             `ntpseg.generation.sampling.tempered`.
         seed: of method "sample".
         readout: "codes" decodes the mask from its codes ("sample": the mean of each sample's), "expected" from the
-            expected patches; "auto" is "codes" for "greedy", "speculative" and "jacobi", as in the paper, and "expected" for the
-            other methods ("sample": where the model has a read-out).
+            expected patches; "auto" is "codes" for "greedy", "speculative" and "jacobi", as in the paper, and
+            "expected" for the other methods ("sample": where the model has a read-out).
         threshold: foreground probability, before its calibration, from which a pixel is foreground.
         calibration_temperature: divides the logit of every pixel's probability, see
             `ntpseg.generation.calibration.calibrate`. It changes probabilities and never a mask: the threshold is
