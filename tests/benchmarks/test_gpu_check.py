@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.runner import archive, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
+from benchmarks.gpu_check.triton_cache import relocate
 from benchmarks.gpu_check.wheels import unpack
 from benchmarks.harness.environment import ROOT
 from benchmarks.tune import CANDIDATES, name_of
@@ -133,6 +134,24 @@ def test_the_steps_find_what_the_kit_brought(tmp_path: Path, monkeypatch: pytest
     environment = gpu_check.step_environment(kit, None, tmp_path)
     assert environment["TRITON_CACHE_DIR"] == str(kit / "triton-cache") and environment["NTPSEG_COMMIT"] == "abc1234"
     assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(kit / "site-packages")]
+
+
+def test_kernels_are_found_in_a_cache_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.cache import FileCacheManager
+
+    built, moved, key = tmp_path / "built", tmp_path / "moved", "ab" * 32
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(built))
+    cache = FileCacheManager(key)
+    names = ("kernel.cubin", "kernel.json")
+    written = {name: cache.put("{}", name, binary=False) for name in (*names, "kernel.ttir")}
+    cache.put_group("kernel.json", written)
+    Path(written["kernel.ttir"]).unlink()  # the kit leaves out what a device does not need
+    built.rename(moved)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(moved))
+    assert relocate(moved) == 1 and relocate(tmp_path / "none") == 0
+    found = FileCacheManager(key).get_group("kernel.json")
+    assert found is not None and set(found) == set(names)
+    assert all(Path(path).is_relative_to(moved) and Path(path).is_file() for path in found.values())
 
 
 @no_gpu
