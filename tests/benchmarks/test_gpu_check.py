@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -74,6 +75,17 @@ def test_the_first_stage_asks_first_whether_it_is_right() -> None:
     assert stage_steps("1", native=False)[0].name == "build"
     everything = [step.name for step in stage_steps("all", native=True)]
     assert set(names) <= set(everything) and len(everything) > len(names)
+
+
+def test_the_pingpong_product_runs_in_a_step_of_its_own() -> None:
+    file = "tests/gpu/test_pingpong.py"
+    for stage in STAGES:
+        for step in stage_steps(stage, native=True):
+            if step.name != "pingpong" and "tests/gpu" in step.command and "not slow" in step.command:
+                assert step.command[step.command.index("--ignore") + 1] == file
+    (step,) = (step for step in stage_steps("2", native=True) if step.name == "pingpong")
+    (limit,) = re.findall(r"pytest\.mark\.timeout\((\d+)", (ROOT / file).read_text())
+    assert file in step.command and 2 * int(limit) <= step.seconds
 
 
 def test_steps_share_the_time() -> None:
@@ -184,7 +196,7 @@ def test_the_kit_holds_what_a_device_asks_for(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         printed.append(done.stdout.strip().splitlines()[-1])
-    assert printed == ["1 1 []", "1 0 []"]
+    assert printed == ["2 2 []", "2 0 []"]  # all rows, and those of a list
 
 
 def _wheel(folder: Path, name: str, tag: str = "py3-none-any", **files: str) -> None:
