@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.gpu_check.runner import archive, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
+from benchmarks.gpu_check.triton_cache import relocate
 from benchmarks.gpu_check.wheels import unpack
 from benchmarks.harness.environment import ROOT, describe
 from ntpseg.utils.files import write_json, write_text
@@ -62,6 +63,7 @@ def _run(steps: Sequence[Any], args: argparse.Namespace) -> int:
     shutil.rmtree(work, ignore_errors=True)  # results of an earlier run must not pass for this one's
     (work / "results").mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    relocate(args.kit / "triton-cache")
     environment = step_environment(args.kit, args.wheels, work)
     outcomes: list[dict[str, Any]] = []
     for index, step in enumerate(steps):

@@ -23,7 +23,13 @@ class HostCopy:
 
     @staticmethod
     def start(source: Tensor) -> HostCopy:
-        """Enqueues the copy on the current stream of the source's device and returns at once."""
+        """Enqueues the copy on the current stream of the source's device and returns at once.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, in which nobody could wait.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError("max_rows must be set in a CUDA graph, where no count of rows can be read, got None")
         if not source.is_cuda:
             return HostCopy(source, None)
         values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.runner import archive, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
+from benchmarks.gpu_check.triton_cache import relocate
 from benchmarks.gpu_check.wheels import unpack
 from benchmarks.harness.environment import ROOT
 from benchmarks.tune import CANDIDATES, name_of
@@ -73,6 +75,17 @@ def test_the_first_stage_asks_first_whether_it_is_right() -> None:
     assert stage_steps("1", native=False)[0].name == "build"
     everything = [step.name for step in stage_steps("all", native=True)]
     assert set(names) <= set(everything) and len(everything) > len(names)
+
+
+def test_the_pingpong_product_runs_in_a_step_of_its_own() -> None:
+    file = "tests/gpu/test_pingpong.py"
+    for stage in STAGES:
+        for step in stage_steps(stage, native=True):
+            if step.name != "pingpong" and "tests/gpu" in step.command and "not slow" in step.command:
+                assert step.command[step.command.index("--ignore") + 1] == file
+    (step,) = (step for step in stage_steps("2", native=True) if step.name == "pingpong")
+    (limit,) = re.findall(r"pytest\.mark\.timeout\((\d+)", (ROOT / file).read_text())
+    assert file in step.command and 2 * int(limit) <= step.seconds
 
 
 def test_steps_share_the_time() -> None:
@@ -135,6 +148,24 @@ def test_the_steps_find_what_the_kit_brought(tmp_path: Path, monkeypatch: pytest
     assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(kit / "site-packages")]
 
 
+def test_kernels_are_found_in_a_cache_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.cache import FileCacheManager
+
+    built, moved, key = tmp_path / "built", tmp_path / "moved", "ab" * 32
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(built))
+    cache = FileCacheManager(key)
+    names = ("kernel.cubin", "kernel.json")
+    written = {name: cache.put("{}", name, binary=False) for name in (*names, "kernel.ttir")}
+    cache.put_group("kernel.json", written)
+    Path(written["kernel.ttir"]).unlink()  # the kit leaves out what a device does not need
+    built.rename(moved)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(moved))
+    assert relocate(moved) == 1 and relocate(tmp_path / "none") == 0
+    found = FileCacheManager(key).get_group("kernel.json")
+    assert found is not None and set(found) == set(names)
+    assert all(Path(path).is_relative_to(moved) and Path(path).is_file() for path in found.values())
+
+
 @no_gpu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -165,7 +196,7 @@ def test_the_kit_holds_what_a_device_asks_for(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         printed.append(done.stdout.strip().splitlines()[-1])
-    assert printed == ["2 2 []", "2 0 []"]
+    assert printed == ["2 2 []", "2 0 []"]  # all rows, and those of a list
 
 
 def _wheel(folder: Path, name: str, tag: str = "py3-none-any", **files: str) -> None:

@@ -18,7 +18,7 @@ from ntpseg.kernels.workspace import Anchors, BlockStats, LossWeights, RowStats
 pytestmark = [
     pytest.mark.gpu,
     # a wrong order of the barriers would hang, where no signal reaches Python
-    pytest.mark.timeout(120, method="thread"),
+    pytest.mark.timeout(20, method="thread"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
     ),

@@ -191,7 +191,8 @@ def _run_around(dtype: torch.dtype) -> None:
         cell, rank = rank_hard_tokens(hard, hard, labels, cells, layout)
         for segments in (False, True):
             for per_head in (None, torch.ones(2)):
-                made = write_rows(labels, cells, torch.ones(2), count, per_head, layout, 5, 64, segments=segments)
+                for entries in (None, count):  # counted in the batch, as an integer among others, or given
+                    made = write_rows(labels, cells, torch.ones(2), entries, per_head, layout, 5, 64, segments=segments)
         hard_token_table(hard, cell, rank, made.inverse_index, layout, 64, 2)
     for heads in (torch.zeros(3, 40, 2, 128, dtype=dtype), torch.zeros(2, 3, 40, 128, dtype=dtype).permute(1, 2, 0, 3)):
         gather_rows(heads, made.gather_index)
