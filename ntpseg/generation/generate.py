@@ -140,7 +140,12 @@ class MaskGenerator:
         stem = None
         if self.model.front_end is not None and pixel_values is not None:
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.sequence.vocabulary.pad)
-            stem = self.model.encode_image(torch.as_tensor(pixel_values, device=self.device), padded)
+            # Several sentences on one image: what does not depend on the sentence is computed once.
+            seen: dict[bytes, int] = {}
+            image_of = [seen.setdefault(pixels.tobytes(), row) for row, pixels in enumerate(pixel_values)]
+            own, places = np.unique(image_of, return_inverse=True)
+            shared = None if len(own) == len(ids) else torch.as_tensor(places, device=self.device)
+            stem = self.model.encode_image(torch.as_tensor(pixel_values[own], device=self.device), padded, shared)
         return PromptBatch(
             ids=ids,
             grid_ids=[torch.as_tensor(self.sequence.grid_ids(p), device=self.device) for p in prompts],

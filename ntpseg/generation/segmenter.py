@@ -106,20 +106,37 @@ class Segmenter:
             ) from error
         return cls(bundle, options or DecodingOptions.of_bundle(bundle, **changes))
 
-    def segment(
+    @overload
+    def segment(  # type: ignore[overload-overlap]  # a str is a sequence of str too; it comes first
         self, image: np.ndarray | str | PathLike[str], text: str, listener: TokenListener | None = None
-    ) -> Prediction:
+    ) -> Prediction: ...
+
+    @overload
+    def segment(
+        self, image: np.ndarray | str | PathLike[str], text: Sequence[str], listener: TokenListener | None = None
+    ) -> list[Prediction]: ...
+
+    def segment(
+        self,
+        image: np.ndarray | str | PathLike[str],
+        text: str | Sequence[str],
+        listener: TokenListener | None = None,
+    ) -> Prediction | list[Prediction]:
         """Segment what `text` refers to.
 
         Args:
             image: a file, or pixels uint8 ``[H, W]`` or ``[H, W, 3]``.
-            text: the sentence; may be empty.
+            text: the sentence, which may be empty, or several: they are decoded together, the image is encoded once.
             listener: called with the mask's tokens as they are decoded, see `MaskGenerator`.
 
         Raises:
-            ValueError: the image cannot be read or is not uint8.
+            ValueError: there is no sentence, or the image cannot be read or is not uint8.
         """
-        return next(iter(self.segment_all([image], [text], listener=listener)))
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("text must be a sentence or several, got none")
+        predictions = list(self.segment_all([image] * len(texts), texts, listener=listener))
+        return predictions[0] if isinstance(text, str) else predictions
 
     def segment_all(
         self,
@@ -137,11 +154,18 @@ class Segmenter:
         """
         if len(images) != len(texts):
             raise ValueError(f"texts must have the length of images, {len(images)}, got {len(texts)}")
+        # An image is read and encoded once, however many sentences are about it.
+        order: dict[int | str, int] = {}
+        keys = [id(image) if isinstance(image, np.ndarray) else str(image) for image in images]
+        places = [order.setdefault(key, len(order)) for key in keys]
+        different = [images[places.index(place)] for place in range(len(order))]
         sizes: list[tuple[int, int]] = []
-        encoded = self.encode(self._pixels(images, sizes))
+        encoded = self.encode(self._pixels(different, sizes))
+        if len(different) < len(images):
+            encoded = encoded.take(places)
         generated = self.decode(encoded, texts, progress, listener)
         for i, probability in enumerate(self.probabilities(generated)):
-            mask = resize_mask(probability, *sizes[i], threshold=self.options.threshold)
+            mask = resize_mask(probability, *sizes[places[i]], threshold=self.options.threshold)
             yield Prediction(mask, generated.confidence[i], generated.codes[i], probability)
 
     @overload

@@ -51,16 +51,19 @@ class FrontEnd(nn.Module):
             raise ValueError(f"stem.encoder must be a pretrained one for encoder_weights, got 'residual' and {path}")
         encoder.load_weights(path)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, embeds: Tensor) -> StemOutput:
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, embeds: Tensor, image_of: Tensor | None = None
+    ) -> StemOutput:
         """Features and draft of every mask cell.
 
         Args:
             pixel_values: ``[B, C, S, S]`` float in [-1, 1].
             input_ids: ``[B, T]`` int64, the prompt or more; its text tokens are the caption.
             embeds: ``[B, T, D]``, their embeddings.
+            image_of: int64 ``[B]``, which of U images in `pixel_values` each row reads; None: its own.
         """
         caption = None if self.caption is None else self.caption(embeds, input_ids < self.text_size)
-        return self.stem(pixel_values.to(embeds.dtype), caption)
+        return self.stem(pixel_values.to(embeds.dtype), caption, image_of)
 
     def inject(self, embeds: Tensor, features: Tensor, input_ids: Tensor, grid_ids: Tensor) -> Tensor:
         """Add to each token the feature of the cell that it is to predict (not aligned: of its own image cell).

@@ -64,16 +64,22 @@ class ResidualUnit(nn.Module):
         self.shortcut = nn.Identity() if plain else Convolution(channels_in, channels, 1)
         self.film = CaptionModulation(caption_dim, 2 * channels) if caption_dim else None
 
-    def forward(self, x: Tensor, caption: Tensor | None) -> Tensor:
-        """``[B, C_in, H, W]`` and ``[B, E]`` in, ``[B, C, ceil(H / stride), ceil(W / stride)]`` out."""
+    def forward(self, x: Tensor, caption: Tensor | None, image_of: Tensor | None = None) -> Tensor:
+        """``[B, C_in, H, W]`` and ``[B, E]`` in, ``[B, C, ceil(H / stride), ceil(W / stride)]`` out.
+
+        With `image_of`, int64 ``[B]``, `x` is ``[U, C_in, H, W]``: what no caption changes is computed once an image.
+        """
         h = F.relu(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
+        if self.stride > 1:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        shortcut = self.shortcut(x)
+        if image_of is not None:
+            h, shortcut = h[image_of], shortcut[image_of]
         if self.film is not None and caption is not None:
             scale, shift = self.film(caption)[:, :, None, None].chunk(2, 1)
             h = torch.addcmul(h + shift, h, scale)
-        if self.stride > 1:
-            x = F.avg_pool2d(x, 2, ceil_mode=True)
-        return F.relu(h + self.shortcut(x))
+        return F.relu(h + shortcut)
 
 
 class ResidualPyramid(nn.Module):
@@ -108,8 +114,11 @@ class ResidualPyramid(nn.Module):
             for narrow, width in zip(before, widths)
         )
 
-    def forward(self, image: Tensor, caption: Tensor | None) -> list[Tensor]:
-        """Maps ``[B, widths[l], H / strides[l], W / strides[l]]`` of images ``[B, C, H, W]``, the finest first."""
+    def forward(self, image: Tensor, caption: Tensor | None, image_of: Tensor | None = None) -> list[Tensor]:
+        """Maps ``[B, widths[l], H / strides[l], W / strides[l]]`` of images ``[B, C, H, W]``, the finest first.
+
+        With `image_of`, int64 ``[B]``, the images are ``[U, C, H, W]`` and row b reads the one at ``image_of[b]``.
+        """
         x = F.pixel_unshuffle(image, self.patch)
         vertical = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)[:, None].expand(x.shape[2:])
         horizontal = torch.linspace(-1, 1, x.shape[3], device=x.device, dtype=x.dtype)[None].expand(x.shape[2:])
@@ -118,6 +127,7 @@ class ResidualPyramid(nn.Module):
         maps = []
         for level in self.levels:
             for unit in level:  # type: ignore[attr-defined]
-                x = unit(x, caption)
+                x = unit(x, caption, image_of)
+                image_of = None  # the caption has been read: from here on every row is its own
             maps.append(x)
         return maps

@@ -200,12 +200,15 @@ class NTPSegModel(PreTrainedModel):
         grid = self.config.image_grid
         return 0 if grid is None else grid[0] * grid[1]
 
-    def encode_image(self, pixel_values: Tensor | None, input_ids: Tensor) -> StemOutput:
+    def encode_image(
+        self, pixel_values: Tensor | None, input_ids: Tensor, image_of: Tensor | None = None
+    ) -> StemOutput:
         """Features and draft of every mask cell, for the front ends ``features`` and ``both``.
 
         Args:
             pixel_values: ``[B, C, S, S]`` float in [-1, 1].
             input_ids: ``[B, T]`` int64, the prompt or more; its text tokens condition the stem.
+            image_of: ``[B]`` int64: `pixel_values` holds U images, and row b reads the one at ``image_of[b]``.
 
         Raises:
             ValueError: the model has no stem, or the pixels are missing or not of its size.
@@ -213,11 +216,12 @@ class NTPSegModel(PreTrainedModel):
         if self.front_end is None:
             raise ValueError("front_end must be features or both for pixels to be read, got 'codes'")
         config = self.config
-        wanted = [len(input_ids), config.channels, config.image_size, config.image_size]
+        images = len(input_ids) if image_of is None or pixel_values is None else len(pixel_values)
+        wanted = [images, config.channels, config.image_size, config.image_size]
         if pixel_values is None or list(pixel_values.shape) != wanted:
             shape = None if pixel_values is None else list(pixel_values.shape)
             raise ValueError(f"pixel_values must be {wanted}, got {shape}")
-        return self.front_end(pixel_values, input_ids, self.get_input_embeddings()(input_ids))
+        return self.front_end(pixel_values, input_ids, self.get_input_embeddings()(input_ids), image_of)
 
     def embed(self, input_ids: Tensor, grid_ids: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """What the backbone reads: the embeddings of tokens ``[B, T]`` and of their grid cells, ``[B, T, D]``.

@@ -130,9 +130,19 @@ class FeatureStem(nn.Module):
         self.features = Convolution(widths[self.top], dim, 1)
         self.draft = Convolution(widths[self.top], factor**2, 1)
 
-    def forward(self, image: Tensor, caption: Tensor | None) -> StemOutput:
-        """Features and draft of images ``[B, C, S, S]`` in [-1, 1] and caption vectors ``[B, E]``."""
-        maps = [lateral(level) for lateral, level in zip(self.lateral, self.encoder(image, caption))]
+    def forward(self, image: Tensor, caption: Tensor | None, image_of: Tensor | None = None) -> StemOutput:
+        """Features and draft of images ``[B, C, S, S]`` in [-1, 1] and caption vectors ``[B, E]``.
+
+        With `image_of`, int64 ``[B]``, the images are ``[U, C, S, S]`` and row b reads the one at ``image_of[b]``:
+        several sentences on one image share what does not depend on the sentence. That is all of a pretrained
+        encoder, and the residual one up to its first modulation by the caption.
+        """
+        if isinstance(self.encoder, ResidualPyramid):
+            maps = self.encoder(image, caption, image_of)
+        else:
+            maps = [lateral(level) for lateral, level in zip(self.lateral, self.encoder(image, caption))]
+            if image_of is not None:
+                maps = [level[image_of] if place >= self.top else level for place, level in enumerate(maps)]
         x = maps[-1]
         for step, unit in enumerate(self.neck):
             finer = maps[len(maps) - 2 - step]
