@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +20,14 @@ class KeyValueCache:
         self.kv_heads = kv_heads
         # Zeros, not uninitialised memory: a NaN in a slot that the mask hides would still reach the result as 0 * NaN.
         self.buffer = like.new_zeros(batch, 2 * kv_heads, capacity, head_dim)
+
+    def emptied(self, batch: int) -> KeyValueCache:
+        """A cache of the first `batch` rows in the same memory, with zeros in it."""
+        cache = copy.copy(self)
+        cache.buffer = self.buffer[:batch]
+        # Another batch may have left a NaN behind.
+        cache.buffer.zero_()
+        return cache
 
     def write(self, start: int, new: Tensor) -> None:
         """Store `new` ``[B, q, 2 * kv_heads, head_dim]`` at the same slots of every row, from `start`."""

@@ -19,10 +19,13 @@ from torch.nn import functional as F
 
 from ntpseg.generation.attention import KeyValueCache, prompt_attention, step_attention, visible_slots
 from ntpseg.generation.decoder import PromptBatch
+from ntpseg.generation.static_step import StaticStep
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 # Frequencies of these depend on the position alone, so one table serves the whole sequence.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Slots are reserved in multiples of it.
+CAPACITY_STEP = 32
 # The fused projections are copies; beyond this size they would cost more memory than they save time.
 MAX_PARAMETERS = 2_000_000_000
 
@@ -73,6 +76,8 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             parts = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
             self.norm_qk = torch.cat(parts).float()
+        # That of the largest batch there was, and the current batch's part of it.
+        self.memory: KeyValueCache
         self.cache: KeyValueCache
 
 
@@ -106,12 +111,13 @@ class NativeDecoder:
     Args:
         model: an `NTPSegModel`; its backbone's weights are copied, so later training does not show here.
         dtype: of the matrix products.
+        static: one token per row is read by a `StaticStep`; by default on a GPU, where that is a CUDA graph.
 
     Raises:
         ValueError: if `unsupported_reason` gives one.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, static: bool | None = None) -> None:
         backbone = model.backbone
         reason = unsupported_reason(backbone)
         if reason is not None:
@@ -125,6 +131,63 @@ class NativeDecoder:
         self.embed = _Embedding(model)
         self.prefix_lm = model.config.prefix_lm
         self.device = self.norm.device
+        self.static = self.device.type == "cuda" if static is None else static
+        self.most_rows = self.capacity = 0
+        self.feature_memory: Tensor | None = None
+        self.steps: dict[int, StaticStep] = {}
+
+    # What outlives a call must not be an inference tensor, which cannot be written outside of that mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _reserve(self, batch: int, capacity: int, features: Tensor | None) -> None:
+        """Memory for this batch; what is there already stays in place where it is large enough."""
+        if batch > self.most_rows or capacity > self.capacity:
+            self.most_rows, self.capacity = max(batch, self.most_rows), max(capacity, self.capacity)
+            # Prompts differ by a few tokens.
+            self.capacity = -(-self.capacity // CAPACITY_STEP) * CAPACITY_STEP
+            self.steps.clear()
+            positions = torch.arange(self.capacity, device=self.device)[None]
+            cos, sin = self.rotary(torch.zeros(1, device=self.device), positions)
+            half = self.head_dim // 2
+            self.cos = cos[0, :, None].to(self.dtype)
+            # rotate_half(x) * sin == roll(x) * sin with the first half's sign turned.
+            self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None].to(self.dtype)
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            for layer in self.layers:
+                # The old memory goes first, or both would be held for a moment.
+                layer.memory = layer.cache = None  # type: ignore[assignment]
+                layer.memory = KeyValueCache(self.most_rows, self.kv_heads, self.capacity, self.head_dim, like)
+        for layer in self.layers:
+            layer.cache = layer.memory.emptied(batch)
+        self.features = features
+        if features is not None and self.static:
+            held = self.feature_memory
+            if held is None or len(held) < self.most_rows:
+                self.steps.clear()
+                held = self.feature_memory = features.new_zeros(self.most_rows, *features.shape[1:])
+            self.features = held[:batch].copy_(features)
+
+    def _static_step(self, batch: int) -> StaticStep:
+        """The step of `batch` rows over all slots: which of them are filled is known on the device alone."""
+        step = self.steps.get(batch)
+        if step is not None:
+            return step
+        rows = torch.arange(batch, device=self.device)[:, None]
+        features = self.features
+
+        def function(tokens: Tensor, grid_ids: Tensor, positions: Tensor) -> Tensor:
+            slots = positions[:, None]
+            visible = visible_slots(slots, self.capacity)
+
+            def attend(layer: _Layer, query: Tensor, key_value: Tensor) -> Tensor:
+                layer.cache.scatter(rows, slots, key_value)
+                return step_attention(query, *layer.cache.read(self.capacity), visible)
+
+            hidden = self.embed(tokens, grid_ids, features)
+            return self._final_norm(self._run(hidden, self.cos[slots], self.sin[slots], attend))
+
+        step = self.steps[batch] = StaticStep(function, batch, self.device)
+        return step
 
     def start(self, prompts: PromptBatch, capacity: int) -> Tensor:
         """See `Decoder.start`."""
@@ -144,17 +207,9 @@ class NativeDecoder:
         # While all rows stand at one position no mask and no scattered write is needed.
         self.uniform = min(map(len, prompts.ids)) == self.longest
         self.rows = torch.arange(batch, device=device)[:, None]
-        cos, sin = self.rotary(torch.zeros(1, device=device), torch.arange(capacity, device=device)[None])
-        half = self.head_dim // 2
-        self.cos = cos[0, :, None].to(self.dtype)
-        # rotate_half(x) * sin == roll(x) * sin with the first half's sign turned.
-        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None].to(self.dtype)
-        like = torch.empty(0, dtype=self.dtype, device=device)
-        for layer in self.layers:
-            layer.cache = KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, like)
+        self._reserve(batch, capacity, None if prompts.stem is None else prompts.stem.features)
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad(prompts.ids, batch_first=True).to(device)
-        self.features = None if prompts.stem is None else prompts.stem.features
         hidden = self.embed(ids, pad(prompts.grid_ids, batch_first=True).to(device), self.features)
         visible = None
         if self.prefix_lm:
@@ -177,6 +232,10 @@ class NativeDecoder:
         """See `Decoder.extend`."""
         new = tokens.shape[1]
         end = self.longest + new
+        if self.static and new == 1:
+            hidden = self._static_step(len(tokens))(tokens, grid_ids, self.lengths)
+            self.lengths, self.longest = self.lengths + 1, end
+            return hidden
         visible = positions = None
         if self.uniform:
             cos, sin = self.cos[self.longest : end], self.sin[self.longest : end]
