@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from ntpseg.generation import DecodingOptions, Generated, MaskGenerator
 METHODS = ("greedy", "jacobi")
 # Logits of a float32 forward are this close to exact ones, relative to the largest.
 ROUNDING = 1e-4
-REPEATS = 5
+SENTENCES = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--preset", default="small")
     options.add_argument("--masks", type=int, default=1000)
     options.add_argument("--timed", type=int, default=64, help="masks of the timings")
+    options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="of the comparison")
     options.add_argument("--out", type=Path)
     args = options.parse_args(arguments)
@@ -56,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
             "front_end": config.front_end,
             "mask_grid": config.mask_grid,
         },
-        "timings": [timing(model, sequence, prompts[: args.timed], pixels, size) for size in (1, 16)],
+        "timings": [timing(model, sequence, prompts[: args.timed], pixels, size, args.repeats) for size in (1, 16)],
+        "memory": memory(model, sequence, prompts, pixels),
+        "sentences": [] if pixels is None else sentences(model, sequence, prompts, pixels, args.repeats),
         "identity": [identity(model, sequence, prompts, pixels, size) for size in args.batch_sizes],
     }
     text = json.dumps(report, indent=1)
@@ -105,13 +109,13 @@ def decode(
 
 
 def timing(
-    model: Any, sequence: Any, prompts: list[np.ndarray], pixels: np.ndarray | None, batch_size: int
+    model: Any, sequence: Any, prompts: list[np.ndarray], pixels: np.ndarray | None, batch_size: int, repeats: int
 ) -> dict[str, Any]:
     """Processor time of both methods in turns."""
     prompts = prompts[: max(batch_size, len(prompts) // 4)] if batch_size == 1 else prompts
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     results = {}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for method in METHODS:
             started = time.process_time()
             results[method] = decode(model, sequence, prompts, pixels, method, batch_size)
@@ -126,6 +130,37 @@ def timing(
         "passes_per_batch": round(results["jacobi"].steps, 2),
         "tokens_per_forward": round(sequence.mask_cells / results["jacobi"].steps, 1),
     }
+
+
+def memory(model: Any, sequence: Any, prompts: list[np.ndarray], pixels: np.ndarray | None) -> dict[str, Any]:
+    """The process's greatest resident set after 64 masks by greedy in one batch, and how far Jacobi then exceeds it."""
+    peaks = []
+    for method in METHODS:
+        decode(model, sequence, prompts[:64], pixels, method, 64)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return {"greedy_mib": round(peaks[0]), "jacobi_over_greedy": round(peaks[1] / peaks[0], 3)}
+
+
+def sentences(
+    model: Any, sequence: Any, prompts: list[np.ndarray], pixels: np.ndarray, repeats: int
+) -> list[dict[str, Any]]:
+    """Processor time of several sentences on one image over that of one, in turns."""
+    different = list({prompt.tobytes(): prompt for prompt in prompts}.values())[:SENTENCES]
+    rows = []
+    for method in METHODS:
+        settings = DecodingOptions(method=method, dtype="float32", batch_size=SENTENCES)
+        generator, ratios = MaskGenerator(model, sequence, settings), []
+        for _ in range(repeats):
+            times = []
+            for chosen in ([[prompt] for prompt in different], [different]):
+                started = time.process_time()
+                for group in chosen:
+                    generator(group, pixel_values=np.repeat(pixels[:1], len(group), 0))
+                times.append((time.process_time() - started) / len(chosen))
+            ratios.append(times[1] / times[0])
+        row = {"method": method, "sentences": len(different), "over_one": round(statistics.median(ratios), 2)}
+        rows.append(row | {"range": [round(min(ratios), 2), round(max(ratios), 2)]})
+    return rows
 
 
 def identity(
