@@ -76,7 +76,7 @@ def test_the_same_bits_as_after_the_count(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("keywords", [{"per_head": True}, {"max_rows": 120}, {"chunk_bytes": 1000}], ids=str)
+@pytest.mark.parametrize("keywords", [{"per_head": True}, {"max_rows": 120}, {"chunk_bytes": 100_000}], ids=str)
 def test_left_to_its_usual_place(keywords: dict[str, Any], early: list[bool]) -> None:
     _run({"dtype": torch.bfloat16, **keywords})
     assert early and not any(early)
