@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.anchored_gemm import anchored_gemm, gemm_operands
 from ntpseg.kernels.chunks import Chunks, plan_chunks, row_stride
 from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
-from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture, configs_for, persistent_grid
+from ntpseg.kernels.fused_forward import FusedForward, aligned, tile_configs
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, architecture
 from ntpseg.kernels.gradient_filter import create_block_mask, filtered_d_hidden
 from ntpseg.kernels.logits_epilogue import LOGITS_BLOCK_N, logits_exp, logits_stats
 from ntpseg.kernels.matmul import matmul
@@ -42,7 +42,9 @@ class Segment:
         hard_tokens: ``[R, h]`` int64 contiguous, -1 = none.
         weights: factors of the loss; ``row_weight`` is ``[R]`` fp32.
         negatives: m.
-        target_logit: ``[R]`` fp32, z_y, 0 on padding rows; None has it computed.
+        anchors: of the rows, moved where E is recomputed; None has them computed.
+        forward: the fused product of these rows, and perhaps of some behind them, at `anchors`, if that was launched
+            already; left aside where these options would not launch the same.
     """
 
     hidden: Tensor
@@ -51,7 +53,8 @@ class Segment:
     hard_tokens: Tensor
     weights: LossWeights
     negatives: int
-    target_logit: Tensor | None = None
+    anchors: Anchors | None = None
+    forward: FusedForward | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,6 @@ class SegmentResult:
     d_hidden_index: Tensor | None = None
 
 
-def aligned(*operands: Tensor) -> bool:
-    """Whether rows start on 16 bytes and are whole multiples of it: what descriptors and wide loads need."""
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0
-        for x in operands
-    )
-
-
 def run_segment(
     segment: Segment, weight: Tensor, result: SegmentResult, options: LoopOptions, shard: Shard | None = None
 ) -> None:
@@ -123,17 +118,18 @@ def run_segment(
             _run_padded(segment, weight, result, replace(options, fused=True), shard)
             return
     plan = _Plan.make(segment, weight, result, options, fused, shard)
-    buffers = _try_fast(plan, result, options)
+    forward = segment.forward if plan.would_launch(segment.forward, result) else None
+    buffers = _try_fast(plan, result, options, forward)
     if buffers is None:
         plan = _Plan.make(segment, weight, result, options, fused, shard)
         buffers = _Buffers.allocate(plan, result)
     if result.d_hidden is not None and buffers.e is None:
         result.d_hidden.zero_()  # a rank without classes
-    # all anchors at once: one launch, and with a shard one reduction, rather than one a chunk
-    target_logit = segment.target_logit
-    if target_logit is None:
+    anchors = segment.anchors
+    if anchors is None:
+        # all at once: one launch, and with a shard one reduction, rather than one a chunk
         target_logit = token_logits(segment.hidden, weight, segment.target.unsqueeze(1), shard).squeeze(1)
-    anchors = Anchors(target_logit, target_logit * LOG2E.value, target_logit + overflow_gap(plan.dtype))
+        anchors = Anchors(target_logit, target_logit * LOG2E.value, target_logit + overflow_gap(plan.dtype))
     # in time order: the negatives of a chunk's first rows are what the chunk before has predicted
     for start in range(0, plan.rows, plan.chunks.rows):
         rows = slice(start, min(start + plan.chunks.rows, plan.rows))
@@ -144,10 +140,12 @@ def run_segment(
             _backward(chunk, token, weight, plan, buffers.weight_grad)
 
 
-def _try_fast(plan: _Plan, result: SegmentResult, options: LoopOptions) -> _Buffers | None:
+def _try_fast(
+    plan: _Plan, result: SegmentResult, options: LoopOptions, forward: FusedForward | None
+) -> _Buffers | None:
     """The buffers; None where "auto" chose more than there is, and will not do so again."""
     try:
-        return _Buffers.allocate(plan, result)
+        return _Buffers.allocate(plan, result, forward)
     except torch.OutOfMemoryError:
         if options.workspace != "auto" or plan.workspace == "small":
             raise
@@ -194,8 +192,7 @@ class _Plan:
     ) -> _Plan:
         (rows, width), classes, dtype = segment.hidden.shape, weight.shape[0], segment.hidden.dtype
         table = options.configs or GEMM_CONFIGS[architecture(weight.device)]
-        # the filter's products fit the table's forward tile only
-        configs = options.configs or (table if options.gradient_filter > 0 else configs_for(weight.device))
+        configs = options.configs or tile_configs(weight.device, options.gradient_filter)
         # ranks must agree on the chunks, whatever each of them was tuned to, has memory for and wants a gradient of
         shared = shard is not None
         sizes = (rows, shard.classes_per_rank if shard is not None else classes, width, dtype)
@@ -209,6 +206,13 @@ class _Plan:
         chunks = plan_chunks(*sizes, **how, chunk_bytes=options.chunk_bytes, workspace=workspace)
         device, filtered = weight.device, options.gradient_filter
         return _Plan(rows, classes, width, dtype, device, fused, configs, chunks, workspace, filtered, shard)
+
+    def would_launch(self, forward: FusedForward | None, result: SegmentResult) -> bool:
+        """Whether a product that was launched early is the one that this plan has."""
+        if forward is None or not self.fused or self.shard is not None or self.chunks.count > 1:
+            return False
+        wants_gradient = result.d_hidden is not None or result.d_weight is not None
+        return forward.config == self.configs.forward and (forward.e is not None) == wants_gradient
 
     @property
     def class_blocks(self) -> int:
@@ -234,18 +238,22 @@ class _Buffers:
         e: ``[C, >= V]`` in the operands' dtype; None where no gradient is wanted or this rank has no class.
         logits: ``[C, >= V]`` fp32, the same memory as `e` where that is fp32 too; None with the fused product.
         weight_grad: the sum of the weight's gradient; None where it is not wanted.
+        forward: the fused product that has been launched into `e` already, or None.
     """
 
     e: Tensor | None
     logits: Tensor | None
     weight_grad: WeightGrad | None
+    forward: FusedForward | None
 
     @staticmethod
-    def allocate(plan: _Plan, result: SegmentResult) -> _Buffers:
+    def allocate(plan: _Plan, result: SegmentResult, forward: FusedForward | None = None) -> _Buffers:
         shape = (plan.chunks.rows, row_stride(plan.classes))
         wants_gradient = result.d_hidden is not None or result.d_weight is not None
         e = logits = weight_grad = None
-        if wants_gradient and plan.classes:
+        if forward is not None:
+            e = forward.e
+        elif wants_gradient and plan.classes:
             e = torch.empty(shape, dtype=plan.dtype, device=plan.device)
         if not plan.fused and plan.classes:
             # E overwrites fp32 logits in place
@@ -253,7 +261,7 @@ class _Buffers:
             logits = e if reuse else torch.empty(shape, dtype=torch.float32, device=plan.device)
         if e is not None and result.d_weight is not None:
             weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, plan.rows, plan.configs)
-        return _Buffers(e, logits, weight_grad)
+        return _Buffers(e, logits, weight_grad, forward)
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ class _Chunk:
         hidden, target, hard_tokens, weights: see `Segment`.
         anchors, row_stats, block_stats: see `ntpseg.kernels.workspace`.
         tcl, het, d_hidden, d_hidden_index: see `SegmentResult`.
-        e, logits: see `_Buffers`; ``logits`` as wide as there are classes.
+        e, logits, forward: see `_Buffers`; ``logits`` as wide as there are classes.
     """
 
     rows: slice
@@ -282,6 +290,7 @@ class _Chunk:
     d_hidden_index: Tensor | None
     e: Tensor | None
     logits: Tensor | None
+    forward: FusedForward | None
 
     @staticmethod
     def make(
@@ -293,6 +302,10 @@ class _Chunk:
             d_hidden = None if d_hidden is None else d_hidden[rows]
         else:
             index = index[rows]
+        if buffers.forward is not None:
+            block_stats = buffers.forward.block_stats.first(count)
+        else:
+            block_stats = BlockStats.empty(plan.class_blocks, count, plan.device)
         return _Chunk(
             rows=rows,
             hidden=segment.hidden[rows],
@@ -301,25 +314,27 @@ class _Chunk:
             weights=segment.weights[rows],
             anchors=anchors[rows],
             row_stats=result.row_stats[rows],
-            block_stats=BlockStats.empty(plan.class_blocks, count, plan.device),
+            block_stats=block_stats,
             tcl=result.tcl[rows],
             het=result.het[rows],
             d_hidden=d_hidden,
             d_hidden_index=index,
             e=None if buffers.e is None else buffers.e[:count],
             logits=None if buffers.logits is None else buffers.logits[:count, : plan.classes],
+            forward=buffers.forward,
         )
 
 
 def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
     """E and the row results, by the fused product or from written logits."""
-    operands = None
+    forward = chunk.forward
     if chunk.logits is not None:
         matmul(chunk.hidden, weight.t(), chunk.logits)
         logits_stats(chunk.logits, chunk.anchors, chunk.block_stats)
-    elif plan.classes:
-        operands = gemm_operands(chunk.hidden, weight, chunk.e, plan.configs.forward)
-        _fused_forward(chunk, weight, plan, operands)
+    elif forward is None and plan.classes:
+        config = plan.configs.forward
+        forward = FusedForward.make(chunk.hidden, weight, chunk.e, chunk.anchors, chunk.block_stats, config)
+        forward.launch()
     row_reduce(
         all_reduce_stats(chunk.block_stats, chunk.anchors, plan.shard),
         chunk.anchors,
@@ -335,34 +350,8 @@ def _forward(chunk: _Chunk, weight: Tensor, plan: _Plan) -> None:
     if chunk.logits is not None:
         # of every row: E has not been written yet, and by now no anchor can overflow
         logits_exp(chunk.logits, chunk.anchors, chunk.e)
-    else:
-        blocks_and_count = recompute_blocks(chunk.row_stats.recompute, plan.configs.forward.BLOCK_M)
-        _fused_forward(chunk, weight, plan, operands, *blocks_and_count)
-
-
-def _fused_forward(
-    chunk: _Chunk,
-    weight: Tensor,
-    plan: _Plan,
-    operands: tuple[object, ...] | None,
-    row_blocks: Tensor | None = None,
-    num_row_blocks: Tensor | None = None,
-) -> None:
-    """Over the listed row blocks; None takes all."""
-    config = plan.configs.forward
-    grid = persistent_grid(config, -(-chunk.hidden.shape[0] // config.BLOCK_M) * plan.class_blocks, plan.device)
-    anchored_gemm(
-        chunk.hidden,
-        weight,
-        chunk.e,
-        chunk.anchors,
-        chunk.block_stats,
-        row_blocks,
-        num_row_blocks,
-        config,
-        grid,
-        operands,
-    )
+    elif forward is not None:
+        forward.launch(*recompute_blocks(chunk.row_stats.recompute, forward.config.BLOCK_M))
 
 
 def _contrast(chunk: _Chunk, segment: Segment, weight: Tensor, prediction: Tensor, plan: _Plan) -> Tensor:
@@ -450,7 +439,7 @@ def _run_padded(
         d_weight=padded_like(result.d_weight, weight.shape[0]),
         d_hidden_index=None,
     )
-    run_segment(replace(segment, hidden=padded(segment.hidden)), padded(weight), inner, options, shard)
+    run_segment(replace(segment, hidden=padded(segment.hidden), forward=None), padded(weight), inner, options, shard)
     if result.d_weight is not None and inner.d_weight is not None:
         result.d_weight.copy_(inner.d_weight[:, :width])
     if result.d_hidden is not None and inner.d_hidden is not None:

@@ -193,6 +193,7 @@ def find_supervised(
         "classes",
         "negatives",
         "rows_per_segment",
+        "block_rows",
     ]
 )
 def write_rows_kernel(
@@ -213,6 +214,7 @@ def write_rows_kernel(
     row_weight_ptr,
     ntp_weight_ptr,
     entry_weight_ptr,
+    num_row_blocks_ptr,
     cells,
     heads,
     batch,
@@ -223,6 +225,7 @@ def write_rows_kernel(
     classes,
     negatives,
     rows_per_segment,
+    block_rows,
     HEAD_WEIGHTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -292,6 +295,7 @@ def write_rows_kernel(
             tl.store(counts_ptr + i, tl.load(status_ptr + i).to(tl.int64))
         for j in range(heads):
             tl.store(counts_ptr + 5 + j, tl.load(prefix_sum_ptr + (j + 1) * batch * time - 1))
+        tl.store(num_row_blocks_ptr, tl.cdiv(tl.load(prefix_sum_ptr + cells - 1), block_rows).to(tl.int32))
         entries = tl.load(num_het_ptr).to(tl.float32)
         tl.store(entry_weight_ptr, tl.where(entries > 0, tl.div_rn(1.0, tl.where(entries > 0, entries, 1.0)), 0.0))
 
@@ -306,6 +310,7 @@ class RowTable:
         entry_weight: 0-dim fp32, weight of one hard token.
         inverse_index: ``[B * T * k]`` int32, the row made of each (sample, time, head), -1 = none.
         counts: ``[5 + k]`` int64, `SupervisedCells.status` and the supervised cells up to the end of every head.
+        num_row_blocks: 0-dim int32, blocks of rows that all supervised cells are.
     """
 
     index: Tensor
@@ -317,6 +322,7 @@ class RowTable:
     entry_weight: Tensor
     inverse_index: Tensor
     counts: Tensor
+    num_row_blocks: Tensor
 
     def cut(self, rows: int) -> RowTable:
         """The first rows, as views."""
@@ -330,6 +336,7 @@ class RowTable:
             self.entry_weight,
             self.inverse_index,
             self.counts,
+            self.num_row_blocks,
         )
 
 
@@ -344,6 +351,7 @@ def write_rows(
     total_rows: int,
     *,
     segments: bool,
+    block_rows: int = 1,
 ) -> RowTable:
     """Writes the rows.
 
@@ -357,6 +365,7 @@ def write_rows(
         total_rows: R, at most ``k * B * T``; with fewer supervised cells the rest is padding; with more, which is an
             error, those are left out. A label out of range makes a row without a target.
         segments: whether each head has ``total_rows / k`` rows of its own.
+        block_rows: rows of a block, for ``num_row_blocks``.
     """
     device = labels.device
     # one allocation each, as in `ntpseg.kernels.workspace`
@@ -366,6 +375,7 @@ def write_rows(
     num_negatives = torch.empty(total_rows, dtype=torch.int32, device=device)
     counts = torch.empty(5 + layout.heads, dtype=torch.int64, device=device)
     inverse_index = torch.empty(layout.cells, dtype=torch.int32, device=device)
+    num_row_blocks = torch.empty((), dtype=torch.int32, device=device)
     size = 4096 if INTERPRETED else 512
     write_rows_kernel[(triton.cdiv(layout.cells, size),)](
         labels,
@@ -385,6 +395,7 @@ def write_rows(
         row_weight,
         ntp_weight,
         entry_weight,
+        num_row_blocks,
         layout.cells,
         layout.heads,
         layout.batch,
@@ -395,11 +406,21 @@ def write_rows(
         layout.classes,
         negatives,
         total_rows // layout.heads if segments else total_rows,
+        block_rows,
         HEAD_WEIGHTS=head_weights is not None,
         SEGMENTS=segments,
         BLOCK_SIZE=size,
         num_warps=4,
     )
     return RowTable(
-        index, target, gather_index, num_negatives, row_weight, ntp_weight, entry_weight, inverse_index, counts
+        index,
+        target,
+        gather_index,
+        num_negatives,
+        row_weight,
+        ntp_weight,
+        entry_weight,
+        inverse_index,
+        counts,
+        num_row_blocks,
     )

@@ -1,6 +1,7 @@
 """Rows gathered from the batch into their compact order, and row results scattered back to it.
 
-Reference: ``out[r] = source[index[r]]``, zero where the index is -1; ``logit[r] = (out[r] * weight[target[r]]).sum()``.
+Reference: ``out[r] = source[index[r]]``, zero where the index is -1; ``logit[r] = (out[r] * weight[target[r]]).sum()``,
+with ``anchor = logit * log2(e)`` and ``limit = logit + gap``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E
+from ntpseg.kernels.workspace import Anchors
 
 
 @triton.jit
@@ -64,6 +66,9 @@ def gather_rows_dot_kernel(
     weight,
     target_ptr,
     logit_ptr,
+    anchor_ptr,
+    limit_ptr,
+    gap,
     rows,
     width,
     heads,
@@ -111,7 +116,10 @@ def gather_rows_dot_kernel(
         a = bits.to(weight.dtype.element_ty, bitcast=True)
         total += a.to(tl.float32) * b.to(tl.float32)
     # a row without a target has no logit, whatever it holds
-    tl.store(logit_ptr + row, tl.where(valid, tl.sum(total, 1), 0.0), mask=row_mask)
+    logit = tl.where(valid, tl.sum(total, 1), 0.0)
+    tl.store(logit_ptr + row, logit, mask=row_mask)
+    tl.store(anchor_ptr + row, logit * LOG2E, mask=row_mask)
+    tl.store(limit_ptr + row, logit + gap, mask=row_mask)
 
 
 def gather_rows(source: Tensor, index: Tensor) -> Tensor:
@@ -136,22 +144,27 @@ def gather_rows(source: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def gather_rows_dot(source: Tensor, index: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`gather_rows`, and on the way each row's logit of its target: ``(out * weight[target]).sum(1)``.
+def gather_rows_dot(
+    source: Tensor, index: Tensor, weight: Tensor, target: Tensor, gap: float
+) -> tuple[Tensor, Anchors]:
+    """`gather_rows`, and on the way each row's logit of its target, ``(out * weight[target]).sum(1)``, and its anchor.
 
     Args:
         source: ``[B, T, k, D]``, see `gather_rows`.
         index: ``[R]`` integer, contiguous.
         weight: ``[V, D]`` or, a matrix for each head, ``[k, V, D]``; the same dtype, last dimension contiguous.
         target: ``[R]`` integer, contiguous, class in the head's matrix.
+        gap: how far the limit lies above the logit, see `ntpseg.kernels.row_reduce.overflow_gap`.
 
     Returns:
-        ``[R, D]`` contiguous, and ``[R]`` fp32, 0 where the index or the target is -1 or the target no class.
+        ``[R, D]`` contiguous, and the anchors: the logit is 0 where the index or the target is -1 or the target no
+        class.
     """
     out = source.new_empty(len(index), source.shape[-1])
-    logit = torch.empty(len(index), dtype=torch.float32, device=source.device)
+    # one allocation each, as in `ntpseg.kernels.workspace`
+    logit, anchor, limit = (torch.empty(len(index), dtype=torch.float32, device=source.device) for _ in range(3))
     if out.numel() == 0:
-        return out, logit.zero_()
+        return out, Anchors(logit.zero_(), anchor.zero_(), limit.fill_(gap))
     source, strides, layout = _layout(source, out)
     size, depth = (512, 1024) if INTERPRETED else (4, 1024)
     gather_rows_dot_kernel[(triton.cdiv(len(index), size),)](
@@ -161,6 +174,9 @@ def gather_rows_dot(source: Tensor, index: Tensor, weight: Tensor, target: Tenso
         weight,
         target,
         logit,
+        anchor,
+        limit,
+        gap,
         *out.shape,
         *strides,
         weight.shape[-2],
@@ -173,7 +189,7 @@ def gather_rows_dot(source: Tensor, index: Tensor, weight: Tensor, target: Tenso
         BLOCK_D=depth,
         num_warps=4,
     )
-    return out, logit
+    return out, Anchors(logit, anchor, limit)
 
 
 def _layout(source: Tensor, out: Tensor) -> tuple[Tensor, tuple[int, ...], dict[str, bool]]:

@@ -52,7 +52,9 @@ class BlockMask:
         return replace(self, row_num_blocks=self.row_num_blocks[blocks], row_indices=self.row_indices[blocks])
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "threshold"], do_not_specialize_on_alignment=ROW_POINTERS)
+@triton.jit(
+    do_not_specialize=["rows", "stats_stride", "blocks", "threshold"], do_not_specialize_on_alignment=ROW_POINTERS
+)
 def mark_probable_kernel(
     row_max_ptr,
     target_logit_ptr,
@@ -60,6 +62,7 @@ def mark_probable_kernel(
     target_ptr,
     active_ptr,
     rows,
+    stats_stride,
     blocks,
     threshold,
     BLOCK_M: tl.constexpr,
@@ -73,7 +76,7 @@ def mark_probable_kernel(
     target_logit = tl.load(target_logit_ptr + row, mask=row_mask, other=0.0)
     lse = target_logit + tl.load(nll_ptr + row, mask=row_mask, other=0.0)
     mask = (block < blocks)[:, None] & valid[None, :]
-    tile_max = tl.load(row_max_ptr + block[:, None] * rows + row[None, :], mask=mask, other=float("-inf"))
+    tile_max = tl.load(row_max_ptr + block[:, None] * stats_stride + row[None, :], mask=mask, other=float("-inf"))
     p = tl.exp2((tile_max - lse[None, :]) * LOG2E)
     # "not below" rather than "at least": a NaN keeps its tile
     active = tl.max(tl.where(mask & ~(p < threshold), 1, 0), 1)
@@ -132,7 +135,7 @@ def create_block_mask(
     """The active tiles of one chunk, without synchronising.
 
     Args:
-        block_stats: maxima per block of `BLOCK_N` classes.
+        block_stats: maxima per block of `BLOCK_N` classes, see `ntpseg.kernels.row_reduce.row_reduce`.
         row_stats: results of the rows.
         target_logit: ``[R]`` fp32, z_y.
         target: ``[R]`` int64, -1 = padding.
@@ -156,6 +159,7 @@ def create_block_mask(
         target,
         active,
         rows,
+        block_stats.row_max.stride(0),
         class_blocks,
         threshold,
         BLOCK_M=BLOCK_M,

@@ -23,7 +23,10 @@ def overflow_gap(dtype: torch.dtype) -> float:
     return _LIMIT.get(dtype, _DEFAULT_LIMIT)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "num_hard", "classes"], do_not_specialize_on_alignment=ROW_POINTERS)
+@triton.jit(
+    do_not_specialize=["rows", "stats_stride", "blocks", "num_hard", "classes"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
 def row_reduce_kernel(
     row_sum_ptr,
     row_max_ptr,
@@ -42,6 +45,7 @@ def row_reduce_kernel(
     scale_ptr,
     recompute_ptr,
     rows,
+    stats_stride,
     blocks,
     num_hard,
     classes,
@@ -62,7 +66,7 @@ def row_reduce_kernel(
     argmax = tl.full((BLOCK_M,), INT32_MAX, dtype=tl.int32)
     for start in range(0, blocks, BLOCK_N):
         block = start + tl.arange(0, BLOCK_N)
-        offsets = block[:, None] * rows + row[None, :]
+        offsets = block[:, None] * stats_stride + row[None, :]
         mask = (block < blocks)[:, None] & row_mask[None, :]
         part_max = tl.load(row_max_ptr + offsets, mask=mask, other=float("-inf"))
         part_argmax = tl.load(argmax_ptr + offsets, mask=mask, other=INT32_MAX)
@@ -77,7 +81,7 @@ def row_reduce_kernel(
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, blocks, BLOCK_N):
         block = start + tl.arange(0, BLOCK_N)
-        offsets = block[:, None] * rows + row[None, :]
+        offsets = block[:, None] * stats_stride + row[None, :]
         mask = (block < blocks)[:, None] & row_mask[None, :]
         part_max = tl.load(row_max_ptr + offsets, mask=mask, other=float("-inf"))
         part_sum = tl.load(row_sum_ptr + offsets, mask=mask, other=0.0)
@@ -162,7 +166,7 @@ def row_reduce(
     """Fills `row_stats`; moves `anchors` of the rows whose E must be recomputed.
 
     Args:
-        block_stats: statistics of every vocabulary block.
+        block_stats: statistics of every vocabulary block; their rows lie side by side, the blocks at one stride.
         anchors: those the statistics were taken at; ``anchor`` and ``limit`` of recomputed rows are overwritten.
         row_stats: overwritten.
         target: ``[R]`` int64, -1 on padding rows.
@@ -191,6 +195,7 @@ def row_reduce(
         row_stats.scale,
         row_stats.recompute,
         rows,
+        block_stats.row_sum.stride(0),
         blocks,
         hard_tokens.shape[1],
         classes,

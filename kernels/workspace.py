@@ -49,6 +49,10 @@ class BlockStats:
         row_sum, row_max = (torch.empty(blocks, rows, dtype=torch.float32, device=device) for _ in range(2))
         return BlockStats(row_sum, row_max, torch.empty(blocks, rows, dtype=torch.int32, device=device))
 
+    def first(self, rows: int) -> BlockStats:
+        """Those of the first rows, as views: all three keep the stride between blocks."""
+        return BlockStats(self.row_sum[:, :rows], self.row_max[:, :rows], self.argmax[:, :rows])
+
 
 @dataclass(frozen=True)
 class RowStats:

@@ -21,6 +21,8 @@ from ntpseg.losses.supervision import Supervision, count_rows, counted_entries, 
 from ntpseg.losses.value_checks import LABELS, MAX_ROWS, NUM_ITEMS, TOKEN_WEIGHTS, bad_counts, raise_first
 
 if TYPE_CHECKING:
+    from ntpseg.kernels.fused_forward import FusedForward
+    from ntpseg.kernels.workspace import Anchors
     from ntpseg.losses.backends import RowsResult
 
 
@@ -46,7 +48,9 @@ class Rows:
         gather_index: ``[R]`` int64, position of the row in a flattened ``[B, T, k]``, that of the hidden states; -1 for
             padding. None where a backend has no use for it.
         inverse_index: ``[B * T * k]`` int32, the row of each (sample, time, head), -1 = none; or None with it.
-        target_logit: ``[R]`` float32, the logit of the target where finding the rows has left it, or None.
+        anchors: of the rows, where finding them has left the logits of their targets, or None. Whoever computes E moves
+            some of them, as with `forward`: both serve one call of the backend.
+        forward: the forward product, where that was launched before the rows were counted, or None.
     """
 
     hidden: Tensor
@@ -59,7 +63,8 @@ class Rows:
     index: Tensor
     gather_index: Tensor | None = None
     inverse_index: Tensor | None = None
-    target_logit: Tensor | None = None
+    anchors: Anchors | None = None
+    forward: FusedForward | None = None
 
 
 @dataclass(frozen=True)

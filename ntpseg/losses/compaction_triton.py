@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ntpseg.kernels.chunks import WORKSPACE_BYTES
 from ntpseg.kernels.compaction import BatchLayout, RowTable, SupervisedCells, find_supervised, write_rows
+from ntpseg.kernels.fused_forward import early_config, launch_early
 from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, scatter_results
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
 from ntpseg.kernels.loss_terms import loss_terms
+from ntpseg.kernels.row_reduce import overflow_gap
+from ntpseg.kernels.workspace import Anchors
 from ntpseg.losses.backends import RowsResult
 from ntpseg.losses.compaction import Compaction, Rows, check_max_rows, refuse
 from ntpseg.losses.host_copy import HostCopy
@@ -71,10 +74,13 @@ def compact_triton(
     *,
     per_head_weight: bool,
     weight: Tensor | None = None,
+    gradient: bool = True,
 ) -> TritonCompaction:
     """See `ntpseg.losses.compaction.compact` for the arguments and errors; not for float64.
 
-    With `weight`, all classes of it, the targets' logits are computed in the pass that gathers the rows.
+    With `weight`, all classes of it, the targets' logits are computed in the pass that gathers the rows, and the
+    forward product is launched before the rows are counted where it is one for all heads and `early_config` allows it.
+    It keeps E if a `gradient` is wanted.
 
     Counts rows and entries in the kernels that find them, by the rule of `ntpseg.losses.supervision`: its operators
     would be as many launches again.
@@ -109,6 +115,11 @@ def compact_triton(
         room = segments[-1][1]
     else:
         room = layout.max_supervised
+    # the device gathers while the counts travel and the host reads them, and goes on with the product
+    gathers_early = padded or room * hidden.shape[-1] * hidden.itemsize <= WORKSPACE_BYTES // EARLY_SHARE
+    config = None
+    if gathers_early and not padded and weight is not None and not per_head_weight:
+        config = early_config(room, weight, options.chunk_bytes, options.gradient_filter)
     table = write_rows(
         labels,
         cells,
@@ -119,11 +130,13 @@ def compact_triton(
         options.negatives,
         room,
         segments=padded and per_head_weight,
+        block_rows=1 if config is None else config.BLOCK_M,
     )
-    # the device gathers while the counts travel and the host reads them
     copy = None if padded else HostCopy.start(table.counts)
-    early = padded or room * hidden.shape[-1] * hidden.itemsize <= WORKSPACE_BYTES // EARLY_SHARE
-    gathered = _gather(hidden, table, weight) if early else None
+    gathered = _gather(hidden, table, weight) if gathers_early else None
+    forward = None
+    if config is not None and weight is not None and gathered is not None and gathered[1] is not None:
+        forward = launch_early(gathered[0], weight, gathered[1], table.num_row_blocks, config, gradient=gradient)
     if copy is not None:
         bad_label, width, _, bad_weight, bad_count, *edges = copy.wait()
         if bad_label or bad_weight or bad_count:
@@ -131,7 +144,7 @@ def compact_triton(
         segments = tuple(itertools.pairwise([0, *edges])) if per_head_weight else ((0, edges[-1]),)
         table = table.cut(edges[-1])
     total_rows = segments[-1][1]
-    compact_hidden, target_logit = _gather(hidden, table, weight) if gathered is None else gathered
+    compact_hidden, anchors = _gather(hidden, table, weight) if gathered is None else gathered
     if ranked is None or token is None:
         hard_tokens = labels.new_empty(total_rows, 0)
     else:
@@ -147,16 +160,17 @@ def compact_triton(
         index=table.index,
         gather_index=table.gather_index,
         inverse_index=table.inverse_index,
-        target_logit=None if target_logit is None else target_logit[:total_rows],
+        anchors=None if anchors is None else anchors[:total_rows],
+        forward=forward,
     )
     return TritonCompaction(rows, table.ntp_weight, (batch, time, heads), layout.shift, table.inverse_index)
 
 
-def _gather(hidden: Tensor, table: RowTable, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The rows and, with a weight, the logits of their targets; what is no class, or no row, is not followed."""
+def _gather(hidden: Tensor, table: RowTable, weight: Tensor | None) -> tuple[Tensor, Anchors | None]:
+    """The rows and, with a weight, their anchors; what is no class, or no row, is not followed."""
     if weight is None:
         return gather_rows(hidden, table.gather_index), None
-    return gather_rows_dot(hidden, table.gather_index, weight, table.target)
+    return gather_rows_dot(hidden, table.gather_index, weight, table.target, overflow_gap(hidden.dtype))
 
 
 def _explain(supervision: Supervision, layout: BatchLayout, options: LossOptions) -> None:

@@ -38,7 +38,10 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
     )
     # kernels go to the current device, whatever the tensors are on
     with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
-        compaction = _compact(hidden, weight, supervision, classes, options, sharded=bool(inputs.group))
+        gradient = inputs.hidden_grad or inputs.weight_grad
+        compaction = _compact(
+            hidden, weight, supervision, classes, options, sharded=bool(inputs.group), gradient=gradient
+        )
         shard = None
         if inputs.group:
             shard = Shard.from_group_name(inputs.group, inputs.class_start, weight.shape[-2], classes)
@@ -67,7 +70,14 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
 
 
 def _compact(
-    hidden: Tensor, weight: Tensor, supervision: Supervision, classes: int, options: LossOptions, *, sharded: bool
+    hidden: Tensor,
+    weight: Tensor,
+    supervision: Supervision,
+    classes: int,
+    options: LossOptions,
+    *,
+    sharded: bool,
+    gradient: bool,
 ) -> Compaction:
     """By kernels on a GPU, in plain PyTorch elsewhere; see `ntpseg.losses.compaction.compact`."""
     per_head = weight.dim() == 3
@@ -78,7 +88,9 @@ def _compact(
         if hidden.is_cuda or INTERPRETED:
             # a shard has not every target
             targets = None if sharded else weight
-            return compact_triton(hidden, supervision, classes, options, per_head_weight=per_head, weight=targets)
+            return compact_triton(
+                hidden, supervision, classes, options, per_head_weight=per_head, weight=targets, gradient=gradient
+            )
     return compact(hidden, supervision, classes, options, per_head_weight=per_head)
 
 

@@ -86,7 +86,8 @@ def rows_loss(
                     temperature=options.temperature,
                 ),
                 negatives=options.negatives,
-                target_logit=None if rows.target_logit is None else rows.target_logit[cut],
+                anchors=None if rows.anchors is None else rows.anchors[cut],
+                forward=rows.forward,
             )
             result = SegmentResult(
                 row_stats=row_stats[cut],

@@ -8,9 +8,11 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
+from ntpseg.kernels.fused_forward import FusedForward
 from ntpseg.losses import LossOptions
 from ntpseg.losses.compaction import Compaction, compact
 from ntpseg.losses.compaction_triton import TritonCompaction, compact_triton
@@ -111,3 +113,30 @@ torch.cuda.synchronize()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "ssert" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_product_is_launched_before_the_host_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, supervision, classes = _arguments()
+    weight = torch.randn(classes, 72, device="cuda").bfloat16()
+    launched = []
+    launch, wait = FusedForward.launch, HostCopy.wait
+
+    def seen(self: FusedForward, *args: Tensor, **kwargs: Tensor) -> None:
+        launch(self, *args, **kwargs)
+        launched.append("product")
+
+    def waited(self: HostCopy) -> list[int]:
+        launched.append("wait")
+        return wait(self)
+
+    monkeypatch.setattr(FusedForward, "launch", seen)
+    monkeypatch.setattr(HostCopy, "wait", waited)
+    arguments = hidden, supervision, classes, LossOptions()
+    compact_triton(*arguments, per_head_weight=False, weight=weight)
+    assert launched == ["product", "wait"]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # the one wait is for an event that stands before the product
+    try:
+        compact_triton(*arguments, per_head_weight=False, weight=weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

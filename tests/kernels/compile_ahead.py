@@ -35,7 +35,7 @@ from ntpseg.kernels.gemm_configs import GEMM_CONFIGS
 from ntpseg.kernels.hard_tokens import hard_token_table, rank_hard_tokens
 from ntpseg.kernels.loss_terms import loss_terms
 from ntpseg.kernels.scale_rows import scale_, scale_rows
-from ntpseg.kernels.workspace import LossWeights, RowStats
+from ntpseg.kernels.workspace import Anchors, LossWeights, RowStats
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -153,7 +153,7 @@ def _run(
             hard_tokens=torch.zeros(longer, hard, dtype=torch.int64)[cut],
             weights=LossWeights(torch.ones(longer)[cut], torch.ones(()), 1.0, 1.0, 0.5, 2.0),
             negatives=negatives,
-            target_logit=torch.zeros(longer)[cut] if in_place else None,
+            anchors=Anchors(*(torch.zeros(longer)[cut] for _ in range(3))) if in_place else None,
         )
         index = torch.arange(longer)[cut] if in_place else None
         d_hidden = torch.empty(longer, width, dtype=result_dtype) if grad else None
@@ -197,7 +197,7 @@ def _run_around(dtype: torch.dtype) -> None:
     for heads in (torch.zeros(3, 40, 2, 128, dtype=dtype), torch.zeros(2, 3, 40, 128, dtype=dtype).permute(1, 2, 0, 3)):
         gather_rows(heads, made.gather_index)
         for weight in (torch.zeros(640, 128, dtype=dtype), torch.zeros(2, 640, 128, dtype=dtype)):
-            rows, _ = gather_rows_dot(heads, made.gather_index, weight, made.target)
+            rows, _ = gather_rows_dot(heads, made.gather_index, weight, made.target, 48.0)
     gather_rows(rows, made.inverse_index)
     zero_missing_rows(rows, made.inverse_index)
     scale_rows(rows.float(), made.row_weight, rows, index=made.gather_index)

@@ -17,7 +17,7 @@ from loss_cases import Case, draw
 from ntpseg.kernels import gather_scatter
 from ntpseg.kernels.compaction import BatchLayout, find_supervised, write_rows
 from ntpseg.kernels.gather_scatter import gather_rows, gather_rows_dot, zero_missing_rows
-from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.tl_utils import INTERPRETED, LOG2E
 from ntpseg.losses import LossOptions, compaction_triton
 from ntpseg.losses.compaction import Compaction, compact
 from ntpseg.losses.compaction_triton import TritonCompaction, compact_triton
@@ -178,7 +178,8 @@ def test_logits_of_targets_in_the_pass_that_gathers(dtype: torch.dtype, per_head
     target = torch.randint(0, 7, (27,))
     source[0, 1, 2] = torch.nan  # row 5, whose target is missing at the end
     target[24:] = torch.tensor([3, -1, 7])
-    hidden, logit = gather_rows_dot(source, index, weight, target)
+    hidden, anchors = gather_rows_dot(source, index, weight, target, 48.0)
+    logit = anchors.target_logit
     assert torch.equal(hidden.isnan(), gather_rows(source, index).isnan())
     assert torch.equal(hidden.nan_to_num(), gather_rows(source, index).nan_to_num())
     chosen = weight[index % 3, target.clamp(0, 6)] if per_head else weight[target.clamp(0, 6)]
@@ -186,8 +187,11 @@ def test_logits_of_targets_in_the_pass_that_gathers(dtype: torch.dtype, per_head
     expected[24:] = 0
     torch.testing.assert_close(logit.double(), expected, rtol=1e-5, atol=2e-5, equal_nan=True)
     assert logit[24:].tolist() == [0, 0, 0]
-    none = gather_rows_dot(source, index[:0], weight, target[:0])
-    assert none[0].shape == (0, width) and none[1].shape == (0,)
+    known = ~logit.isnan()
+    assert torch.equal(anchors.anchor[known], (logit * LOG2E.value)[known])
+    assert torch.equal(anchors.limit[known], (logit + 48.0)[known])
+    none = gather_rows_dot(source, index[:0], weight, target[:0], 48.0)
+    assert none[0].shape == (0, width) and none[1].limit.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
