@@ -127,6 +127,8 @@ def launch_candidate(config: GemmConfig) -> None:
     # the rows to compute again come as a list: another variant
     every, count = torch.arange(2, dtype=torch.int32), torch.full((), 2, dtype=torch.int32)
     anchored_gemm(hidden, weight, e, anchors, block_stats, every, count, config, 1)
+    # and so is the launch before the rows are counted: no list, but their number on the device
+    anchored_gemm(hidden, weight, e, anchors, block_stats, None, count, config, 1)
 
 
 def main() -> None:
