@@ -10,14 +10,8 @@ from torch import Tensor
 from ntpseg.kernels import chunks
 from ntpseg.kernels.anchored_gemm import anchored_gemm, gemm_operands
 from ntpseg.kernels.chunks import bytes_per_row, plan_chunks, row_stride
-from ntpseg.kernels.gemm_configs import (
-    GEMM_CONFIGS,
-    ArchConfigs,
-    GemmConfig,
-    architecture,
-    configs_for,
-    persistent_grid,
-)
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, GemmConfig, architecture, persistent_grid
+from ntpseg.kernels.tuned_configs import configs_for
 from ntpseg.kernels.workspace import Anchors, BlockStats
 
 

@@ -2,17 +2,14 @@
 
 Every entry here is compiled ahead of time in the tests and checked for tensor-core instructions, spills and shared
 memory. The choices come from those compilations (no spill, largest tile that fits), not yet from timings: see
-docs/kernels.md. What `ntpseg bench tune` measured on a device goes before them (`configs_for`).
+docs/kernels.md. What `ntpseg bench tune` measured on a device goes before them (`tuned_configs.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 
 import torch
-
-from ntpseg.kernels.tuned_configs import read_choice, triton_version
 
 
 @dataclass(frozen=True)
@@ -109,23 +106,6 @@ def architecture(device: torch.device) -> str:
         return "sm_100"
     # sm_86, sm_89 and sm_120 have the instructions and the roughly 99 KiB of shared memory that the sm_80 tiles need
     return "sm_80"
-
-
-@cache
-def configs_for(device: torch.device) -> ArchConfigs:
-    """The entry of `GEMM_CONFIGS` for a device, with the forward tile that tuning chose there, if it did.
-
-    Read once a process (`ntpseg.kernels.tuned_configs` says from where); never in the interpreter. The gradient filter
-    must not use it: the tiles of its products follow the forward tile of the entry.
-
-    Raises:
-        ValueError: as `architecture`.
-    """
-    configs = GEMM_CONFIGS[architecture(device)]
-    if device.type != "cuda":
-        return configs
-    forward = read_choice(torch.cuda.get_device_name(device), triton_version())
-    return configs if forward is None else replace(configs, forward=forward)
 
 
 def persistent_grid(config: GemmConfig, num_tiles: int, device: torch.device) -> int:

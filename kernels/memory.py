@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ntpseg.kernels.chunks import plan_chunks, sum_share, workspace_bytes
-from ntpseg.kernels.gemm_configs import configs_for
+from ntpseg.kernels.tuned_configs import configs_for
 
 # "fast" where it takes at most this part of the spare memory: optimizer states and activations may be yet to come.
 SPARE_FRACTION = 0.25

@@ -11,12 +11,14 @@ import dataclasses
 import json
 import logging
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ntpseg.kernels.gemm_configs import GemmConfig
+import torch
+
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, GemmConfig, architecture
 
 FORMAT = 1
 _logger = logging.getLogger("ntpseg.kernels")
@@ -47,6 +49,23 @@ def triton_version() -> str:
         import triton
 
         return triton.__version__
+
+
+@cache
+def configs_for(device: torch.device) -> ArchConfigs:
+    """The entry of `GEMM_CONFIGS` for a device, with the forward tile that tuning chose there, if it did.
+
+    Read once a process; never in the interpreter. The gradient filter
+    must not use it: the tiles of its products follow the forward tile of the entry.
+
+    Raises:
+        ValueError: as `architecture`.
+    """
+    configs = GEMM_CONFIGS[architecture(device)]
+    if device.type != "cuda":
+        return configs
+    forward = read_choice(torch.cuda.get_device_name(device), triton_version())
+    return configs if forward is None else dataclasses.replace(configs, forward=forward)
 
 
 def read_choice(device_name: str, triton: str) -> GemmConfig | None:
@@ -113,8 +132,6 @@ def _config(values: Any) -> GemmConfig:
     Raises:
         ValueError: a field is unknown, missing, of the wrong type or no number that a tile can have.
     """
-    from ntpseg.kernels.gemm_configs import GemmConfig
-
     if not isinstance(values, dict):
         raise ValueError(f"forward must be the fields of a tile, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(GemmConfig)}

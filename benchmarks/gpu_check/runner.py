@@ -38,7 +38,9 @@ def run_step(
     log = logs / f"{name}.log"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with (
-        subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=_heed_interrupts, **pipes
+        ) as process,
         subprocess.Popen(["tee", str(log)], stdin=process.stdout) as tee,
     ):
         result = _wait(process, limit)
@@ -47,6 +49,11 @@ def run_step(
         tee.kill()  # whoever left the group still holds the pipe
     tail = log.read_text(errors="replace").splitlines()[-_TAIL:]
     return {"step": name, "seconds": round(time.monotonic() - start, 2), "result": result, "tail": tail}
+
+
+def _heed_interrupts() -> None:
+    # what a shell starts in the background ignores them, and so do its children
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:

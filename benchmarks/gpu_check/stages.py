@@ -14,7 +14,7 @@ _ENVIRONMENT = (
     "import json, subprocess; from ntpseg.environment import describe; print(json.dumps(describe(), indent=1)); "
     "print(subprocess.run(['nvidia-smi'], capture_output=True, text=True).stdout)"
 )
-_PINGPONG = "tests/gpu/test_pingpong.py"
+_PINGPONG = "tests/gpu/test_pingpong_cuda.py"
 # The four that the counts of instructions and of operand traffic speak for.
 _PROMISING = (
     "128x256x64-w8-s4-tma-flatten-sub2",

@@ -22,7 +22,7 @@ from kernel_cases import (
     truth,
 )
 
-from ntpseg.kernels import chunk_loop, chunks, matmul
+from ntpseg.kernels import chunk_loop, chunks, fused_forward, matmul
 from ntpseg.kernels.chunk_loop import LoopOptions
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import triton_backend
@@ -134,9 +134,9 @@ def test_weight_gradient_summed_in_a_split_accumulator(filtered: float, monkeypa
 def test_unaligned_rows_are_padded(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = draw_rows(width=width, dtype=dtype, scale=3.0)
     widths = []
-    launch = chunk_loop.anchored_gemm
+    launch = fused_forward.anchored_gemm
     monkeypatch.setattr(
-        chunk_loop, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
+        fused_forward, "anchored_gemm", lambda h, w, *a: widths.append((h.shape[1], w.shape[1])) or launch(h, w, *a)
     )
     assert_agrees(run(rows, weight, LossOptions()), truth(rows, weight, LossOptions()), dtype)
     assert set(widths) == {(-(-width // 8) * 8,) * 2}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ntpseg.kernels import gemm_configs, tuned_configs
-from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig, configs_for
-from ntpseg.kernels.tuned_configs import cache_file, read_choice, save_choice
+from ntpseg.kernels import tuned_configs
+from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig
+from ntpseg.kernels.tuned_configs import cache_file, configs_for, read_choice, save_choice
 
 TILE = GemmConfig(128, 128, 64, num_warps=4, num_stages=3, TMA=True, EPILOGUE_SUBTILE=2, ctas_per_sm=2)
 CARD = "NVIDIA H200"
@@ -112,7 +112,7 @@ def test_goes_before_the_table_on_its_device(monkeypatch: pytest.MonkeyPatch) ->
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
-    monkeypatch.setattr(gemm_configs, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(tuned_configs, "triton_version", lambda: "3.6.0")
     assert configs_for(device) == GEMM_CONFIGS["sm_90"]
     save_choice(CARD, "3.6.0", TILE, {})
     assert configs_for(device) == GEMM_CONFIGS["sm_90"]  # read once a process

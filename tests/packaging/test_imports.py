@@ -32,6 +32,7 @@ LAYERS = (
     ("serving",),
     ("evaluation",),
     ("training",),
+    ("cluster",),
     ("commands",),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,11 +109,11 @@ def test_falls_back_where_the_memory_is_gone(
     rows, weight = draw_rows(dtype=BF16)
     planned, allocate = [], chunk_loop._Buffers.allocate
 
-    def short_of_memory(plan: chunk_loop._Plan, result: chunk_loop.SegmentResult) -> chunk_loop._Buffers:
+    def short_of_memory(plan: chunk_loop._Plan, *arguments: Any) -> chunk_loop._Buffers:
         planned.append(plan.workspace)
         if plan.workspace == "fast":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return allocate(plan, result)
+        return allocate(plan, *arguments)
 
     monkeypatch.setattr(chunk_loop._Buffers, "allocate", short_of_memory)
     with caplog.at_level(logging.WARNING, "ntpseg.kernels"):
