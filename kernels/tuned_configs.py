@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, ArchConfigs, GemmConfig, architecture
+from ntpseg.utils import tuning_cache
 
 FORMAT = 1
 _logger = logging.getLogger("ntpseg.kernels")
@@ -34,11 +34,8 @@ _ALLOWED: dict[str, tuple[int, ...]] = {
 
 
 def cache_file() -> Path:
-    """``gemm.json`` in ``$NTPSEG_CACHE``, or in ``ntpseg`` of ``$XDG_CACHE_HOME`` (``~/.cache`` where it is unset)."""
-    folder = os.environ.get("NTPSEG_CACHE")
-    if folder:
-        return Path(folder).expanduser() / "gemm.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ntpseg" / "gemm.json"
+    """``gemm.json`` in the user's cache folder, see `ntpseg.utils.tuning_cache.cache_file`."""
+    return tuning_cache.cache_file("gemm.json")
 
 
 def triton_version() -> str:
