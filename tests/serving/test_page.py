@@ -134,6 +134,19 @@ def test_a_volume_is_scrolled_and_segmented_whole(page: Any, tmp_path: Path) -> 
     assert download.value.suggested_filename == "mask.nii.gz"
 
 
+def test_a_button_that_is_drawn_again_while_it_is_pressed_still_acts(page: Any) -> None:
+    drop(page, "x.png", png())
+    ask(page, TEXTS[0], 0)
+    page.get_by_role("button", name=f"Hide {TEXTS[0]}").hover()
+    page.mouse.down()
+    # As the masks of a slice that arrive late do.
+    page.get_by_text("Probability", exact=True).dispatch_event("click")
+    page.locator("#legend").wait_for()
+    page.wait_for_timeout(100)
+    page.mouse.up()
+    page.get_by_role("button", name=f"Show {TEXTS[0]}").wait_for(timeout=5_000)
+
+
 def test_what_cannot_be_read_is_said_and_a_phone_has_no_sideways_scroll(page: Any, wrong: list[str]) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
     page.locator("#examples button").first.wait_for()

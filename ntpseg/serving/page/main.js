@@ -15,6 +15,9 @@ let image = null;
 let sentences = [];
 let selected = null;
 let showing = 0;
+// A button of a sentence is being pressed; its list has changed since.
+let pressed = false;
+let stale = false;
 
 // ---- messages
 
@@ -103,6 +106,9 @@ async function layerOf(sentence, here, at) {
 }
 
 function render() {
+  // A button that is replaced between press and release gets no click.
+  stale = pressed;
+  if (pressed) return;
   const volume = image?.axes[0].count > 1;
   $("masks-title").hidden = !sentences.length;
   const focused = document.activeElement?.getAttribute("aria-label");
@@ -339,6 +345,14 @@ $("canvas").addEventListener("keydown", (event) => {
   event.preventDefault();
   go(Number($("slice").value) + step);
 });
+$("sentences").addEventListener("pointerdown", () => (pressed = true));
+for (const end of ["pointerup", "pointercancel", "dragend"]) {
+  addEventListener(end, () => {
+    pressed = false;
+    // After the click, which follows the release.
+    setTimeout(() => stale && render());
+  });
+}
 addEventListener("pagehide", () => image && api.forgetImage(image.id));
 
 // ---- start
