@@ -1,9 +1,11 @@
 """``attention: causal_blocks``: plain causal attention in blocks of queries, the quickest on a CPU at our lengths.
 
 PyTorch's fused CPU kernel spends most of its time outside matrix products at a few hundred tokens, its backward in
-bfloat16 above all. Plain products reach the CPU's matrix units; cutting the queries in two skips a quarter of the
-scores. It is the default for training on a CPU; anything but a causal square goes to PyTorch's kernel. Of packed rows
-each sequence is computed by itself, so that nothing is spent on what lies between two of them.
+bfloat16 above all. Plain products reach the CPU's matrix units; each block of queries skips the keys behind it. The
+backward is written out: autograd would fill a whole gradient of keys and values with zeros for every block. One sample
+at a time keeps its scores in the cache between the passes over them, and lets products read the layout of the linear
+layers without a copy. It is the default for training on a CPU; anything but a causal square goes to PyTorch's kernel.
+Of packed rows each sequence is computed by itself, so that nothing is spent on what lies between two of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NAME = "causal_blocks"
-BLOCKS = 2
+# Queries of a block, about: smaller ones skip more of the square, and their products are slower.
+BLOCK = 105
 # Longer sequences would keep too many probabilities for backward.
 MAX_TOKENS = 1024
 
@@ -27,27 +30,85 @@ def causal_blocks(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     """Causal attention, ``softmax(scale * Q K^T + causal mask) V``.
 
     Args:
-        query, key, value: ``[B, H, T, D]`` of one dtype.
+        query, key, value: ``[B, H, T, D]`` of one dtype, of any strides with D contiguous at best.
         scale: ``1 / sqrt(D)`` by default.
 
     Returns:
-        ``[B, H, T, D]``.
+        ``[B, H, T, D]``, a view of contiguous ``[B, T, H, D]``. Can be differentiated once.
     """
-    length = query.shape[2]
-    step = -(-length // BLOCKS)
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    outputs = []
-    for start in range(0, length, step):
-        stop = min(length, start + step)
-        scores = query[:, :, start:stop] @ key[:, :, :stop].transpose(-1, -2)
-        scores = scores + _mask(start, stop, scores.dtype, scores.device)
-        outputs.append(scores.softmax(-1) @ value[:, :, :stop])
-    return torch.cat(outputs, 2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return reference(query, key, value, scale=scale)
+    return _CausalBlocks.apply(query, key, value, scale)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """The same by plain operators on the whole square: what `causal_blocks` is tested against, and compilers fuse."""
+    scores = scale * (query @ key.transpose(-1, -2))
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
+
+
+class _CausalBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        samples, heads, length, _ = query.shape
+        bounds = _bounds(length)
+        out = _like(query)
+        kept = samples if any(ctx.needs_input_grad) else 1
+        blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in bounds]
+        masks = [_mask(stop - start, query.dtype, query.device) for start, stop in bounds]
+        for sample in range(samples):
+            q, k, v = query[sample], key[sample].transpose(-1, -2), value[sample]
+            for (start, stop), block, mask in zip(bounds, blocks, masks, strict=True):
+                p = block[sample if kept == samples else 0]
+                torch.baddbmm(p, q[:, start:stop], k[..., :stop], beta=0, alpha=scale, out=p)
+                p[..., start:].add_(mask)
+                torch.softmax(p, -1, out=p)
+                out[sample, :, start:stop].baddbmm_(p, v[:, :stop], beta=0)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, key, value, *blocks)
+            ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *blocks = ctx.saved_tensors
+        bounds = _bounds(query.shape[2])
+        gradients = [_like(t) for t in (query, key, value)]
+        for sample in range(len(query)):
+            q, k, v, g = query[sample], key[sample], value[sample].transpose(-1, -2), gradient[sample]
+            dq, dk, dv = (t[sample] for t in gradients)
+            # The last block has all keys: it writes what the others add to.
+            beta = 0
+            for (start, stop), block in zip(reversed(bounds), reversed(blocks), strict=True):
+                p, rows = block[sample], slice(start, stop)
+                dv[:, :stop].baddbmm_(p.transpose(-1, -2), g[:, rows], beta=beta)
+                ds = torch.bmm(g[:, rows], v[..., :stop])
+                torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+                dq[:, rows].baddbmm_(ds, k[:, :stop], beta=0, alpha=ctx.scale)
+                dk[:, :stop].baddbmm_(ds.transpose(-1, -2), q[:, rows], beta=beta, alpha=ctx.scale)
+                beta = 1
+        return gradients[0], gradients[1], gradients[2], None
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """An empty tensor ``[B, H, T, D]`` in the layout of the linear layers, contiguous ``[B, T, H, D]``."""
+    samples, heads, length, width = tensor.shape
+    return tensor.new_empty(samples, length, heads, width).transpose(1, 2)
 
 
 @lru_cache(maxsize=64)
-def _mask(start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((stop - start, stop), float("-inf"), dtype=dtype, device=device).triu(1 + start)
+def _bounds(length: int) -> list[tuple[int, int]]:
+    """First and one past the last query of each block."""
+    step = -(-length // max(1, round(length / BLOCK)))
+    return [(start, min(length, start + step)) for start in range(0, length, step)]
+
+
+@lru_cache(maxsize=64)
+def _mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _attention(

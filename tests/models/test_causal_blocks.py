@@ -10,10 +10,15 @@ from transformers import Qwen3Config, Qwen3Model
 from ntpseg.models import causal_blocks
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 301])
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 157, 158, 301, 421])
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "features apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_sdpa_with_gradients(length: int, dtype: torch.dtype) -> None:
+def test_equals_sdpa_with_gradients(length: int, layout: str, dtype: torch.dtype) -> None:
     wide = [torch.randn(2, 3, length, 16, dtype=torch.float64) for _ in range(4)]
+    if layout == "tokens first":
+        wide = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in wide]
+    elif layout == "features apart":
+        wide = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in wide]
     results = []
     for kind in (torch.float64, dtype):
         q, k, v = (t.to(kind).requires_grad_() for t in wide[:3])
@@ -25,6 +30,26 @@ def test_equals_sdpa_with_gradients(length: int, dtype: torch.dtype) -> None:
     limit = 1e-5 if dtype == torch.float32 else 3e-2
     for true, got in zip(*results):
         assert (got.double() - true).norm() <= limit * (true.norm() + 1e-9)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_equals_the_plain_operators_in_float64(scale: float | None) -> None:
+    q, k, v, g = (torch.randn(3, 2, 230, 8, dtype=torch.float64, requires_grad=i < 3) for i in range(4))
+    true = causal_blocks.reference(q, k, v, scale=scale or 8**-0.5)
+    got = causal_blocks.causal_blocks(q, k, v, scale=scale)
+    assert torch.allclose(got, true, rtol=1e-12, atol=1e-12)
+    pairs = zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(true, (q, k, v), g), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in pairs)
+    with torch.no_grad():
+        assert torch.equal(causal_blocks.causal_blocks(q, k, v, scale=scale), got)
+
+
+def test_gradients_of_some_inputs_alone() -> None:
+    q, k, v = (torch.randn(2, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    v.requires_grad_()
+    causal_blocks.causal_blocks(q, k, v).sum().backward()
+    expected = torch.autograd.grad(causal_blocks.reference(q, k, v, scale=0.5).sum(), v)[0]
+    assert v.grad is not None and torch.allclose(v.grad, expected)
 
 
 def decoders() -> list[Qwen3Model]:
