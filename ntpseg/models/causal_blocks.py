@@ -4,8 +4,9 @@ PyTorch's fused CPU kernel spends most of its time outside matrix products at a 
 bfloat16 above all. Plain products reach the CPU's matrix units; each block of queries skips the keys behind it. The
 backward is written out: autograd would fill a whole gradient of keys and values with zeros for every block. One sample
 at a time keeps its scores in the cache between the passes over them, and lets products read the layout of the linear
-layers without a copy. It is the default for training on a CPU; anything but a causal square goes to PyTorch's kernel.
-Of packed rows each sequence is computed by itself, so that nothing is spent on what lies between two of them.
+layers without a copy. It is the default for training on a CPU; anything but a causal square of middle length goes to
+PyTorch's kernel. Of packed rows each sequence is computed by itself, so that nothing is spent on what lies between two
+of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 NAME = "causal_blocks"
 # Queries of a block, about: smaller ones skip more of the square, and their products are slower.
 BLOCK = 105
-# Longer sequences would keep too many probabilities for backward.
+# Below, PyTorch's kernel costs less than the many small operators; above, too many probabilities are kept for backward.
+MIN_TOKENS = 96
 MAX_TOKENS = 1024
 
 
@@ -155,7 +157,7 @@ def _one(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
     square = query.shape[2] == key.shape[2]
-    if mask is None and square and 1 < query.shape[2] <= MAX_TOKENS and not dropout:
+    if mask is None and square and MIN_TOKENS <= query.shape[2] <= MAX_TOKENS and not dropout:
         return causal_blocks(query, key, value, scale=scaling)
     causal = mask is None and query.shape[2] > 1
     return F.scaled_dot_product_attention(

@@ -30,6 +30,7 @@ from ntpseg.models.packing import PackedRows, packed_arguments
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
+from ntpseg.models.rotary import replace_rotary
 from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
@@ -105,6 +106,7 @@ class NTPSegModel(PreTrainedModel):
         # The plain constructor: `from_config` would partition this sub-model alone under ZeRO-3.
         self.backbone = cast(Any, MODEL_MAPPING[type(text)])(text)
         replace_norms(self.backbone)
+        replace_rotary(self.backbone)
         self.heads = NextKHeads(config.hidden_size, config.vocab_size, config.num_heads_k)
         self.grid = None
         if config.grid_positions:

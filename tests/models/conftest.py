@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntpseg.models import NTPSegModel, preset_config
+from ntpseg.models import NTPSegModel, causal_blocks, preset_config
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.vocabulary import Vocabulary
 
@@ -21,6 +21,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+@pytest.fixture(autouse=True)
+def blocks_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequences here are shorter than those that block attention is chosen for."""
+    monkeypatch.setattr(causal_blocks, "MIN_TOKENS", 2)
 
 
 @pytest.fixture
