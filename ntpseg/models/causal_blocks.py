@@ -11,6 +11,7 @@ of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -40,7 +41,7 @@ def causal_blocks(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
-        return reference(query, key, value, scale=scale)
+        return _operator(query, key, value, scale)[0].transpose(1, 2)
     return _CausalBlocks.apply(query, key, value, scale)
 
 
@@ -51,48 +52,108 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Ten
     return scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
 
 
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """The result, and the probabilities of each block ``[B or 1, H, rows, columns]``, of one sample if not `keep`."""
+    samples, heads, length, _ = query.shape
+    bounds = _bounds(length)
+    out = _like(query)
+    kept = samples if keep else 1
+    blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in bounds]
+    masks = [_mask(stop - start, query.dtype, query.device) for start, stop in bounds]
+    for sample in range(samples):
+        q, k, v = query[sample], key[sample].transpose(-1, -2), value[sample]
+        for (start, stop), block, mask in zip(bounds, blocks, masks, strict=True):
+            p = block[sample if keep else 0]
+            torch.baddbmm(p, q[:, start:stop], k[..., :stop], beta=0, alpha=scale, out=p)
+            p[..., start:].add_(mask)
+            torch.softmax(p, -1, out=p)
+            out[sample, :, start:stop].baddbmm_(p, v[:, :stop], beta=0)
+    return out, blocks
+
+
+def _backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Tensor], scale: float
+) -> list[Tensor]:
+    """Gradients of queries, keys and values, from those of the result and the probabilities of `_forward`."""
+    bounds = _bounds(query.shape[2])
+    gradients = [_like(t) for t in (query, key, value)]
+    for sample in range(len(query)):
+        q, k, v, g = query[sample], key[sample], value[sample].transpose(-1, -2), gradient[sample]
+        dq, dk, dv = (t[sample] for t in gradients)
+        # The last block has all keys: it writes what the others add to.
+        beta = 0
+        for (start, stop), block in zip(reversed(bounds), reversed(blocks), strict=True):
+            p, rows = block[sample], slice(start, stop)
+            dv[:, :stop].baddbmm_(p.transpose(-1, -2), g[:, rows], beta=beta)
+            ds = torch.bmm(g[:, rows], v[..., :stop])
+            torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+            dq[:, rows].baddbmm_(ds, k[:, :stop], beta=0, alpha=scale)
+            dk[:, :stop].baddbmm_(ds.transpose(-1, -2), q[:, rows], beta=beta, alpha=scale)
+            beta = 1
+    return gradients
+
+
 class _CausalBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        samples, heads, length, _ = query.shape
-        bounds = _bounds(length)
-        out = _like(query)
-        kept = samples if any(ctx.needs_input_grad) else 1
-        blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in bounds]
-        masks = [_mask(stop - start, query.dtype, query.device) for start, stop in bounds]
-        for sample in range(samples):
-            q, k, v = query[sample], key[sample].transpose(-1, -2), value[sample]
-            for (start, stop), block, mask in zip(bounds, blocks, masks, strict=True):
-                p = block[sample if kept == samples else 0]
-                torch.baddbmm(p, q[:, start:stop], k[..., :stop], beta=0, alpha=scale, out=p)
-                p[..., start:].add_(mask)
-                torch.softmax(p, -1, out=p)
-                out[sample, :, start:stop].baddbmm_(p, v[:, :stop], beta=0)
-        if any(ctx.needs_input_grad):
+        keep = any(ctx.needs_input_grad)
+        out, blocks = _forward(query, key, value, scale, keep=keep)
+        if keep:
             ctx.save_for_backward(query, key, value, *blocks)
             ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *blocks = ctx.saved_tensors
-        bounds = _bounds(query.shape[2])
-        gradients = [_like(t) for t in (query, key, value)]
-        for sample in range(len(query)):
-            q, k, v, g = query[sample], key[sample], value[sample].transpose(-1, -2), gradient[sample]
-            dq, dk, dv = (t[sample] for t in gradients)
-            # The last block has all keys: it writes what the others add to.
-            beta = 0
-            for (start, stop), block in zip(reversed(bounds), reversed(blocks), strict=True):
-                p, rows = block[sample], slice(start, stop)
-                dv[:, :stop].baddbmm_(p.transpose(-1, -2), g[:, rows], beta=beta)
-                ds = torch.bmm(g[:, rows], v[..., :stop])
-                torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
-                dq[:, rows].baddbmm_(ds, k[:, :stop], beta=0, alpha=ctx.scale)
-                dk[:, :stop].baddbmm_(ds.transpose(-1, -2), q[:, rows], beta=beta, alpha=ctx.scale)
-                beta = 1
-        return gradients[0], gradients[1], gradients[2], None
+        return (*_backward(gradient, query, key, value, blocks, ctx.scale), None)
+
+
+# The same as operators, which torch.compile takes as they are: traced, the loops would be unrolled sample by sample.
+@torch.library.custom_op("ntpseg::causal_blocks", mutates_args=())
+def _operator(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, blocks = _forward(query, key, value, scale, keep=True)
+    return out.transpose(1, 2), torch.cat([block.flatten() for block in blocks])
+
+
+@_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    samples, heads, length, _ = query.shape
+    count = sum((stop - start) * stop for start, stop in _bounds(length))
+    return _like(query).transpose(1, 2), query.new_empty(samples * heads * count)
+
+
+@torch.library.custom_op("ntpseg::causal_blocks_backward", mutates_args=())
+def _operator_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, heads, length, _ = query.shape
+    shapes = [(samples, heads, stop - start, stop) for start, stop in _bounds(length)]
+    parts = probabilities.split([math.prod(shape) for shape in shapes])
+    blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    dq, dk, dv = _backward(gradient.transpose(1, 2), query, key, value, blocks, scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@_operator_backward.register_fake
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(query).transpose(1, 2), _like(key).transpose(1, 2), _like(value).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    found = _operator_backward(gradient, *ctx.saved_tensors, ctx.scale)
+    return (*(t.transpose(1, 2) for t in found), None)
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -101,7 +162,6 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(samples, length, heads, width).transpose(1, 2)
 
 
-@lru_cache(maxsize=64)
 def _bounds(length: int) -> list[tuple[int, int]]:
     """First and one past the last query of each block."""
     step = -(-length // max(1, round(length / BLOCK)))

@@ -44,6 +44,22 @@ def test_equals_the_plain_operators_in_float64(scale: float | None) -> None:
         assert torch.equal(causal_blocks.causal_blocks(q, k, v, scale=scale), got)
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_compiled_without_a_graph_break(tokens_first: bool) -> None:
+    tensors = [torch.randn(2, 3, 230, 8, dtype=torch.float64) for _ in range(4)]
+    if tokens_first:
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    q, k, v, g = tensors
+    compiled = torch.compile(lambda *a: causal_blocks.causal_blocks(*a) * 2, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (lambda *a: causal_blocks.reference(*a, scale=8**-0.5) * 2, compiled):
+        inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        out = function(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, g)])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-11) for a, b in zip(*results, strict=True))
+    torch.library.opcheck(causal_blocks._operator, (*(t.requires_grad_() for t in (q, k, v)), 0.3))
+
+
 def test_gradients_of_some_inputs_alone() -> None:
     q, k, v = (torch.randn(2, 2, 9, 4, dtype=torch.float64) for _ in range(3))
     v.requires_grad_()
