@@ -52,23 +52,28 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Ten
     return scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """The result, and the probabilities of each block ``[B or 1, H, rows, columns]``, of one sample if not `keep`."""
-    samples, heads, length, _ = query.shape
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: list[Tensor]) -> Tensor:
+    """The result; the probabilities are left in `blocks`, which hold all samples or one for all."""
+    samples, _, length, _ = query.shape
     bounds = _bounds(length)
     out = _like(query)
-    kept = samples if keep else 1
-    blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in bounds]
     masks = [_mask(stop - start, query.dtype, query.device) for start, stop in bounds]
     for sample in range(samples):
         q, k, v = query[sample], key[sample].transpose(-1, -2), value[sample]
         for (start, stop), block, mask in zip(bounds, blocks, masks, strict=True):
-            p = block[sample if keep else 0]
+            p = block[sample if len(block) == samples else 0]
             torch.baddbmm(p, q[:, start:stop], k[..., :stop], beta=0, alpha=scale, out=p)
             p[..., start:].add_(mask)
             torch.softmax(p, -1, out=p)
             out[sample, :, start:stop].baddbmm_(p, v[:, :stop], beta=0)
-    return out, blocks
+    return out
+
+
+def _probabilities(samples: int, heads: int, storage: Tensor, length: int) -> list[Tensor]:
+    """Probabilities of each block ``[samples, H, rows, columns]``, views of the beginning of `storage`."""
+    shapes = [(samples, heads, stop - start, stop) for start, stop in _bounds(length)]
+    parts = storage[: sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _backward(
@@ -97,7 +102,10 @@ class _CausalBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keep = any(ctx.needs_input_grad)
-        out, blocks = _forward(query, key, value, scale, keep=keep)
+        samples, heads, length, _ = query.shape
+        kept = samples if keep else 1
+        blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in _bounds(length)]
+        out = _forward(query, key, value, scale, blocks)
         if keep:
             ctx.save_for_backward(query, key, value, *blocks)
             ctx.scale = scale
@@ -113,15 +121,17 @@ class _CausalBlocks(torch.autograd.Function):
 # The same as operators, which torch.compile takes as they are: traced, the loops would be unrolled sample by sample.
 @torch.library.custom_op("ntpseg::causal_blocks", mutates_args=())
 def _operator(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, blocks = _forward(query, key, value, scale, keep=True)
-    return out.transpose(1, 2), torch.cat([block.flatten() for block in blocks])
+    samples, heads, length, _ = query.shape
+    storage = query.new_empty(samples * heads * length * length)
+    out = _forward(query, key, value, scale, _probabilities(samples, heads, storage, length))
+    return out.transpose(1, 2), storage
 
 
 @_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     samples, heads, length, _ = query.shape
-    count = sum((stop - start) * stop for start, stop in _bounds(length))
-    return _like(query).transpose(1, 2), query.new_empty(samples * heads * count)
+    # The whole squares: what the blocks need of them would be another program for every length.
+    return _like(query).transpose(1, 2), query.new_empty(samples * heads * length * length)
 
 
 @torch.library.custom_op("ntpseg::causal_blocks_backward", mutates_args=())
@@ -129,9 +139,7 @@ def _operator_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     samples, heads, length, _ = query.shape
-    shapes = [(samples, heads, stop - start, stop) for start, stop in _bounds(length)]
-    parts = probabilities.split([math.prod(shape) for shape in shapes])
-    blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    blocks = _probabilities(samples, heads, probabilities, length)
     dq, dk, dv = _backward(gradient.transpose(1, 2), query, key, value, blocks, scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

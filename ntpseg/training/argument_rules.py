@@ -77,7 +77,7 @@ def _member(enumeration: str) -> Check:
     return check
 
 
-def _bf16(name: str, value: Any) -> None:
+def _auto_or_switch(name: str, value: Any) -> None:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError(f"{name} must be auto, true or false, got {shown(value)}")
 
@@ -109,14 +109,14 @@ ACCEPTED: dict[str, Check] = {
     "adam_beta2": _fraction,
     "adam_epsilon": number(0),
     "max_grad_norm": number(0),
-    "bf16": _bf16,
+    "bf16": _auto_or_switch,
     "fp16": _switch,
     "tf32": optional(_switch),
     "activation_checkpointing": optional(_switch),
     "activation_checkpointing_kwargs": _mapping,
     "gradient_checkpointing": optional(_switch),
     "gradient_checkpointing_kwargs": _mapping,
-    "torch_compile": _switch,
+    "torch_compile": _auto_or_switch,
     "torch_compile_backend": optional(_text),
     "torch_compile_mode": optional(_text),
     "neftune_noise_alpha": optional(number(0)),

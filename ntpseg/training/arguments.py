@@ -58,6 +58,8 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
     # YAML reads a bare `no` as False.
     fields |= {k: "no" for k, v in fields.items() if k.endswith("_strategy") and v is False}
     fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)
+    # By the run's own measurement, see `ntpseg.training.compilation`.
+    fields |= {"torch_compile": False} if fields.get("torch_compile") == "auto" else {}
     if not torch.cuda.is_available():
         fields |= {"use_cpu": True, "dataloader_pin_memory": False}
     zero = deepspeed_config(config.deepspeed)

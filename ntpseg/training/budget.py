@@ -53,6 +53,10 @@ class TimeBudget(TrainerCallback):
     def _clock(self) -> float:
         return 0.0 if self.started is None else (self.now() - self.started) / self.seconds
 
+    def left(self, step: int, seconds: float) -> float:
+        """Seconds that training may still take after `step` steps, if each takes so many."""
+        return min((1.0 - self._clock()) * self.seconds, (self.max_steps - step) * seconds)
+
     def factor(self, step: int) -> float:
         """The learning rate after `step` steps over its peak."""
         cosine = 0.5 * (1.0 + math.cos(math.pi * self.fraction(step)))

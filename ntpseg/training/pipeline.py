@@ -139,6 +139,13 @@ def make_trainer(
         else FreeRunningDice.from_prepared(prepared, default_decoding(config), image_tokens=prompt_has_codes(config)),
         callbacks=[JsonLog(run), RunTensorBoard(run)],
     )
+    if config.training.get("torch_compile") == "auto":
+        from ntpseg.training.compilation import CompileWherePays
+
+        if trainer.shares_weights:
+            print("torch.compile: not used, its layers' weights are shared out among ranks", file=sys.stderr)
+        else:
+            trainer.add_callback(CompileWherePays(trainer.model, budget=trainer.budget))
     if steps := config.training.get("profile_steps"):
         trainer.add_callback(ProfileSteps(run, steps, trainer.throughput.pause))
     for plain in (PrinterCallback, ProgressCallback):
