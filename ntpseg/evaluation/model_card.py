@@ -8,7 +8,7 @@ from typing import Any
 
 from ntpseg import __version__
 from ntpseg.evaluation.run_directory import splits
-from ntpseg.evaluation.tables import metric_rows
+from ntpseg.evaluation.tables import calibration_rows, metric_rows
 
 
 def model_card(run: Path, title: str, license_name: str, data: str) -> str:
@@ -83,4 +83,19 @@ def _table(name: str, summary: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         *rows,
         "",
+        *_calibration(summary),
     ]
+
+
+def _calibration(summary: dict[str, Any]) -> list[str]:
+    """How far the probabilities of an evaluation can be trusted."""
+    rows = calibration_rows(summary)
+    if not rows:
+        return []
+    temperature = summary["calibration"]["calibrated"]["temperature"]
+    words = "Probabilities of pixels against their truth"
+    if temperature == 1:
+        return [f"{words}:", "", "| | |", "|---|---|", *(f"| {name} | {figure} |" for name, figure, _ in rows), ""]
+    table = [f"| {name} | {before} | {after} |" for name, before, after in rows]
+    head = f"| | temperature 1 | temperature {temperature:g} |"
+    return [f"{words}; the temperature was fitted on validation:", "", head, "|---|---|---|", *table, ""]

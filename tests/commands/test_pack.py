@@ -49,6 +49,7 @@ def test_the_card_names_licence_data_and_scores(packed: Path) -> None:
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     for words in ("# Squares", "Squares on noise, by the tests.", "The test split, 4 images", "| Dice |", "Limits"):
         assert words in card
+    assert "| ECE, all pixels |" in card
 
 
 def test_equal_content_gives_equal_bytes(packed: Path, tmp_path: Path) -> None:
