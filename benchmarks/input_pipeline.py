@@ -98,8 +98,8 @@ def waiting(data: Path, preset: str, workers: list[int], steps: int, rounds: int
                 words = [f"{name}={value}" for name, value in settings.items()]
                 command = [sys.executable, "-m", "ntpseg.cli", "train", preset, *words, "--overwrite"]
                 subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                logs = map(json.loads, (run / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines())
-                found[count] += [log for log in logs if "data_wait_share" in log][1:]
+                lines = map(json.loads, (run / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines())
+                found[count] += [log for log in lines if "data_wait_share" in log][1:]
     rows = []
     for count, logs in found.items():
         row: dict[str, Any] = {"preset": preset, "workers": count, "logs": len(logs)}
