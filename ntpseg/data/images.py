@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ntpseg.data.pixels import StrPath, medical_pixels, open_pixels
-from ntpseg.data.shards.files import as_path
+from ntpseg.data.shards.paths import as_path
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ntpseg.data.shards.files import PackedFile, as_path
+from ntpseg.data.shards.files import PackedFile
+from ntpseg.data.shards.paths import as_path
 
 if TYPE_CHECKING:
     from ntpseg.volumes.volume import Volume

@@ -199,7 +199,9 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
     packed = packed_of(config)
 
     def cache(split: str, key: str) -> Source:
-        found = None if packed is None or split not in packed.splits else streamed(config, packed, split, vision, text)
+        found: Source | None = None
+        if packed is not None and split in packed.splits:
+            found = streamed(config, packed, split, vision, text)
         if found is None:
             kind = TokenCache if config.model.front_end == "codes" else PixelCache
             try:

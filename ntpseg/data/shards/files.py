@@ -114,10 +114,5 @@ class PackedFile(type(Path())):  # type: ignore[misc]  # the path class of this 
             return path
 
 
-def as_path(path: str | os.PathLike[str]) -> Path:
-    """`path` as a `Path`; one that is a path already keeps its class."""
-    return path if isinstance(path, Path) else Path(path)
-
-
 def _restore(split: PackedSplit, row: int, part: str) -> PackedFile:
     return split.file(row, part)

@@ -276,9 +276,10 @@ def _copy_folder(root: str) -> Path:
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(root: str) -> PackedSet:
+def opened(root: str) -> PackedSet:
+    """`open_packed`, which this process does once for a folder or URL."""
     return open_packed(root)
 
 
 def _restore(root: str, name: str) -> PackedSplit:
-    return _opened(root).splits[name]
+    return opened(root).splits[name]
