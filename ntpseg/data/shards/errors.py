@@ -12,3 +12,7 @@ class ShardError(ValueError):
 
     def __str__(self) -> str:
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class MissingFile(ShardError):
+    """A file is not there."""

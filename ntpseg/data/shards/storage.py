@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ntpseg.data.shards.errors import ShardError
+from ntpseg.data.shards.errors import MissingFile, ShardError
 
 Result = TypeVar("Result")
 
@@ -113,8 +113,8 @@ class Storage(ABC):
                 file.write(self.read_many([Range(name, start, min(_CHUNK, size - start))])[0])
         return target
 
-    def _missing(self, name: str) -> ShardError:
-        return ShardError(f"{self.where(name)} must be a file of the packed data set, got no such file; {_RENEW}")
+    def _missing(self, name: str) -> MissingFile:
+        return MissingFile(f"{self.where(name)} must be a file of the packed data set, got no such file; {_RENEW}")
 
 
 class LocalStorage(Storage):
@@ -189,7 +189,12 @@ class RemoteStorage(Storage):
 
     def exists(self, name: str) -> bool:
         fs, root = self._system()
-        return bool(self._tried(name, lambda: fs.exists(f"{root}/{name}")))
+        try:
+            # Not `fs.exists`, which of HTTP says no to whatever goes wrong.
+            self._tried(name, lambda: fs.info(f"{root}/{name}"))
+        except MissingFile:
+            return False
+        return True
 
     def size(self, name: str) -> int:
         fs, root = self._system()
@@ -215,8 +220,8 @@ class RemoteStorage(Storage):
             failed = []
             for i, content in zip(left, found):
                 results[i] = content
-                if isinstance(content, FileNotFoundError):
-                    raise self._missing(ranges[i].name) from None
+                if _is_missing(content):
+                    raise self._missing(ranges[i].name)
                 if isinstance(content, BaseException):
                     failed.append(i)
                 elif len(content) > ranges[i].size:
@@ -263,9 +268,9 @@ class RemoteStorage(Storage):
         for wait in (*WAITS, None):
             try:
                 return action()
-            except FileNotFoundError:
-                raise self._missing(name) from None
             except Exception as error:  # any of a transport's own
+                if _is_missing(error):
+                    raise self._missing(name) from error
                 if wait is None:
                     raise self._failed(name, error) from error
                 time.sleep(wait)
@@ -277,3 +282,11 @@ class RemoteStorage(Storage):
             f"{self.where(name)} must be readable, got in {len(WAITS) + 1} tries: {reason}; check the server, the "
             "network and the rights"
         )
+
+
+def _is_missing(error: object) -> bool:
+    """Whether a file is not there: `FileNotFoundError`, unless fsspec made it of a refused connection or a 503."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)
