@@ -8,11 +8,21 @@ the number of ranks and of workers.
 
 from __future__ import annotations
 
-from ntpseg.data.shards.errors import ShardError
-from ntpseg.data.shards.files import PackedFile
-from ntpseg.data.shards.manifest import PackedManifest, TokenLayout
-from ntpseg.data.shards.reading import PackedSet, PackedSplit, is_packed, open_packed
-from ntpseg.data.shards.storage import dataset_url
+from typing import TYPE_CHECKING
+
+from ntpseg.utils.lazy import lazy_exports
+
+_EXPORTS = {
+    "PackedFile": "ntpseg.data.shards.files",
+    "PackedManifest": "ntpseg.data.shards.manifest",
+    "PackedSet": "ntpseg.data.shards.reading",
+    "PackedSplit": "ntpseg.data.shards.reading",
+    "ShardError": "ntpseg.data.shards.errors",
+    "TokenLayout": "ntpseg.data.shards.manifest",
+    "dataset_url": "ntpseg.data.shards.storage",
+    "is_packed": "ntpseg.data.shards.storage",
+    "open_packed": "ntpseg.data.shards.reading",
+}
 
 __all__ = [
     "PackedFile",
@@ -25,3 +35,16 @@ __all__ = [
     "is_packed",
     "open_packed",
 ]
+
+__getattr__ = lazy_exports(__name__, _EXPORTS)
+
+if TYPE_CHECKING:
+    from ntpseg.data.shards.errors import ShardError as ShardError
+    from ntpseg.data.shards.files import PackedFile as PackedFile
+    from ntpseg.data.shards.manifest import PackedManifest as PackedManifest
+    from ntpseg.data.shards.manifest import TokenLayout as TokenLayout
+    from ntpseg.data.shards.reading import PackedSet as PackedSet
+    from ntpseg.data.shards.reading import PackedSplit as PackedSplit
+    from ntpseg.data.shards.reading import open_packed as open_packed
+    from ntpseg.data.shards.storage import dataset_url as dataset_url
+    from ntpseg.data.shards.storage import is_packed as is_packed

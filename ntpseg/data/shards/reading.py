@@ -20,7 +20,7 @@ from ntpseg.data.shards.errors import ShardError
 from ntpseg.data.shards.files import PackedFile
 from ntpseg.data.shards.index import open_index
 from ntpseg.data.shards.manifest import PACKED, TOKENIZERS, PackedManifest, SplitManifest, TokenLayout
-from ntpseg.data.shards.storage import LocalStorage, Range, Storage, dataset_url, open_storage
+from ntpseg.data.shards.storage import LocalStorage, Range, Storage, open_storage
 
 # Bytes that were read last, which checks and decoders ask for more than once.
 _RECENT = 2**26
@@ -247,11 +247,6 @@ class PackedSet:
             path = self.storage.local(f"{TOKENIZERS}/{name}", lambda: _copy_folder(self.root))
             path = path.parents[name.count("/")]
         return path
-
-
-def is_packed(path: str | PathLike[str]) -> bool:
-    """Whether `path` is a packed data set: a folder with ``packed.json``, or any URL."""
-    return dataset_url(path) is not None or open_storage(path).exists(PACKED)
 
 
 def open_packed(path: str | PathLike[str]) -> PackedSet:

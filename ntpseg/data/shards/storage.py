@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ntpseg.data.shards.errors import MissingFile, ShardError
+from ntpseg.data.shards.manifest import PACKED
 
 Result = TypeVar("Result")
 
@@ -57,6 +58,11 @@ def open_storage(path: str | PathLike[str]) -> Storage:
     found = _URL.fullmatch(os.fspath(path))
     is_file_url = found is not None and found[1].lower() == "file" and not os.path.exists(path)
     return LocalStorage(Path("/" + found[2]) if found is not None and is_file_url else Path(path).expanduser())
+
+
+def is_packed(path: str | PathLike[str]) -> bool:
+    """Whether `path` is a packed data set: a folder with ``packed.json``, or any URL."""
+    return dataset_url(path) is not None or open_storage(path).exists(PACKED)
 
 
 class Storage(ABC):
