@@ -30,7 +30,7 @@ from ntpseg.tokenizers.pixel_cache import PixelCache
 from ntpseg.tokenizers.preprocess import preprocess
 from ntpseg.utils.files import write_csv, write_json
 
-SIDE, SIZE, DECODED = 512, 128, 64
+SIDE, SIZE, DECODED = 512, 128, 24
 FORMATS = ("parquet", "webdataset")
 _CHUNK = 2**20
 
