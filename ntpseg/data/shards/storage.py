@@ -147,10 +147,18 @@ class LocalStorage(Storage):
         return self._named(name, lambda: (self._folder / name).stat().st_size)
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes]:
+        if len(ranges) > 1 and hasattr(os, "posix_fadvise"):
+            # The disk gets the whole batch at once, in place of one request after the other.
+            for wanted in ranges:
+                self._named(wanted.name, lambda r=wanted: self._announce(r))  # type: ignore[misc]
         return [self._named(r.name, lambda r=r: self._read(r)) for r in ranges]  # type: ignore[misc]
 
     def local(self, name: str, folder: Callable[[], Path]) -> Path:
         return self._folder / name
+
+    def _announce(self, wanted: Range) -> None:
+        file = self._file(wanted.name)
+        os.posix_fadvise(file.fileno(), wanted.start, wanted.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, wanted: Range) -> bytes:
         file = self._file(wanted.name)
