@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77,<81" wheel ninja
 	$(BIN)/pip install -q $(TORCH_INDEX) torch==$(TORCH)
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev,demo,medical,coco,serve,triton,deepspeed]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,demo,medical,coco,serve,streaming,triton,deepspeed]"
 	touch $@
 
 demo: install ## train, evaluate and report on the chest CT, or on DATA=DIR

@@ -1,4 +1,4 @@
-"""The ``ntpseg data`` commands: check a data set, count it, write the CT demo."""
+"""The ``ntpseg data`` commands: check a data set, count it, pack it, write the CT demo."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ntpseg.commands.data_pack import pack
 from ntpseg.commands.options import Layout, MaskValue, choices
 from ntpseg.importers import IMPORTERS
 
-data = typer.Typer(name="data", help="Check and count data sets, write the chest CT demo.", no_args_is_help=True)
+data = typer.Typer(name="data", help="Check, count and pack data sets, write the chest CT demo.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the data set, or a manifest file.", show_default=False)]
 KeepEmpty = Annotated[bool, typer.Option("--keep-empty", help="Cases without a finding are no fault.")]
@@ -18,6 +19,7 @@ KeepEmpty = Annotated[bool, typer.Option("--keep-empty", help="Cases without a f
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to `app`."""
+    data.command()(pack)
     app.add_typer(data)
 
 
@@ -201,9 +203,12 @@ def _fractions(text: str) -> tuple[float, float, float]:
 
 def _is_raw(path: Path) -> bool:
     """Whether files of scanners are all that is there: neither a layout of a data set nor a table."""
+    from ntpseg.data.shards import is_packed
     from ntpseg.volumes.overview import holds_raw
 
     tables = (".csv", ".tsv", ".xlsx", ".jsonl")
+    if is_packed(path):
+        return False
     if path.is_file():
         return path.suffix.lower() not in tables and holds_raw(path)
     has_table = any(file.suffix.lower() in tables for file in path.rglob("*")) if path.is_dir() else True

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ntpseg.data.pixels import StrPath, medical_pixels, open_pixels
+from ntpseg.data.shards.paths import as_path
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
 
@@ -68,7 +69,7 @@ def read_image(path: StrPath) -> np.ndarray:
 
 def read_windowed(path: StrPath) -> tuple[np.ndarray, Window | None]:
     """What `read_image` returns, and the window that was used; None for an image of 8 bits."""
-    medical = medical_pixels(Path(path))
+    medical = medical_pixels(as_path(path))
     if medical is not None:
         return _displayed(path, medical)
     stored = open_pixels(path)

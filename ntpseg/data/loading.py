@@ -11,6 +11,7 @@ from ntpseg.data.layouts import LAYOUT_NAMES, LAYOUTS, Layout, Listing
 from ntpseg.data.patients import separate_patients
 from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import MaskOptions, Record
+from ntpseg.data.shards import dataset_url
 from ntpseg.utils.checks import check_choice
 
 _SEARCHED = 20  # folders for a hint
@@ -60,14 +61,18 @@ def list_dataset(path: str | PathLike[str], layout: str = "auto", masks: MaskOpt
         ValueError: `layout` is unknown, or `path` does not have it.
     """
     root = Path(path).expanduser()
-    check_choice("layout", layout, LAYOUT_NAMES)
-    if not root.exists():
-        raise FileNotFoundError(f"path must be an existing data set, got {root}")
-    listing = (detect_layout(root) if layout == "auto" else LAYOUTS[layout]).read(root)
+    listing = _layout(root, layout).read(root)
     separate_patients(listing)
     if masks is not None and masks.mask_value:
         listing.records = [r if r.mask_value else replace(r, mask_value=masks.mask_value) for r in listing.records]
     return listing
+
+
+def _layout(root: Path, name: str) -> Layout:
+    check_choice("layout", name, LAYOUT_NAMES)
+    if dataset_url(root) is None and not root.exists():
+        raise FileNotFoundError(f"path must be an existing data set, got {root}")
+    return detect_layout(root) if name == "auto" else LAYOUTS[name]
 
 
 def load_records(
@@ -108,8 +113,11 @@ def inspect_dataset(path: str | PathLike[str], layout: str = "auto", *, masks: M
     """Open every file of a data set: what can be used, what is wrong, and what is worth a look.
 
     Raises:
-        FileNotFoundError, ValueError: see `list_dataset`.
+        FileNotFoundError, ValueError: see `list_dataset`; a file of a packed set is not what was packed.
     """
+    root = Path(path).expanduser()
+    if verify := _layout(root, layout).verify:
+        verify(root)
     listing = list_dataset(path, layout, masks)
     checked = check_listing(listing, masks)
     return replace(checked, problems=listing.problems + checked.problems)

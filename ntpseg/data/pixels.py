@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ntpseg.data.shards.files import PackedFile
+from ntpseg.data.shards.paths import as_path
 
 if TYPE_CHECKING:
     from ntpseg.volumes.volume import Volume
@@ -53,10 +57,11 @@ def open_pixels(path: StrPath) -> Stored:
         FileNotFoundError: no such file.
         ValueError: it is not an image, damaged, larger than `MAX_PIXELS`, or has several pages; the message names it.
     """
-    medical = medical_pixels(Path(path))
+    path = as_path(path)
+    medical = medical_pixels(path)
     if medical is not None:
         return Stored(medical.voxels[0])
-    image, orientation = _open(Path(path))
+    image, orientation = _open(path)
     mode = image.mode
     if mode in ("L", "RGB", "F", "I") or mode.startswith("I;16"):
         stored = Stored(np.array(image), None, None, orientation)
@@ -87,6 +92,7 @@ def medical_pixels(path: Path) -> Volume | None:
 
     if not path.is_file() or kind_of(path) is None:
         return None
+    path = Path(os.fspath(path))
     if has_several_slices(path):
         raise ValueError(
             f"{path} must be a 2-D image, got a volume; slice it with ntpseg data import, or give it to ntpseg predict"
@@ -105,10 +111,16 @@ def stored_orientation(path: StrPath) -> int:
     """The EXIF orientation of a readable image file that `open_pixels` applies, 1 where there is none to apply."""
     from ntpseg.volumes.contents import kind_of
 
-    if kind_of(Path(path)) is not None:
+    path = as_path(path)
+    if kind_of(path) is not None:
         return 1
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(_opened(path), formats=FORMATS) as image:
         return _orientation(image)
+
+
+def _opened(path: Path) -> Any:
+    """What Pillow opens: a path, or the bytes of a file in a shard, of which a copy on the disk would be made else."""
+    return path.open("rb") if isinstance(path, PackedFile) else path
 
 
 def _orientation(image: Image.Image) -> int:
@@ -131,7 +143,7 @@ def _open(path: Path) -> tuple[Image.Image, int]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} must be a readable image file, got an empty one (0 bytes); copy it again")
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(_opened(path), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} must be a readable image file, got {_described(path)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

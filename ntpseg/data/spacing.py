@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ntpseg.data.records import Record
@@ -32,7 +33,7 @@ def file_pixel_mm(path: Path, size: tuple[int, int]) -> tuple[float, float] | No
     from ntpseg.volumes import AXES
     from ntpseg.volumes.reading import read_volume
 
-    volume = read_volume(path)
+    volume = read_volume(os.fspath(path))
     axis = next((axis for axis in AXES if volume.count(axis) == 1), None)
     if axis is None or not volume.header.spacing_known or volume.slice(0, axis).shape[:2] != size:
         return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntpseg.data.images import encode_png
+from ntpseg.data.shards.files import PackedFile
 from ntpseg.evaluation.metrics import COUNTS, METRICS, mm_metrics
 from ntpseg.evaluation.volumes import VolumeScore, volume_metrics
 from ntpseg.utils.files import atomic_folder, atomic_open, naming, remove_folder, write_csv, write_json
@@ -176,7 +177,8 @@ def check_result_folder(directory: Path, records: Sequence[Record], inputs: Sequ
             or is read.
     """
     check_folder("--out", directory)
-    read = [path for r in records for path in (r.image, r.mask) if path is not None]
+    # A file in a shard is no place that anything could be written to.
+    read = [p for r in records for p in (r.image, r.mask) if p is not None and not isinstance(p, PackedFile)]
     folders = [directory / name for name in ("masks", "masks_other")]
     for path in inputs:
         if path.is_dir() and same_place(directory, path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ntpseg.data.records import MaskOptions
+from ntpseg.data.shards.storage import dataset_url
 from ntpseg.utils.files import read_jsonl
 
 TRAINING_LOG = "trainer_log.jsonl"
@@ -40,7 +41,7 @@ def data_of(run: Path) -> tuple[Path, str]:
     if not path:
         raise ValueError(f"--data must name the data set where {file} has no data.path, got none")
     found = Path(str(path)).expanduser()
-    if not found.exists():
+    if dataset_url(str(path)) is None and not found.exists():
         relative = "" if found.is_absolute() else f", seen from {Path.cwd()}"
         raise ValueError(f"--data must name the data set where data.path of {file} is gone, got {found}{relative}")
     return found, str(layout or "auto")

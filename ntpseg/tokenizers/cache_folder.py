@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ntpseg.data.shards.files import PackedFile
 from ntpseg.tokenizers.preprocess import parallel_map
 from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders
 from ntpseg.utils.manifest import damage, write_manifest
@@ -91,7 +92,8 @@ def _record_digest(record: Record) -> bytes:
     digest = hashlib.sha256()
     for path in (record.image, record.mask):
         # File by file, so that no byte can move from one to the other unnoticed.
-        digest.update(hashlib.sha256(path.read_bytes() if path else b"").digest())
+        known = path.sha256 if isinstance(path, PackedFile) else None
+        digest.update(known or hashlib.sha256(path.read_bytes() if path else b"").digest())
     digest.update(record.text.encode())
     # The class of a label map, and how pixels are read: a cache of an older reading must not be taken for this one's.
     digest.update(f"{_READING} {record.mask_value}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,32 @@ if TYPE_CHECKING:
 _VERSION = 1
 
 
+class PixelSource(ABC):
+    """Pairs as front ends that read pixels get them: a `PixelCache`, or a packed data set as it is.
+
+    Attributes:
+        key: of the content; the same pairs in the same order have the same.
+    """
+
+    key: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def pair(self, index: int) -> Pair:
+        """Image, float32 [C, S, S] in [-1, 1], mask, float32 [1, S, S] in {0, 1}, and sentence of record `index`."""
+
+    def text(self, index: int) -> str:
+        """The sentence of record `index`."""
+        return self.pair(index).text
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027  # most have nothing to do
+        """Told which records will be asked for next."""
+
+
 @dataclass(frozen=True)
-class PixelCache:
+class PixelCache(PixelSource):
     """The images and masks of a data set at one size; created by `build` or `open`.
 
     Attributes:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ntpseg.data.records import check_masks
+from ntpseg.data.shards.errors import ShardError
 from ntpseg.utils.checks import check_integer
 from ntpseg.utils.progress import progress_bar
 
@@ -60,6 +61,8 @@ def preprocess(record: Record, size: int, channels: int) -> Pair:
     assert record.mask is not None
     try:
         image, mask = prepare(read_image(record.image), read_truth(record), size, channels)
+    except ShardError:
+        raise  # names its file, and stays one line where a loader's worker raises it
     except ValueError as error:
         raise ValueError(f"record {record.case!r} must have readable files, got: {error}") from error
     assert mask is not None

@@ -14,7 +14,7 @@ import torch
 from ntpseg.models.attention import AttentionUse, implementation, obstacle
 from ntpseg.models.attention_choice import CANDIDATES, AttentionChoice, choose_attention
 from ntpseg.models.presets import PRESETS
-from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.tokenizers.text import encode_text
 from ntpseg.training.arguments import DEFAULTS
 from ntpseg.training.hardware import resolve_bf16
@@ -67,13 +67,13 @@ def training_use(config: RunConfig, prepared: Prepared | None = None) -> Attenti
 def longest_sequence(prepared: Prepared) -> int:
     """Tokens of the longest of some training sequences, spread evenly over the split."""
     training, sequence = prepared.training, prepared.sequence
-    pairs = len(training) if isinstance(training, PixelCache) else len(training.image_codes)
+    pairs = len(training) if isinstance(training, PixelSource) else len(training.image_codes)
     chosen = sorted({i * pairs // _SENTENCES for i in range(_SENTENCES)})
     codes = None if sequence.image_grid is None else np.zeros(sequence.image_grid, np.int64)
     longest = 0
     for index in chosen:
-        if isinstance(training, PixelCache):
-            ids = encode_text(prepared.text, training.pair(index).text)
+        if isinstance(training, PixelSource):
+            ids = encode_text(prepared.text, training.text(index))
         else:
             ids = list(training.text_ids(index))
         longest = max(longest, len(ids))

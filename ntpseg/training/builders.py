@@ -13,7 +13,7 @@ from ntpseg.models.bundle import load_whole
 from ntpseg.models.mask_inputs import MaskInputOptions
 from ntpseg.models.pretrained_encoder import huggingface_encoder_config
 from ntpseg.models.stem import StemOptions
-from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.training.attention import training_use
 from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
@@ -58,9 +58,9 @@ def make_datasets(config: RunConfig, prepared: Prepared) -> Datasets:
 
 def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     training, validation, sequence = prepared.training, prepared.validation, prepared.sequence
-    if isinstance(training, PixelCache):
+    if isinstance(training, PixelSource):
         augmentation = augmentation_of(config)
-        assert validation is None or isinstance(validation, PixelCache)
+        assert validation is None or isinstance(validation, PixelSource)
         return Datasets(
             PixelDataset(training, augmentation, seed=config.seed),
             None if validation is None else PixelDataset(validation, seed=config.seed),
@@ -72,7 +72,7 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
                 packing=config.data.packing,
             ),
         )
-    assert not isinstance(validation, PixelCache)
+    assert not isinstance(validation, PixelSource)
     settings, loss = config.model, config.loss
     dense = loss.dice or loss.pixel or loss.soft
     cells = settings.grid_positions or settings.prefix_lm or settings.mask_inputs is not None or bool(dense)

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ntpseg.data.shards.storage import dataset_url
 from ntpseg.models.stem import FRONT_ENDS
 from ntpseg.tokenizers.vocabulary import SEQUENCE_LAYOUTS
 from ntpseg.training.config_checks import check_sections
@@ -38,7 +39,7 @@ class DataConfig:
     """The data set and what is done to it before tokenizing.
 
     Attributes:
-        path: folder or manifest; must be given.
+        path: folder or manifest, or the URL of a packed data set (`ntpseg data pack`); must be given.
         layout: see `ntpseg.data.load_records`.
         size: side S of the square that images and masks are resized to, in pixels.
         channels: 1 (grey) or 3 (RGB).
@@ -316,7 +317,7 @@ def _structured(config: RunConfig) -> DictConfig:
     plain = OmegaConf.structured(config)
     for key in _PATHS:
         value = OmegaConf.select(plain, key)
-        if value is not None:
+        if value is not None and (key != "data.path" or dataset_url(value) is None):
             path = Path(value).expanduser().absolute()
             if key in _PATHS[:3] or path.exists():
                 OmegaConf.update(plain, key, str(path))

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ntpseg.models.packing import PackedRows
+from ntpseg.tokenizers.packed import PackedTokens
 from ntpseg.tokenizers.sequence import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class TokenDataset(EpochDataset):
 
     def __len__(self) -> int:
         return len(self.cache.image_codes)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        if isinstance(self.cache, PackedTokens):
+            self.cache.prefetch([int(index) for index in indices])
+        return super().__getitems__(indices)
 
     def variant(self, index: int) -> int:
         """The variant of pair `index` in this epoch; 0 is the original."""

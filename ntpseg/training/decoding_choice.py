@@ -12,7 +12,7 @@ from ntpseg.generation.options import DecodingOptions
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle
-    from ntpseg.tokenizers.pixel_cache import PixelCache
+    from ntpseg.tokenizers.pixel_cache import PixelSource
 
 CASES = 512
 PASSES = (0, 1, 2)
@@ -51,7 +51,7 @@ class DecodingChoice:
 
 def choose_decoding(
     bundle: Bundle,
-    validation: PixelCache,
+    validation: PixelSource,
     default: DecodingOptions,
     *,
     mirrored: bool = False,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ntpseg.generation.options import DecodingOptions
-from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.tokenizers.text import encode_text
 from ntpseg.training.dataset import CodeSource
 
@@ -73,7 +73,7 @@ class FreeRunningDice:
         cache, sequence, vision = prepared.validation, prepared.sequence, prepared.vision
         if cache is None:
             return None
-        if not isinstance(cache, PixelCache):
+        if not isinstance(cache, PixelSource):
             return cls.from_tokens(cache, sequence, vision, cases, options)
         pairs = [cache.pair(i) for i in _spread(len(cache), cases)]
         pixels = np.stack([pair.image for pair in pairs])

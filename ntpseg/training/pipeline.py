@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ntpseg.generation.options import DecodingOptions
 from ntpseg.models.bundle import Bundle
-from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.attention import check_attention, run_attention
 from ntpseg.training.budget import TimeBudget
@@ -240,7 +240,7 @@ def _save(
             return
         bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
         # Where ranks share the weights, this one cannot decode alone.
-        if isinstance(prepared.validation, PixelCache) and not trainer.shares_weights:
+        if isinstance(prepared.validation, PixelSource) and not trainer.shares_weights:
             choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
             bundle.decoding = choice.options
             write_json(run / "decoding_choice.json", choice.to_dict())

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ntpseg.data import Augmentation
-    from ntpseg.tokenizers.pixel_cache import PixelCache
+    from ntpseg.tokenizers.pixel_cache import PixelSource
     from ntpseg.tokenizers.sequence import SequenceFormat
     from ntpseg.tokenizers.vision import VisionTokenizer
 
 
 class PixelDataset(EpochDataset):
-    """Images, masks and sentences of a pixel cache.
+    """Images, masks and sentences of a pixel cache or a packed data set.
 
     Args:
         cache: the pixels.
@@ -29,12 +29,16 @@ class PixelDataset(EpochDataset):
         seed: of the augmentation.
     """
 
-    def __init__(self, cache: PixelCache, augmentation: Augmentation | None = None, *, seed: int = 0) -> None:
+    def __init__(self, cache: PixelSource, augmentation: Augmentation | None = None, *, seed: int = 0) -> None:
         super().__init__(seed)
         self.cache, self.augmentation = cache, augmentation
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        self.cache.prefetch([int(index) for index in indices])
+        return super().__getitems__(indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, mask, text = self.cache.pair(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,29 +15,35 @@ from ntpseg.data.checks import Checked
 from ntpseg.data.loading import require_usable
 from ntpseg.data.problems import Problem, summary
 from ntpseg.data.records import check_mask_value
+from ntpseg.data.shards import PackedSplit
 from ntpseg.models.volume_input import VolumeInput
 from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
 from ntpseg.tokenizers.compact import CompactVQOptions
 from ntpseg.tokenizers.compact_training import train_compact_vq
-from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.tokenizers.packed import PackedTokens
+from ntpseg.tokenizers.pixel_cache import PixelCache, PixelSource
 from ntpseg.tokenizers.preprocess import stack_pairs
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
+from ntpseg.training.packed_data import check_packed, packed_of, packed_tokenizers, streamed
 from ntpseg.training.same_data import in_stored_order, write_data
-from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling, write_sampling
+from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling, write_sampling, write_sampling_rows
 from ntpseg.utils.files import write_json, write_jsonl
 from ntpseg.utils.manifest import check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ntpseg.data.shards import PackedSet
     from ntpseg.volumes import Axis
 
 PREPARED = "prepared.json"
+# What training reads pairs from.
+Source = TokenCache | PackedTokens | PixelSource
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Prepared:
         text: the text tokenizer.
         vision: the vision tokenizer.
         sequence: the format of sequences.
-        training: the training split: tokens or, for front ends that read pixels, pixels.
+        training: the training split: tokens or, for front ends that read pixels, pixels; of a packed data set those
+            that are in it, as far as they fit.
         validation: the validation split; None where the data set has none.
         sampling: which training pairs an epoch visits; None: all.
         volume: axis and window of the training split's slices, see `volume_input`.
@@ -57,8 +64,8 @@ class Prepared:
     text: PreTrainedTokenizerBase
     vision: VisionTokenizer
     sequence: SequenceFormat
-    training: TokenCache | PixelCache
-    validation: TokenCache | PixelCache | None
+    training: Source
+    validation: Source | None
     sampling: SliceSampling | None = None
     volume: VolumeInput = field(default_factory=VolumeInput)
 
@@ -66,7 +73,8 @@ class Prepared:
 def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepared:
     """Prepare a run, or open what an earlier call prepared in `run`; a damaged cache is built again.
 
-    Tokenizers go to ``run/tokenizers``, tokens to ``run/cache`` (or ``data.cache``).
+    Tokenizers go to ``run/tokenizers``, tokens to ``run/cache`` (or ``data.cache``). A packed data set was checked when
+    it was packed: pixels, and the tokens that it was packed with, are read from it as training goes.
 
     Raises:
         DataProblems: the data set is not in order and ``data.skip_bad`` is False.
@@ -76,32 +84,31 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     if done.is_file():
         return _open(config, run, _read_keys(done), progress)
     write_data(config, run)
-    records = _records(config, run)
-    training = [r for r in records if r.split == "train"]
-    validation = [r for r in records if r.split == "val"]
+    packed = packed_of(config)
+    training: Sequence[Record]
+    validation: Sequence[Record]
+    text: PreTrainedTokenizerBase | None = None
+    vision: VisionTokenizer | None = None
+    if packed is not None:
+        check_packed(config, packed)
+        training, validation = packed.splits["train"], packed.splits.get("val", [])
+        text, vision = packed_tokenizers(config, packed)
+    else:
+        records = _records(config, run)
+        training = [r for r in records if r.split == "train"]
+        validation = [r for r in records if r.split == "val"]
     if not training:
         raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
     augmentation = augmentation_of(config)
-    text = _text(config, training)
+    text = _text(config, training) if text is None else text
     text.save_pretrained(str(run / "tokenizers" / "text"))
-    vision = _vision(config, training, augmentation, progress)
+    vision = _vision(config, training, augmentation, progress) if vision is None else vision
     vision.save_pretrained(run / "tokenizers" / "vision")
-    folder = _cache_folder(config, run)
-    first: TokenCache | PixelCache
-    second: TokenCache | PixelCache | None
-    if config.model.front_end == "codes":
-        options: dict[str, Any] = {"seed": config.seed, "progress": progress}
-        first = TokenCache.build(
-            folder, training, vision, text, variants=config.data.variants, augmentation=augmentation, **options
-        )
-        second = TokenCache.build(folder, validation, vision, text, **options) if validation else None
-    else:
-        size, channels = config.data.size, config.data.channels
-        first = PixelCache.build(folder, training, size, channels, progress=progress)
-        second = PixelCache.build(folder, validation, size, channels, progress=progress) if validation else None
+    first = _source(config, run, "train", training, packed, vision, text, progress)
+    second = _source(config, run, "val", validation, packed, vision, text, progress) if validation else None
     sequence = _sequence(config, vision, text)
     write_manifest(run / "tokenizers")
-    volume = volume_input(training)
+    volume = volume_input(training) if packed is None else _common(packed.splits["train"].manifest.views)
     keys = {
         "training": first.key,
         "validation": None if second is None else second.key,
@@ -110,12 +117,44 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         "volume": dataclasses.asdict(volume),
     }
     if sampling_of(config):
-        write_sampling(run, training)
+        if packed is None:
+            write_sampling(run, training)
+        else:
+            write_sampling_rows(run, packed.splits["train"].empty(), packed.splits["train"].volumes())
     sampling = _sampling(config, run, len(training))
     if sampling is not None and progress:
         print(sampling, file=sys.stderr)
     write_json(done, keys)
     return Prepared(text, vision, sequence, first, second, sampling, volume)
+
+
+def _source(
+    config: RunConfig,
+    run: Path,
+    split: str,
+    records: Sequence[Record],
+    packed: PackedSet | None,
+    vision: VisionTokenizer,
+    text: PreTrainedTokenizerBase,
+    progress: bool,
+) -> Source:
+    """Where a split is read from; a cache is built, or opened where it holds exactly this."""
+    found = None if packed is None else streamed(config, packed, split, vision, text)
+    if found is not None:
+        return found
+    folder, training = _cache_folder(config, run), split == "train"
+    if config.model.front_end != "codes":
+        return PixelCache.build(folder, records, config.data.size, config.data.channels, progress=progress)
+    return TokenCache.build(
+        folder,
+        records,
+        vision,
+        text,
+        variants=config.data.variants if training else 0,
+        augmentation=augmentation_of(config) if training else None,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def sampling_of(config: RunConfig) -> SamplingOptions:
@@ -130,8 +169,11 @@ def _sampling(config: RunConfig, run: Path, pairs: int) -> SliceSampling | None:
 
 def volume_input(records: Sequence[Record]) -> VolumeInput:
     """The axis and the window that all records share; what differs, or is not known of one, is None."""
-    axes = {None if record.place is None else record.place.axis or None for record in records}
-    windows = {None if record.place is None else record.place.window or None for record in records}
+    return _common([("", "") if r.place is None else (r.place.axis, r.place.window) for r in records])
+
+
+def _common(views: Iterable[tuple[str, str]]) -> VolumeInput:
+    axes, windows = (set(values) for values in zip(*((axis or None, window or None) for axis, window in views)))
     axis = cast("Axis | None", axes.pop() if len(axes) == 1 else None)
     return VolumeInput(axis, windows.pop() if len(windows) == 1 else None)
 
@@ -154,35 +196,31 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
     vision = load_vision_tokenizer(run / "tokenizers" / "vision")
     folder = _cache_folder(config, run)
 
-    def cache(split: str, key: str) -> TokenCache | PixelCache:
-        kind = TokenCache if config.model.front_end == "codes" else PixelCache
-        try:
-            return kind.open(folder, key)
-        except ValueError:
-            if not (folder / key).is_dir():
-                print(f"building the cache {folder / key} again: it is gone", file=sys.stderr)
-        records = in_stored_order([r for r in _records(config, run) if r.split == split], run)
-        training = split == "train"
-        if config.model.front_end == "codes":
-            augmentation = augmentation_of(config) if training else None
-            made: TokenCache | PixelCache = TokenCache.build(
-                folder,
-                records,
-                vision,
-                text,
-                variants=config.data.variants if training else 0,
-                augmentation=augmentation,
-                seed=config.seed,
-                progress=progress,
-            )
-        else:
-            made = PixelCache.build(folder, records, config.data.size, config.data.channels, progress=progress)
-        if made.key != key:
+    packed = packed_of(config)
+
+    def cache(split: str, key: str) -> Source:
+        found: Source | None = None
+        if packed is not None and split in packed.splits:
+            found = streamed(config, packed, split, vision, text)
+        if found is None:
+            kind = TokenCache if config.model.front_end == "codes" else PixelCache
+            try:
+                return kind.open(folder, key)
+            except ValueError:
+                if not (folder / key).is_dir():
+                    print(f"building the cache {folder / key} again: it is gone", file=sys.stderr)
+            records: Sequence[Record]
+            if packed is None:
+                records = in_stored_order([r for r in _records(config, run) if r.split == split], run)
+            else:
+                records = packed.splits.get(split, [])
+            found = _source(config, run, split, records, packed, vision, text, progress)
+        if found.key != key:
             raise ValueError(
                 f"the cache {key} of the run must be built from the data that it was made of, got other data in "
                 f"{config.data.path}; put it back, or start again with --overwrite"
             )
-        return made
+        return found
 
     first, second = cache("train", keys["training"]), keys["validation"]
     return Prepared(
@@ -254,7 +292,8 @@ def augmentation_of(config: RunConfig) -> Augmentation | None:
 def _text(config: RunConfig, training: Sequence[Record]) -> PreTrainedTokenizerBase:
     if config.text.path is not None:
         return load_text_tokenizer(Path(config.text.path).expanduser())
-    return train_text_tokenizer([r.text for r in training], config.text.vocab_size)
+    texts = training.texts() if isinstance(training, PackedSplit) else (r.text for r in training)
+    return train_text_tokenizer(list(texts), config.text.vocab_size)
 
 
 def _vision(

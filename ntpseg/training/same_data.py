@@ -17,6 +17,7 @@ from typing import Any
 from ntpseg.data import Record, load_records
 from ntpseg.tokenizers.preprocess import parallel_map
 from ntpseg.training.config import RunConfig
+from ntpseg.training.packed_data import data_rows, packed_of
 from ntpseg.utils.files import write_jsonl
 
 DATA = "data.jsonl"
@@ -26,8 +27,11 @@ _NAMED = 3
 
 
 def write_data(config: RunConfig, run: Path) -> None:
-    """Write ``RUN/data.jsonl``: a line per pair of the training and validation splits, bad ones included."""
-    write_jsonl(run / DATA, _rows(_listed(config)))
+    """Write ``RUN/data.jsonl``: a line per pair of the training and validation splits, bad ones included.
+
+    Of a packed data set it is a line per split, with the hash that packing has made of its pairs.
+    """
+    write_jsonl(run / DATA, _now(config))
 
 
 def check_same_data(config: RunConfig, run: Path) -> None:
@@ -42,7 +46,7 @@ def check_same_data(config: RunConfig, run: Path) -> None:
         return
     before = _read(path)
     try:
-        now = _rows(_listed(config))
+        now = _now(config)
     except (ValueError, OSError) as error:
         raise ValueError(f"resume must find the data of {path}, got: {error}; put it back") from error
     if _content(before) == _content(now):
@@ -66,6 +70,11 @@ def in_stored_order(records: Sequence[Record], run: Path) -> list[Record]:
     rows = _rows(records)
     order = sorted(range(len(rows)), key=lambda index: places.get(_key(rows[index]), len(places)))
     return [records[index] for index in order]
+
+
+def _now(config: RunConfig) -> list[dict[str, Any]]:
+    packed = packed_of(config)
+    return _rows(_listed(config)) if packed is None else data_rows(packed)
 
 
 def _listed(config: RunConfig) -> list[Record]:

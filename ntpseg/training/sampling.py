@@ -154,7 +154,12 @@ def write_sampling(run: Path, records: Sequence[Record]) -> None:
         return content.area(record.mask_value) < MIN_PIXELS
 
     volumes = [record.place.volume if record.place else "" for record in records]
-    write_json(run / SAMPLING, {"empty": [int(is_empty(record)) for record in records], "volumes": volumes})
+    write_sampling_rows(run, [is_empty(record) for record in records], volumes)
+
+
+def write_sampling_rows(run: Path, empty: Sequence[bool] | np.ndarray, volumes: Sequence[str]) -> None:
+    """The same of pairs of which it is known already, see `SliceSampling`."""
+    write_json(run / SAMPLING, {"empty": [int(value) for value in empty], "volumes": list(volumes)})
 
 
 def read_sampling(run: Path, pairs: int, options: SamplingOptions) -> SliceSampling:

@@ -12,8 +12,11 @@ from ntpseg.data.layouts.languide import LANGUIDE
 from ntpseg.data.layouts.lvit import LVIT
 from ntpseg.data.layouts.manifest import MANIFEST
 from ntpseg.data.layouts.medvlsm import MEDVLSM
+from ntpseg.data.layouts.packed import PACKED_SET
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (LANGUIDE, LVIT, BIOMEDPARSE, MEDVLSM, MANIFEST)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (PACKED_SET, LANGUIDE, LVIT, BIOMEDPARSE, MEDVLSM, MANIFEST)
+}
 LAYOUT_NAMES = (*LAYOUTS, "auto")
 
 __all__ = ["LAYOUTS", "LAYOUT_NAMES", "Layout", "Listing"]

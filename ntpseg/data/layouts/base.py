@@ -48,9 +48,12 @@ class Layout:
         read: lists the data set at a path, opening its tables, but no image. Raises `ValueError` where the path does
             not have this layout.
         describe: what distinguishes it, for errors and help, such as "prompt/train.csv".
+        verify: reads all of the data set at a path and raises `ValueError` where its files are not those that were
+            written; None: the layout has no hashes.
     """
 
     name: str
     matches: Callable[[Path], bool]
     read: Callable[[Path], Listing]
     describe: str
+    verify: Callable[[Path], None] | None = None
