@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from ntpseg.training.checkpoint import checkpoints, choose_checkpoint, last_chec
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
 from ntpseg.training.distributed import end_processes, rank
+from ntpseg.training.hang import HangWatch, watch_seconds
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
 from ntpseg.training.launch import is_restart, mark
@@ -101,8 +102,13 @@ def _train(config: RunConfig, run: Path, *, progress: bool) -> None:
         trainer = make_trainer(config, prepared, args, run, progress=shown)
         if args.process_index == 0:
             (run / STOPPED).unlink(missing_ok=True)
+        limit = watch_seconds(config.training.get("hang_timeout"), args.world_size)
+        watch = HangWatch(run, limit, args.process_index, args.world_size) if limit else None
+        if watch is not None:
+            trainer.add_callback(watch)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with watch or nullcontext():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except TrainingInterrupted as interruption:
             if args.process_index == 0:
                 write_json(run / STOPPED, {"signal": interruption.name, "step": interruption.step})

@@ -116,7 +116,9 @@ def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: 
             f"saved without stage3_gather_16bit_weights_on_model_save; {_CURE}"
         )
     # What is divided already gets its part with the optimizer's state.
-    divided = {name for name, p in model.named_parameters() if hasattr(p, "ds_id") or p.is_meta}
+    divided = {
+        name for name, p in model.named_parameters() if hasattr(p, "ds_id") or p.is_meta or isinstance(p, DTensor)
+    }
     result: Any = model.load_state_dict({k: v for k, v in state.items() if k not in divided}, strict=False)
     if not state or divided:
         result.missing_keys.clear()

@@ -360,6 +360,15 @@ class NTPSegTrainer(StepTrainer):
         self._resharding.load()
         return prepared
 
+    def _load_best_model(self) -> None:
+        best, now = Path(str(self.state.best_model_checkpoint)), Parallelism.of(self)
+        saved = Parallelism.read(best) if best.is_dir() else now
+        # The best checkpoint may be older than the change of ranks.
+        if resharding.needed(saved, now) and (now.sharded or saved.kind == "fsdp"):
+            resharding.Resharding(self, best, saved, now).load()
+        else:
+            super()._load_best_model()
+
     def _load_rng_state(self, checkpoint: Any) -> None:
         if self._saved is None or self._saved.ranks == self.args.world_size:
             super()._load_rng_state(checkpoint)
