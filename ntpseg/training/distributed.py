@@ -65,6 +65,25 @@ def prepare_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend=backend)
 
 
+def renew_store() -> None:
+    """After a restart by torchrun, have the ranks meet at a store of their own; all ranks call it before they meet.
+
+    PyTorch 2.13 keeps one store for all restarts and does not tell their keys apart: a rank that comes first reads
+    where the dead one of before had listened, and fails or waits for it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = torch.distributed.TCPStore(address, port, is_master=False)
+    store = torch.distributed.PrefixStore(f"ntpseg/attempt_{attempt}", agent)
+    if rank() == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set("port", str(free.getsockname()[1]))
+    os.environ.update({"MASTER_PORT": store.get("port").decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
 def end_processes() -> None:
     """Leave the process group; ranks that exit without it abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -19,7 +19,7 @@ from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
 from ntpseg.training.checkpoint import checkpoints, choose_checkpoint, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
-from ntpseg.training.distributed import end_processes, rank
+from ntpseg.training.distributed import end_processes, rank, renew_store
 from ntpseg.training.hang import HangWatch, watch_seconds
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
@@ -91,6 +91,7 @@ def _train(config: RunConfig, run: Path, *, progress: bool) -> None:
     """All ranks: from the directory that rank 0 has made, with the checkpoint to go on from if there is one."""
     try:
         keep_freed_memory()
+        renew_store()
         args = training_arguments(config, run)
         check_attention(config)
         shown = progress and args.process_index == 0

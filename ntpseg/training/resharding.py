@@ -72,11 +72,12 @@ class Resharding:
         """
         trainer = self.trainer
         # A name that the next start removes, should this one be killed; the same on all ranks.
-        folder = _home(self.checkpoint) / f"{TEMPORARY_FOLDER}{self.checkpoint.name}.universal"
+        home = _home(self.checkpoint) / f"{TEMPORARY_FOLDER}{self.checkpoint.name}"
+        folder = home / "universal"  # beside which DeepSpeed writes a file of its own
         problem: list[str | None] = [None]
         if trainer.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            shutil.rmtree(home, ignore_errors=True)
+            folder.mkdir(parents=True)
             try:
                 write_universal(self.checkpoint, self.saved, folder, self.model, self.order)
             except ValueError as error:
@@ -89,7 +90,7 @@ class Resharding:
         load_schedule(trainer, self.checkpoint)
         trainer.wait_for_ranks()
         if trainer.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: Path) -> Any:
@@ -116,9 +117,15 @@ def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: 
             f"saved without stage3_gather_16bit_weights_on_model_save; {_CURE}"
         )
     # What is divided already gets its part with the optimizer's state.
-    divided = {
-        name for name, p in model.named_parameters() if hasattr(p, "ds_id") or p.is_meta or isinstance(p, DTensor)
-    }
+    divided = {n for n, p in model.named_parameters() if hasattr(p, "ds_id") or p.is_meta or isinstance(p, DTensor)}
+    own = model.state_dict()
+    for name in sorted(set(state) & set(own)):
+        shape = tuple(own[name].shape)
+        if name not in divided and tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"checkpoint must hold the weights of this model, got one whose {name!r} is "
+                f"{list(state[name].shape)} instead of {list(shape)}"
+            )
     result: Any = model.load_state_dict({k: v for k, v in state.items() if k not in divided}, strict=False)
     if not state or divided:
         result.missing_keys.clear()

@@ -151,7 +151,8 @@ class NTPSegTrainer(StepTrainer):
         check_resumable(checkpoint, self.args.process_index)
         self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
         if resharding.needed(self._saved, now):
-            self._resharding = resharding.Resharding(self, checkpoint, self._saved, now)
+            with weights_only():
+                self._resharding = resharding.Resharding(self, checkpoint, self._saved, now)
         self._means.load(checkpoint, self.args.device, own=self.is_world_process_zero())
         if self.memory is not None:
             config = cast(Any, self.model).config

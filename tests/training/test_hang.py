@@ -87,6 +87,17 @@ def test_the_limit() -> None:
     assert watch_seconds(0, 8) == 0 and watch_seconds(60.0, 1) == 60
 
 
+def test_the_setting_is_checked_and_no_field_of_transformers(tmp_path: Path) -> None:
+    from ntpseg.training import load_config
+    from ntpseg.training.arguments import training_arguments
+
+    config = load_config("tiny", ["training.hang_timeout=90"])
+    assert not hasattr(training_arguments(config, tmp_path), "hang_timeout")
+    for value in ("-1", "soon", "true"):
+        with pytest.raises(ValueError, match=r"training\.hang_timeout must be a number >= 0"):
+            load_config("tiny", [f"training.hang_timeout={value}"])
+
+
 def test_a_process_that_was_suspended_gets_its_time_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 

@@ -83,7 +83,10 @@ def test_what_cannot_be_converted_is_said_in_one_line(runs, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"of ZeRO-3 on 2 ranks cannot be resumed by one process: only the state of A"):
         trainer.train(str(checkpoint))
     other = ranks.make_trainer(ranks.make_toy(14, variants=1), tmp_path, k=2, **ranks.FIELDS)
-    with pytest.raises(ValueError, match="checkpoint must hold the weights of this model, got one"):
+    with pytest.raises(
+        ValueError,
+        match=r"weights of this model, got one whose 'heads\.transform_bias' is \[2, 64\] instead of \[1, 64\]",
+    ):
         other.train(str(checkpoint))
     # An optimizer of another model, under a manifest that says that it is whole.
     from ntpseg.utils.manifest import write_manifest
