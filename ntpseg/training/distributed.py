@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def renew_store() -> None:
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = torch.distributed.TCPStore(address, port, is_master=False)
+    # As long as a process group waits for its ranks: the first one may have large checkpoints to examine.
+    agent = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=30))
     store = torch.distributed.PrefixStore(f"ntpseg/attempt_{attempt}", agent)
     if rank() == 0:
         with socket.socket() as free:

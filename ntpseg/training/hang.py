@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -135,12 +136,13 @@ class HangWatch(TrainerCallback):
         assert self._stacks is not None
         faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(file=self._stacks)
-        self._write("hang")
+        own = self._write("hang")
         deadline = time.monotonic() + min(_GRACE, max(self.seconds, 2.0))
         reports = self._reports("hang")
         while len(reports) < self.ranks and time.monotonic() < deadline:
             time.sleep(self._interval)
             reports = self._reports("hang")
+        reports[self.rank] = own
         if self.rank == min(reports):
             print(self._message(reports), file=sys.stderr, flush=True)
         os._exit(HUNG)
@@ -171,7 +173,7 @@ class HangWatch(TrainerCallback):
                 continue
         return found
 
-    def _write(self, kind: str) -> None:
+    def _write(self, kind: str) -> dict[str, Any]:
         where, waiting = _place(sys._current_frames().get(self._main or 0))
         report = {
             "rank": self.rank,
@@ -184,7 +186,10 @@ class HangWatch(TrainerCallback):
             "where": where,
             "waiting": waiting,
         }
-        write_json(self._file(kind), report)
+        # A full disk must not end the watch.
+        with suppress(OSError):
+            write_json(self._file(kind), report)
+        return report
 
 
 def _rank_of(report: dict[str, Any]) -> tuple[Any, ...]:

@@ -110,7 +110,7 @@ def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: 
         state = _dcp(checkpoint, "pytorch_model_fsdp", "model", folder)
     for part in parts:
         state |= load_file(part)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     if not state and (other := sorted(set(model.state_dict()) - trained)):
         raise ValueError(
             f"checkpoint must hold {other[0]!r} beside the optimizer's state, got none in {checkpoint}, which was "
