@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ntpseg.training import load_config
+from ntpseg.training.arguments import training_arguments
 from ntpseg.training.parallelism import Parallelism, fit_batch
+from ntpseg.training.pipeline import _keep_global_batch
 from ntpseg.training.resharding import write_random_state
 
 
@@ -33,6 +36,18 @@ def test_the_global_batch_stays(saved, now, fitted) -> None:
 def test_a_global_batch_that_does_not_divide_says_what_does() -> None:
     with pytest.raises(ValueError, match=r"got 3 ranks; start one of 1, 2, 4, 8$"):
         fit_batch(Parallelism("zero2", 2, 4, 1), 3, 4, 1)
+
+
+def test_a_run_on_other_ranks_is_fitted_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Parallelism("zero2", 4, 4, 1).save(tmp_path)
+    config = load_config("tiny", ["training.per_device_train_batch_size=4"])
+    args = training_arguments(config, tmp_path)
+    assert _keep_global_batch(config, args, tmp_path)
+    assert training_arguments(config, tmp_path).gradient_accumulation_steps == 4
+    line = "4 -> 1 ranks: gradient_accumulation_steps 1 -> 4, so that a step still takes 16 pairs\n"
+    assert capsys.readouterr().err == line
+    assert not _keep_global_batch(config, training_arguments(config, tmp_path), tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_it_is_kept_with_a_checkpoint(tmp_path: Path) -> None:
