@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -22,9 +23,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import kills as single
 import torch
-from kills import COMMON, EVENTS, KillAt, _counted, die, difference, outcome
+from kills import COMMON, EVENTS, KillAt, _counted, difference, outcome
 from test_pipeline import write_data
+from torch.distributed.elastic.multiprocessing import api as multiprocessing_api
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ntpseg.training import load_config, pipeline
@@ -62,12 +65,18 @@ def life(settings: list[str], deaths: list[dict[str, Any]], folder: str) -> None
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if number < len(deaths) and deaths[number]["rank"] == rank:
-        arrange(deaths[number])
+        arrange(deaths[number], Path(folder, f"killed-{number}"))
     pipeline.train(load_config("tiny", settings), progress=False)
 
 
-def arrange(death: dict[str, Any]) -> None:
-    """See to it that this process dies as it is to."""
+def arrange(death: dict[str, Any], mark: Path) -> None:
+    """See to it that this process dies as it is to, and leaves a mark that it did."""
+
+    def die() -> None:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    single.die = die
     files = ("fsync", "replace", "rename", "unlink")
     if death["kind"] == "time":
         timer = threading.Timer(death["seconds"], die)
@@ -120,29 +129,37 @@ def launch(settings: list[str], deaths: list[dict[str, Any]], folder: Path) -> N
     elastic_launch(config, life)(settings, deaths, str(folder))
 
 
-def survive(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """An unbroken run, and one with so many deaths.
+def unbroken(data: Path, folder: Path) -> tuple[dict[str, Any], float]:
+    """What a run leaves whose ranks live, and the seconds that it takes."""
+    folder.mkdir()
+    began = time.monotonic()
+    launch([*RUN, f"data.path={data}", f"output={folder / 'run'}"], [], folder / "logs")
+    return outcome(folder / "run"), time.monotonic() - began
+
+
+def survive(
+    kills: int, seed: int, data: Path, folder: Path, expected: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """A run with up to so many deaths; an unbroken one has left `expected` after `seconds`.
 
     Raises:
         SystemExit: the two differ.
     """
+    folder.mkdir()
     rng = random.Random(seed)
-    settings = [*RUN, f"data.path={write_data(folder / 'data')}"]
-    began = time.monotonic()
-    launch([*settings, f"output={folder / 'whole'}"], [], folder / "whole-logs")
-    seconds = time.monotonic() - began
-    expected = outcome(folder / "whole")
     deaths = [draw(rng, number, seconds) for number in range(kills)]
     began = time.monotonic()
     try:
-        launch([*settings, f"output={folder / 'killed'}"], deaths, folder / "killed-logs")
+        launch([*RUN, f"data.path={data}", f"output={folder / 'run'}"], deaths, folder / "logs")
     except BaseException:
-        for log in sorted((folder / "killed-logs").glob("life-*.log"), key=lambda path: path.stat().st_mtime)[-2:]:
+        for log in sorted((folder / "logs").glob("life-*.log"), key=lambda path: path.stat().st_mtime)[-2:]:
             print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
         raise
     # A life that was over before its death was due ends the run.
-    lives = 1 + max(int(log.name.split("-")[1]) for log in (folder / "killed-logs").glob("life-*.log"))
-    wrong = difference(expected, outcome(folder / "killed"))
+    lives = 1 + max(int(log.name.split("-")[1]) for log in (folder / "logs").glob("life-*.log"))
+    if len(list((folder / "logs").glob("killed-*"))) != lives - 1:
+        raise SystemExit("a life ended otherwise than by its death")
+    wrong = difference(expected, outcome(folder / "run"))
     if wrong:
         raise SystemExit(f"the run differs from an unbroken one in {wrong} after {deaths[: lives - 1]}")
     found = Counter(death["kind"] for death in deaths[: lives - 1])
@@ -150,10 +167,7 @@ def survive(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         "kills": lives - 1,
         "by": dict(found),
         "of_rank": dict(Counter(death["rank"] for death in deaths[: lives - 1])),
-        "steps": expected["step"],
-        "compared": "log, weights, optimizer, schedule, average, hard tokens: bit for bit",
         "seconds": round(time.monotonic() - began, 1),
-        "seconds_unbroken": round(seconds, 1),
     }
 
 
@@ -164,20 +178,27 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="file of the result")
     arguments = parser.parse_args()
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    close = multiprocessing_api.PContext.close
+    # Of 30 seconds: a rank that waits for a dead one does not act on the agent's SIGTERM.
+    multiprocessing_api.PContext.close = lambda self, signal=None, timeout=30: close(self, signal, 5)  # type: ignore
+    command = f"python tests/training/elastic_kills.py --kills {arguments.kills} --seed {arguments.seed}"
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     total: dict[str, Any] = {"kills": 0, "runs": []}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_data(folder / "data")
+        expected, seconds = unbroken(data, folder / "unbroken")
+        compared = "log, weights, optimizer, schedule, average, hard tokens: bit for bit"
+        what = {"steps": expected["step"], "seconds_unbroken": round(seconds, 1), "compared": compared}
         while total["kills"] < arguments.kills:
-            number = len(total["runs"])
-            place = Path(folder, str(number))
-            place.mkdir()
-            result = survive(arguments.kills - total["kills"], arguments.seed + number, place)
+            left, number = arguments.kills - total["kills"], len(total["runs"])
+            result = survive(left, arguments.seed + number, data, folder / str(number), expected, seconds)
             total["runs"].append(result)
             total["kills"] += result["kills"]
+            if arguments.write:
+                rows = {"command": command, "machine": machine, **what, **total}
+                arguments.write.write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(total))
-    if arguments.write:
-        command = f"python tests/training/elastic_kills.py --kills {arguments.kills} --seed {arguments.seed}"
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
-        arguments.write.write_text(json.dumps({"command": command, "machine": machine, **total}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
