@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # A folder of cxr_referring (CC BY 4.0) in any layout, whose model `make weights` packs beside the CT's.
 CXR ?=
 WEIGHTS ?= weights
-.PHONY: help install test lint format demo weights clean bench gpu-kit gpu-check fuzz sanitize kills
+.PHONY: help install test lint format demo weights clean bench gpu-kit gpu-check fuzz sanitize kills rank-kills
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -71,6 +71,9 @@ KILLS ?= 200
 
 kills: install ## kill training KILLS times (200) at random moments; what is resumed must end as an unbroken run does
 	OMP_NUM_THREADS=1 $(BIN)/python tests/training/kills.py --kills $(KILLS) --fresh 0.1
+
+rank-kills: install ## kill ranks 20 times while torchrun restarts them; the run must end as an unbroken one does
+	OMP_NUM_THREADS=1 $(BIN)/python tests/training/elastic_kills.py --kills 20 --write benchmarks/results/elastic.json
 
 clean: ## remove what was built
 	rm -rf build *.egg-info ntpseg/*.so .pytest_cache .mypy_cache .ruff_cache

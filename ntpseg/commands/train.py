@@ -29,12 +29,16 @@ def train(
     ] = None,
     deepspeed: Annotated[str | None, typer.Option(help="zero1, zero2, zero3, or a DeepSpeed JSON file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    autoresume: Annotated[
+        bool,
+        typer.Option("--autoresume", help="Continue from the run's last checkpoint, or start where there is no run."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the existing run.")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
     """Train a segmenter: check the data, make tokenizers and tokens, train, save it to OUTPUT/model.
 
-    Start it with torchrun for several processes.
+    Start it with torchrun for several processes; its --max-restarts goes on from the last checkpoint by itself.
     """
     import torch
 
@@ -53,10 +57,12 @@ def train(
     settings.data.skip_bad = settings.data.skip_bad or skip_bad
     if settings.output is None:
         settings.output = str(Path("runs") / Path(config).stem)
+    if autoresume and (resume or overwrite):
+        raise ValueError(f"--autoresume must be given alone, got {'--resume' if resume else '--overwrite'} with it")
     if not resume:
         _check_output(settings, Path(settings.output).expanduser(), overwrite)
     try:
-        run = run_training(settings, resume=resume, overwrite=overwrite)
+        run = run_training(settings, resume="auto" if autoresume else resume, overwrite=overwrite)
     except TrainingInterrupted as stop:  # what a scheduler asked for is no failure
         if rank() == 0:
             typer.echo(f"stopped by {stop.name} after step {stop.step}, checkpoint saved; --resume goes on from there")

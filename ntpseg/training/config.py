@@ -180,7 +180,9 @@ class RunConfig:
         data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
         training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto". Besides them
-            ``profile_steps``: so many steps are profiled, see docs/profiling.md.
+            ``profile_steps``: so many steps are profiled, see docs/profiling.md; and ``hang_timeout``: seconds after
+            which ranks that get no further end with exit code 75, see docs/cluster.md; by default 1800 with several
+            ranks, 0: never.
         output: the run's directory; must be given.
         seed: of everything random.
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def prepare_deepspeed() -> None:
         single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({k: str(v) for k, v in single.items()})
     deepspeed.init_distributed(dist_backend=backend)
+
+
+def renew_store() -> None:
+    """After a restart by torchrun, have the ranks meet at a store of their own; all ranks call it before they meet.
+
+    PyTorch 2.13 keeps one store for all restarts and does not tell their keys apart: a rank that comes first reads
+    where the dead one of before had listened, and fails or waits for it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # As long as a process group waits for its ranks: the first one may have large checkpoints to examine.
+    agent = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=30))
+    store = torch.distributed.PrefixStore(f"ntpseg/attempt_{attempt}", agent)
+    if rank() == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set("port", str(free.getsockname()[1]))
+    os.environ.update({"MASTER_PORT": store.get("port").decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"})
 
 
 def end_processes() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ntpseg.generation.options import DecodingOptions
 from ntpseg.models.bundle import Bundle
@@ -19,9 +19,12 @@ from ntpseg.training.callbacks import JsonLog, RunTensorBoard, TrainingProgress
 from ntpseg.training.checkpoint import checkpoints, choose_checkpoint, last_checkpoint
 from ntpseg.training.config import RunConfig, check_same_run, dump_config
 from ntpseg.training.decoding_choice import choose_decoding
-from ntpseg.training.distributed import end_processes, rank
+from ntpseg.training.distributed import end_processes, rank, renew_store
+from ntpseg.training.hang import HangWatch, watch_seconds
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
+from ntpseg.training.launch import is_restart, mark
+from ntpseg.training.parallelism import Parallelism, fit_batch
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
 from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.same_data import check_same_data
@@ -38,13 +41,21 @@ if TYPE_CHECKING:
 STOPPED = "stopped.json"  # of a run that a signal ended early; a start removes it
 
 
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Path:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool | Literal["auto"] = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
     """Check the data, make tokenizers and tokens, train, and save the bundle to ``output/model``.
 
     Args:
         config: see `load_config`.
-        resume: continue from the last complete checkpoint of ``config.output`` (or from its tokens, if there is none).
-        overwrite: remove the run that is there.
+        resume: continue from the last complete checkpoint of ``config.output`` (or from its tokens, if there is none);
+            "auto": where a run has been begun there, and else start one.
+        overwrite: remove the run that is there. A restart by torchrun (``--max-restarts``) goes on with the run that
+            its launch began, whatever `resume` and `overwrite` say.
         progress: show progress bars.
 
     Returns:
@@ -62,30 +73,43 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, p
     run = Path(config.output).expanduser()
     with ExitStack() as stack:
         if rank() == 0:
+            if is_restart(run):
+                resume, overwrite = True, False
+            elif resume == "auto":
+                resume = (run / "config.yaml").is_file() and not _is_unprepared(run)
             # A folder with a lock is ours, and whoever holds that is told first.
             if not (run / LOCK).is_file():
-                _check_directory(run, resume=resume, overwrite=overwrite)
+                _check_directory(run, resume=bool(resume), overwrite=overwrite)
             stack.enter_context(folder_lock(run, "output"))
-            _prepare_directory(config, run, resume=resume, overwrite=overwrite)
-        _train(config, run, resume=resume, progress=progress)
+            _prepare_directory(config, run, resume=bool(resume), overwrite=overwrite)
+            mark(run)
+        _train(config, run, progress=progress)
     return run
 
 
-def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> None:
-    """All ranks: from the directory that rank 0 has made to the bundle."""
+def _train(config: RunConfig, run: Path, *, progress: bool) -> None:
+    """All ranks: from the directory that rank 0 has made, with the checkpoint to go on from if there is one."""
     try:
         keep_freed_memory()
+        renew_store()
         args = training_arguments(config, run)
         check_attention(config)
         shown = progress and args.process_index == 0
         with args.main_process_first(local=False, desc="preparing the data"):
             prepared = prepare_run(config, run, progress=shown)
+        checkpoint = last_checkpoint(run)
+        if checkpoint is not None and _keep_global_batch(config, args, checkpoint):
+            args = training_arguments(config, run)
         trainer = make_trainer(config, prepared, args, run, progress=shown)
-        checkpoint = last_checkpoint(run) if resume else None
         if args.process_index == 0:
             (run / STOPPED).unlink(missing_ok=True)
+        limit = watch_seconds(config.training.get("hang_timeout"), args.world_size)
+        watch = HangWatch(run, limit, args.process_index, args.world_size) if limit else None
+        if watch is not None:
+            trainer.add_callback(watch)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with watch or nullcontext():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except TrainingInterrupted as interruption:
             if args.process_index == 0:
                 write_json(run / STOPPED, {"signal": interruption.name, "step": interruption.step})
@@ -94,6 +118,24 @@ def _train(config: RunConfig, run: Path, *, resume: bool, progress: bool) -> Non
         _save(trainer, prepared, run, default_decoding(config), mirrored=mirrored, progress=shown)
     finally:
         end_processes()
+
+
+def _keep_global_batch(config: RunConfig, args: TrainingArguments, checkpoint: Path) -> bool:
+    """Fit batch and accumulation to another number of ranks than a checkpoint's; whether anything was changed."""
+    saved, before = Parallelism.read(checkpoint), (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    fitted = fit_batch(saved, args.world_size, *before)
+    if fitted is None:
+        return False
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    config.training.update(zip(names, fitted))
+    if args.process_index == 0:
+        changed = [f"{name} {old} -> {new}" for name, old, new in zip(names, before, fitted) if old != new]
+        print(
+            f"{saved.ranks} -> {args.world_size} ranks: {', '.join(changed)}, so that a step still takes "
+            f"{saved.pairs} pairs",
+            file=sys.stderr,
+        )
+    return True
 
 
 def make_trainer(

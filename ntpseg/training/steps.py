@@ -194,7 +194,9 @@ class StepTrainer(Trainer):
             return super()._clip_grad_norm(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
+        # Under FSDP2 each rank has a part of the sum.
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._gradient_norm
 
     def _settle_step(self) -> None:

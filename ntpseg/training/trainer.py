@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.memory import HardTokenMemory
+from ntpseg.training import resharding
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import evaluation_due, moved_position
 from ntpseg.training.checkpoint import (
@@ -32,6 +34,7 @@ from ntpseg.training.divergence import CURE, TrainingDiverged, check_weights
 from ntpseg.training.ema import WeightAverage
 from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
+from ntpseg.training.parallelism import Parallelism
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.steps import StepTrainer
@@ -85,6 +88,8 @@ class NTPSegTrainer(StepTrainer):
         self._generation_scores: dict[str, float] = {}
         self._evaluation_due = False
         self._matrix_parameters: int | None = None
+        self._saved: Parallelism | None = None
+        self._resharding: resharding.Resharding | None = None
         self.add_callback(_Epochs(self))
         self.add_callback(SaveAndLeave(lambda: self._asked))
         if budget is not None:
@@ -98,13 +103,16 @@ class NTPSegTrainer(StepTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included.
 
+        The checkpoint may be of another number of ranks or another kind of sharding, see `ntpseg.training.resharding`.
+
         Raises:
-            ValueError: there is no batch, no step was taken, or the checkpoint is none, or none of this model's.
+            ValueError: there is no batch, no step was taken, or the checkpoint is none, or none of this model's, or its
+                state cannot be converted to this number of ranks and this kind of sharding.
             TrainingDiverged: too many steps in a row had to be skipped, or weights are not finite.
             TrainingInterrupted: SIGTERM or SIGUSR1 came (to any rank); a checkpoint of the step then was saved.
         """
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
-        self._asked = None
+        self._asked, self._saved, self._resharding = None, None, None
         self._means.reset()
         self.throughput.reset()
         checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -141,6 +149,10 @@ class NTPSegTrainer(StepTrainer):
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
         check_resumable(checkpoint, self.args.process_index)
+        self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
+        if resharding.needed(self._saved, now):
+            with weights_only():
+                self._resharding = resharding.Resharding(self, checkpoint, self._saved, now)
         self._means.load(checkpoint, self.args.device, own=self.is_world_process_zero())
         if self.memory is not None:
             config = cast(Any, self.model).config
@@ -306,6 +318,8 @@ class NTPSegTrainer(StepTrainer):
         if self.args.should_save:
             begin(folder)
         self.wait_for_ranks()
+        if self.args.should_save:
+            Parallelism.of(self).save(folder)
         self._means.save(folder, write=self.is_world_process_zero())
         if self.memory is not None:
             save_memory(self.memory, folder, self.args.process_index)
@@ -336,8 +350,34 @@ class NTPSegTrainer(StepTrainer):
         for name, reason in [(n, "without") for n in missing] + [(n, "with") for n in load_result.unexpected_keys]:
             raise ValueError(f"checkpoint must hold the weights of this model, got one {reason} {name!r}")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._resharding is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self._resharding is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._resharding.load()
+        return prepared
+
+    def _load_best_model(self) -> None:
+        best, now = Path(str(self.state.best_model_checkpoint)), Parallelism.of(self)
+        saved = Parallelism.read(best) if best.is_dir() else now
+        # The best checkpoint may be older than the change of ranks.
+        if resharding.needed(saved, now) and (now.sharded or saved.kind == "fsdp"):
+            resharding.Resharding(self, best, saved, now).load()
+        else:
+            super()._load_best_model()
+
     def _load_rng_state(self, checkpoint: Any) -> None:
-        super()._load_rng_state(checkpoint)
+        if self._saved is None or self._saved.ranks == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                rank, ranks = self.args.process_index, self.args.world_size
+                resharding.write_random_state(Path(checkpoint), self._saved, rank, ranks, Path(folder))
+                super()._load_rng_state(folder)
         # Here the state is that of the unbroken run before the evaluation.
         if self._evaluation_due:
             self._make_up_evaluation()
@@ -369,7 +409,11 @@ class _Epochs(TrainerCallback):
         # A checkpoint of an epoch's very last step was written before that epoch's end.
         while memory is not None and memory.epoch < _epoch(state) + 1:
             self._advance(memory)
-        if state.is_world_process_zero and (moved := moved_position(args, state, kwargs["train_dataloader"])):
+        saved = self.trainer._saved
+        # Where the global batch is the same, a step is the same place, whatever share of an epoch its log says.
+        kept = saved is not None and saved.pairs == Parallelism.of(self.trainer).pairs
+        moved = None if kept else moved_position(args, state, kwargs["train_dataloader"])
+        if state.is_world_process_zero and moved:
             print(moved, file=sys.stderr)
         self.trainer._evaluation_due = evaluation_due(args, state)
         if self.trainer._evaluation_due and state.global_step >= state.max_steps:

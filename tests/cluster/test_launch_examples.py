@@ -71,7 +71,8 @@ def test_slurm_examines_the_ranks_then_trains_or_goes_on(begun: bool, tmp_path: 
     shared = "--nnodes 2 --nproc-per-node 4"
     assert shared in first and "--rdzv-endpoint node1:20077" in first and "ntpseg.cli doctor --data" in first
     assert shared in second and "ntpseg.cli train base data.path=" in second and "--deepspeed zero2" in second
-    assert second.endswith("--resume") is begun
+    assert second.endswith("--autoresume"), "begins where nothing has begun, and else goes on"
+    assert "--max-restarts 0" in first and "--max-restarts 3" in second
     assert re.search(r"--rdzv-id (\S+)", first)[1] != re.search(r"--rdzv-id (\S+)", second)[1]
 
 

@@ -20,9 +20,9 @@ from ntpseg.training.pickles import find_unsafe
 
 RUN = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 FILES = ("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "hard_tokens_0.pt")
-FILES += ("trainer_state.json", "loss_means.json", "manifest.json")
+FILES += ("trainer_state.json", "loss_means.json", "parallelism.json", "manifest.json")
 # Without a manifest nothing says that these were there.
-UNTOLD = ("config.json", "hard_tokens_0.pt", "loss_means.json", "manifest.json")
+UNTOLD = ("config.json", "hard_tokens_0.pt", "loss_means.json", "parallelism.json", "manifest.json")
 
 
 def flip(data: bytes) -> bytes:

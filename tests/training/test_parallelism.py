@@ -1,0 +1,89 @@
+"""The global batch and the random state of a checkpoint under another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ntpseg.training import load_config
+from ntpseg.training.arguments import training_arguments
+from ntpseg.training.parallelism import Parallelism, fit_batch
+from ntpseg.training.pipeline import _keep_global_batch
+from ntpseg.training.resharding import write_random_state
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "fitted"),
+    [
+        ((2, 4, 1), (1, 4, 1), (4, 2)),
+        ((1, 4, 2), (2, 4, 2), (4, 1)),
+        ((1, 8, 1), (2, 8, 1), (4, 1)),  # a smaller batch where less than one micro-batch is left
+        ((8, 3, 2), (16, 2, 1), (1, 3)),
+        ((2, 6, 1), (3, 4, 3), (4, 1)),
+        ((2, 4, 1), (1, 8, 1), None),  # already right
+        ((2, 4, 1), (2, 8, 1), None),  # the ranks are the same: the batch was changed on purpose
+        ((2, 0, 0), (1, 4, 1), None),  # of an earlier release
+    ],
+)
+def test_the_global_batch_stays(saved, now, fitted) -> None:
+    assert fit_batch(Parallelism("plain", *saved), *now) == fitted
+    if fitted is not None:
+        assert now[0] * fitted[0] * fitted[1] == saved[0] * saved[1] * saved[2]
+
+
+def test_a_global_batch_that_does_not_divide_says_what_does() -> None:
+    with pytest.raises(ValueError, match=r"got 3 ranks; start one of 1, 2, 4, 8$"):
+        fit_batch(Parallelism("zero2", 2, 4, 1), 3, 4, 1)
+
+
+def test_a_run_on_other_ranks_is_fitted_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Parallelism("zero2", 4, 4, 1).save(tmp_path)
+    config = load_config("tiny", ["training.per_device_train_batch_size=4"])
+    args = training_arguments(config, tmp_path)
+    assert _keep_global_batch(config, args, tmp_path)
+    assert training_arguments(config, tmp_path).gradient_accumulation_steps == 4
+    line = "4 -> 1 ranks: gradient_accumulation_steps 1 -> 4, so that a step still takes 16 pairs\n"
+    assert capsys.readouterr().err == line
+    assert not _keep_global_batch(config, training_arguments(config, tmp_path), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_kept_with_a_checkpoint(tmp_path: Path) -> None:
+    parallelism = Parallelism("zero3", 4, 2, 8)
+    parallelism.save(tmp_path)
+    assert Parallelism.read(tmp_path) == parallelism and parallelism.pairs == 64
+    (tmp_path / "parallelism.json").write_text('{"kind": "zero9", "ranks": 1, "batch": 1, "accumulation": 1}')
+    with pytest.raises(ValueError, match=r"parallelism\.json must say how the run was divided"):
+        Parallelism.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "ranks"),
+    [
+        (("rng_state.pth", "optimizer.pt"), "plain", 1),
+        (("rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"), "plain", 2),
+        (("rng_state_0.pth", "global_step3/zero_pp_rank_0_mp_rank_00_model_states.pt"), "zero3", 1),
+        (("rng_state_0.pth", "rng_state_1.pth", "global_step3/mp_rank_00_model_states.pt"), "zero2", 2),
+        (("rng_state_0.pth", "rng_state_1.pth", "pytorch_model_fsdp_0/.metadata"), "fsdp", 2),
+    ],
+)
+def test_checkpoints_of_earlier_releases_are_told_by_their_files(tmp_path: Path, files, kind, ranks) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert Parallelism.read(tmp_path) == Parallelism(kind, ranks)
+
+
+@pytest.mark.parametrize(("saved", "rank", "now", "source"), [(2, 0, 1, 0), (1, 1, 2, 0), (2, 2, 3, 0), (3, 1, 2, 1)])
+def test_each_rank_has_a_random_state(tmp_path: Path, saved: int, rank: int, now: int, source: int) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for number in range(saved):
+        name = "rng_state.pth" if saved == 1 else f"rng_state_{number}.pth"
+        torch.save({"cpu": torch.tensor(number)}, tmp_path / name)
+    write_random_state(tmp_path, Parallelism("plain", saved), rank, now, out)
+    (written,) = out.iterdir()
+    assert written.name == ("rng_state.pth" if now == 1 else f"rng_state_{rank}.pth")
+    assert int(torch.load(written, weights_only=True)["cpu"]) == source
