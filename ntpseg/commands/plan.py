@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -96,7 +96,8 @@ def _print(plan: Plan, preset: str) -> None:
     table.add_row(f"in all, at the {memory.phase.replace('_', ' ')}", f"{memory.total / 2**30:.2f}")
     table.add_row("usable", f"{plan.usable / 2**30:.2f}")
     console.print(table)
-    console.print(f"activations of one layer: {memory.per_layer / 2**20:.0f} MiB a micro-batch")
+    lengths = (f"{size / 2**20:.0f} MiB at {tokens} tokens" for tokens, size in plan.activations_by_length.items())
+    console.print(f"activations of one layer and micro-batch: {', '.join(lengths)}")
     if memory.host:
         node = min(gpus, plan.gpu.gpus_per_node)
         console.print(f"host memory: {node * memory.host / 2**30:.0f} GiB of a machine with {node} GPUs")
@@ -109,12 +110,12 @@ def _print(plan: Plan, preset: str) -> None:
     _print_time(plan, console)
 
 
-def _print_time(plan: Plan, console: object) -> None:
+def _print_time(plan: Plan, console: Any) -> None:
     from rich.table import Table
 
     chosen, compute = plan.chosen, plan.chosen.compute
-    source = f"mfu measured in {plan.measured['mfu']}" if plan.measured else "predicted"
-    table = Table("figure", "value", title=f"time and cost, {source}" if plan.measured else "time and cost, predicted")
+    source = f"; mfu measured in {plan.measured['mfu']}" if plan.measured else ""
+    table = Table("figure", "value", title=f"time and cost, predicted{source}")
     rows = {
         "sequences per step": f"{plan.sequences} (micro-batch {chosen.batch.samples} x accumulation "
         f"{chosen.batch.accumulation} x {plan.options.gpus} GPUs)",
@@ -135,5 +136,5 @@ def _print_time(plan: Plan, console: object) -> None:
             rows["cost of an epoch, of all"] = f"{plan.cost_per_epoch:.2f}, {plan.cost:.2f}"
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)  # type: ignore[attr-defined]
-    console.print("settings: " + " ".join(f"'{a}'" if " " in a else a for a in plan.arguments))  # type: ignore[attr-defined]
+    console.print(table)
+    console.print("settings: " + " ".join(f"'{a}'" if " " in a else a for a in plan.arguments))

@@ -40,14 +40,12 @@ class MemoryPlan:
         parts: by part, at the peak.
         peaks: of the tensors, by phase (`PHASES`): what ``torch.cuda.max_memory_allocated`` counts.
         framework: context and communication libraries, which no allocator of PyTorch counts.
-        per_layer: activations of one layer for one micro-batch.
         host: host memory for this rank.
     """
 
     parts: dict[str, int]
     peaks: dict[str, int]
     framework: int
-    per_layer: int
     host: int
 
     @property
@@ -116,7 +114,7 @@ def memory_plan(
         "hard error tokens": hard_tokens,
         "framework": framework,
     }
-    return MemoryPlan(parts, peaks, framework, layer.kept + layer.input, kept.host)
+    return MemoryPlan(parts, peaks, framework, kept.host)
 
 
 def hard_token_bytes(pairs: int, entries: int) -> int:

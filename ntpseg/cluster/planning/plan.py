@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ntpseg.cluster.planning.activations import layer_activations
 from ntpseg.cluster.planning.machines import Gpu
 from ntpseg.cluster.planning.search import Candidate, PlanOptions, choose, fits, remedies, usable_memory
 from ntpseg.cluster.planning.workload import Workload, read_sentences, workload
@@ -30,6 +31,7 @@ class Plan:
         usable: bytes of a GPU that tensors and framework may take.
         remedies: what would make it fit, where it does not.
         tokens: of the longest sequence; memory is for these.
+        activations_by_length: bytes of one layer and micro-batch, by tokens of a sequence.
         mean_tokens: of a mean sequence; time is for these.
         sequences: of a step, all GPUs together.
         tokens_per_second: of all GPUs.
@@ -49,6 +51,7 @@ class Plan:
     usable: float
     remedies: tuple[str, ...]
     tokens: int
+    activations_by_length: dict[int, int]
     mean_tokens: float
     sequences: int
     tokens_per_second: float
@@ -114,6 +117,7 @@ def make_plan(
         usable=usable_memory(gpu),
         remedies=() if enough else tuple(remedies(work, gpu, options)),
         tokens=work.longest,
+        activations_by_length=_by_length(work, chosen),
         mean_tokens=work.mean_tokens,
         sequences=sequences,
         tokens_per_second=sequences * work.mean_tokens / chosen.seconds,
@@ -124,7 +128,7 @@ def make_plan(
         cost_per_epoch=None if price is None or per_epoch is None else price * per_epoch,
         cost=None if price is None or hours is None else price * hours,
         measured=sources,
-        arguments=_arguments(work, chosen),
+        arguments=_arguments(chosen),
     )
 
 
@@ -141,7 +145,14 @@ def measured_mfu(run: str | Path) -> float:
     return statistics.median(values[1:] or values)
 
 
-def _arguments(work: Workload, chosen: Candidate) -> tuple[str, ...]:
+def _by_length(work: Workload, chosen: Candidate) -> dict[int, int]:
+    """At a quarter, a half and the whole of the longest sequence, whatever the checkpointing."""
+    lengths = [work.longest // part for part in (4, 2, 1)]
+    layers = [layer_activations(work, chosen.numerics, chosen.batch.samples, tokens) for tokens in lengths]
+    return {tokens: layer.kept + layer.input for tokens, layer in zip(lengths, layers, strict=True)}
+
+
+def _arguments(chosen: Candidate) -> tuple[str, ...]:
     batch, sharding = chosen.batch, chosen.numerics.sharding
     settings = [
         f"training.per_device_train_batch_size={batch.samples}",

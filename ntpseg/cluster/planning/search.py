@@ -10,7 +10,7 @@ from ntpseg.cluster.planning import communication_time
 from ntpseg.cluster.planning.compute_time import PREDICTED_MFU, ComputeTime, compute_time
 from ntpseg.cluster.planning.machines import GPUS, Gpu
 from ntpseg.cluster.planning.memory import Batch, MemoryPlan, memory_plan
-from ntpseg.cluster.planning.numerics import SHARDINGS, Numerics
+from ntpseg.cluster.planning.numerics import PRECISIONS, SHARDINGS, Numerics
 from ntpseg.cluster.planning.workload import Workload
 from ntpseg.utils.checks import check_choice, check_integer, check_number
 
@@ -57,6 +57,7 @@ class PlanOptions:
         for name in ("samples", "sequences_per_step"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_choice("precision", self.precision, PRECISIONS)
         check_number("mfu", self.mfu, 0, 1)
         if self.price is not None:
             check_number("price", self.price, 0)
@@ -205,9 +206,7 @@ def _per_gpu(work: Workload, options: PlanOptions) -> int:
         per_gpu = work.samples_per_process * work.accumulation
         return max(per_gpu, options.samples or 1)
     if options.sequences_per_step % options.gpus:
-        raise ValueError(
-            f"sequences_per_step must be a multiple of the GPUs, {options.gpus}, got {options.sequences_per_step}"
-        )
+        raise ValueError(f"batch must be a multiple of the GPUs, {options.gpus}, got {options.sequences_per_step}")
     return options.sequences_per_step // options.gpus
 
 

@@ -165,7 +165,7 @@ def _zero_3(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -
     last = min(gathered, size * (2 * parameters.layer + parameters.embedding))
     first = 2 * size * (parameters.head or parameters.embedding)
     return States(
-        weights=size * part,
+        weights=size * part + 4 * part * work.ema,
         gradients=0 if offloaded else size * part,
         optimizer=0 if offloaded else (_MASTER + _MOMENTS) * part,
         buffers=_bucket(work, numerics),
@@ -185,7 +185,7 @@ def _fsdp(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -> 
     head = size * (parameters.head or parameters.embedding)
     of_layers = 4 * -(-parameters.layer * parameters.layers // ranks)
     return States(
-        weights=4 * part,
+        weights=4 * part * (1 + work.ema),
         gradients=0,
         optimizer=_MOMENTS * part,
         buffers=0,
