@@ -58,13 +58,14 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
     mlp = count * 4 * size * work.intermediate
     backward = count * (2 * size * work.intermediate + residual * width)
     if numerics.fused_attention(work.attention, length, MAX_TOKENS):
-        kept += count * (size * (2 * query + 2 * key) + 4 * work.query_heads)
+        # causal_blocks repeats keys and values for every query head, also where it then calls PyTorch's kernel.
+        own = query if numerics.device == "cpu" and work.attention in (None, "causal_blocks") else key
+        kept += count * (size * (2 * query + 2 * own) + 4 * work.query_heads)
     else:
         blocks = 1 if work.attention == "eager" else BLOCKS
         step = -(-length // blocks)
         stops = [min(length, start + step) for start in range(0, length, step)]
         repeated = samples * sum(stops[:-1]) * 2 * size * query
-        # Keys and values are repeated for every query head.
         kept += count * size * 4 * query + repeated
         sizes = [
             samples * work.query_heads * (stop - start) * stop * size
