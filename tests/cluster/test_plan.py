@@ -128,7 +128,7 @@ def test_what_is_chosen_fits_and_divides_no_more_than_it_must() -> None:
         ("h100", PlanOptions(8, "3", samples=4, checkpointing=False, offload=False), "activation checkpointing: "),
         ("h100", PlanOptions(8, "none", offload=False), "another ZeRO stage: "),
         ("h100", PlanOptions(1, offload=False), "optimizer offload: "),
-        ("a100-40gb", PlanOptions(2, "3", offload=False), "4 GPUs: "),
+        ("a100-40gb", PlanOptions(2, "3", offload=False), "8 GPUs: "),
         ("l4", PlanOptions(1, "2", offload=False), "2 GPUs and free choice of the rest: "),
     ],
 )

@@ -65,7 +65,9 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
         blocks = 1 if work.attention == "eager" else BLOCKS
         step = -(-length // blocks)
         stops = [min(length, start + step) for start in range(0, length, step)]
-        repeated = samples * sum(stops[:-1]) * 2 * size * query
+        # Repeated for every query head they lie head by head, and a block of them needs no copy.
+        copied = query if work.key_heads == work.query_heads else 0
+        repeated = samples * sum(stops[:-1]) * 2 * size * copied
         kept += count * size * 4 * query + repeated
         sizes = [
             samples * work.query_heads * (stop - start) * stop * size

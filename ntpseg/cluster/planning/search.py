@@ -148,7 +148,7 @@ def remedies(work: Workload, gpu: Gpu, options: PlanOptions) -> list[str]:
         found.append(f"{more[0]} GPUs: {describe(more[1], gpu)}")
     for other in sorted((g for g in GPUS.values() if g.memory > gpu.memory), key=lambda g: g.memory):
         if how := _if_it_fits(work, other, options):
-            found.append(f"a {other.name}: {how}")
+            found.append(f"{other.name}: {how}")
             break
     if found:
         return found
