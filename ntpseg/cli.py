@@ -21,6 +21,7 @@ app = typer.Typer(
 COMMANDS = (
     "env",
     "doctor",
+    "plan",
     "data",
     "tokenizer",
     "train",

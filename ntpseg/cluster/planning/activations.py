@@ -1,0 +1,78 @@
+"""Bytes of activations: what autograd keeps of a decoder layer for backward, and what backward adds for a moment.
+
+The count of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
+section 4.1), made anew for the layers that are trained here: RMS norms, rotary queries and keys, gated MLPs, no dropout
+masks, and attention that keeps no probabilities (FlashAttention, arXiv 2205.14135) or those of two blocks of queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ntpseg.cluster.planning.numerics import Numerics
+from ntpseg.cluster.planning.workload import Workload
+from ntpseg.models.causal_blocks import BLOCKS, MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one decoder layer and one micro-batch.
+
+    Attributes:
+        kept: until the layer's backward, without its input.
+        input: its input, a part of the residual stream.
+        backward: what its backward has for a moment beyond `kept`.
+    """
+
+    kept: int
+    input: int
+    backward: int
+
+
+def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: int | None = None) -> LayerActivations:
+    """Activations of one layer for `samples` sequences of `tokens` tokens.
+
+    Per token, with D hidden, I intermediate features, E_q and E_k widths of queries and of keys, s bytes a number (and
+    r in the residual stream)::
+
+        norms       r D (the residual between attention and MLP) + 2 s D
+        query norm  s (E_q + E_k), Qwen3 alone
+        attention   s (2 E_q + 2 E_k) and 4 bytes a head (queries, output; keys, values; log-sum-exp)
+        MLP         4 s I (gate, its SiLU, up, their product)
+
+    Attention in blocks (causal_blocks, on a CPU) keeps, in place of the log-sum-exp, the probabilities of each block of
+    queries, and keys and values once more for every block but the last. Backward peaks within the MLP: gradients of
+    three ``[N, I]`` tensors in place of one of the four that are kept, and one of the residual stream; or within
+    blocked attention, where the MLP's are gone already: three of the larger block's size.
+    """
+    length = work.longest if tokens is None else tokens
+    count = samples * length
+    size, residual = numerics.product_bytes, numerics.residual_bytes
+    width, query, key = work.hidden, work.query_width, work.key_width
+    # The float32 scale of each row of each norm.
+    kept = count * (residual * width + 2 * size * width + 8)
+    if work.query_norm:
+        # PyTorch's norm on a GPU is computed in float32 under autocast, and keeps its operand so.
+        operand = 4 if numerics.autocast and numerics.device == "cuda" else size
+        kept += count * (operand * (query + key) + 4 * (work.query_heads + work.key_heads))
+    mlp = count * 4 * size * work.intermediate
+    backward = count * (2 * size * work.intermediate + residual * width)
+    if numerics.fused_attention(work.attention, length, MAX_TOKENS):
+        # causal_blocks repeats keys and values for every query head, also where it then calls PyTorch's kernel.
+        own = query if numerics.device == "cpu" and work.attention in (None, "causal_blocks") else key
+        kept += count * (size * (2 * query + 2 * own) + 4 * work.query_heads)
+    else:
+        blocks = 1 if work.attention == "eager" else BLOCKS
+        step = -(-length // blocks)
+        stops = [min(length, start + step) for start in range(0, length, step)]
+        # Repeated for every query head they lie head by head, and a block of them needs no copy.
+        copied = query if work.key_heads == work.query_heads else 0
+        repeated = samples * sum(stops[:-1]) * 2 * size * copied
+        kept += count * size * 4 * query + repeated
+        sizes = [
+            samples * work.query_heads * (stop - start) * stop * size
+            for start, stop in zip([0, *stops[:-1]], stops, strict=True)
+        ]
+        kept += sum(sizes)
+        backward = max(backward, 3 * max(sizes) - mlp)
+    return LayerActivations(kept=kept + mlp, input=count * residual * width, backward=backward)
