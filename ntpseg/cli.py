@@ -21,6 +21,7 @@ app = typer.Typer(
 COMMANDS = (
     "env",
     "doctor",
+    "scaling",
     "data",
     "tokenizer",
     "train",
