@@ -36,7 +36,7 @@ def _figure(curves: Sequence[Curves], title: str) -> Any:
     speed, share = figure.subplots(1, 2)
     for number, each in enumerate(curves):
         for name, points in (("weak", each.weak), ("strong", each.strong)):
-            style: dict[str, Any] = {"color": f"C{number}", "linestyle": _LINES[name], "marker": ".", "markersize": 4}
+            style: dict[str, Any] = {"color": f"C{number}", "linestyle": _LINES[name], "marker": ".", "markersize": 3}
             label = f"{each.options.strategy}, {name}"
             speed.plot(*_columns(points, "tokens_per_second"), label=label, **style)
             share.plot(*_columns(points, "efficiency"), label=label, **style)
@@ -49,7 +49,7 @@ def _figure(curves: Sequence[Curves], title: str) -> Any:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(True, linewidth=0.3)
-    speed.legend(fontsize=7)
+    speed.legend(fontsize=7, handlelength=4)
     figure.suptitle(title, fontsize=10)
     return figure
 

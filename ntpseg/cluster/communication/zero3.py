@@ -65,14 +65,27 @@ def zero3(
     ]
 
 
-def _trace(modules: tuple[Module, ...], checkpointing: bool) -> list[tuple[Phase, Module]]:
-    """Modules as a micro-batch runs them."""
-    trace: list[tuple[Phase, Module]] = [("forward", module) for module in modules]
+@dataclass(frozen=True)
+class _Run:
+    """A module's forward or backward; `ends` is false where it is broken off, so that nothing is released after it."""
+
+    phase: Phase
+    module: Module
+    ends: bool = True
+
+
+def _trace(modules: tuple[Module, ...], checkpointing: bool) -> list[_Run]:
+    """Modules as a micro-batch runs them.
+
+    What a checkpoint runs again stops inside the layer's last module, when all that backward needs is there
+    (``torch.utils.checkpoint.set_checkpoint_early_stop``).
+    """
+    trace = [_Run("forward", module) for module in modules]
     for layer, run in groupby(reversed(modules), key=lambda module: module.layer):
         backward = list(run)
         if checkpointing and layer is not None:
-            trace += [("backward", module) for module in reversed(backward)]
-        trace += [("backward", module) for module in backward]
+            trace += [_Run("backward", module, module is not backward[0]) for module in reversed(backward)]
+        trace += [_Run("backward", module) for module in backward]
     return trace
 
 
@@ -92,7 +105,7 @@ def _sub_groups(shape: ModelShape, ranks: int) -> int:
 def _gathers(shape: ModelShape, buckets: Buckets, checkpointing: bool) -> list[tuple[Phase, list[Parameter]]]:
     """Every gather of a micro-batch: when, and what."""
     trace = _trace(shape.modules, checkpointing)
-    queue = deque((p, step) for step, (_, module) in enumerate(trace) for p in module.parameters)
+    queue = deque((p, step) for step, run in enumerate(trace) for p in run.module.parameters)
     available = {p for p in shape.parameters if p.numel <= buckets.persistence}
     persistent = frozenset(available)
     fetched_for = dict.fromkeys(shape.parameters, -1)
@@ -104,11 +117,11 @@ def _gathers(shape: ModelShape, buckets: Buckets, checkpointing: bool) -> list[t
         gathers.append((phase, parameters))
         return sum(p.numel for p in parameters)
 
-    for step, (phase, module) in enumerate(trace):
-        own = list(dict.fromkeys(module.parameters))
+    for step, run in enumerate(trace):
+        own = list(dict.fromkeys(run.module.parameters))
         missing = [p for p in own if p not in available]
         if missing:
-            live += gather(phase, missing)
+            live += gather(run.phase, missing)
         for _ in [p for p in own if fetched_for[p] < step]:
             parameter, used = queue.popleft()
             fetched_for[parameter] = used
@@ -120,7 +133,9 @@ def _gathers(shape: ModelShape, buckets: Buckets, checkpointing: bool) -> list[t
                 chosen.append(parameter)
                 size += parameter.numel
         if chosen:
-            live += gather(phase, chosen)
+            live += gather(run.phase, chosen)
+        if not run.ends:
+            continue
         for parameter in set(own) - persistent - _kept(trace[step + 1 :], set(own), buckets.max_reuse):
             # A later use that prefetching has passed already would never be gathered again.
             if fetched_for[parameter] <= step:
@@ -129,15 +144,15 @@ def _gathers(shape: ModelShape, buckets: Buckets, checkpointing: bool) -> list[t
     return gathers
 
 
-def _kept(coming: list[tuple[Phase, Module]], own: set[Parameter], reach: int) -> set[Parameter]:
+def _kept(coming: list[_Run], own: set[Parameter], reach: int) -> set[Parameter]:
     """Those of `own` that are used again before `reach` elements of other modules have been."""
     kept: set[Parameter] = set()
     passed = 0
-    for _, module in coming:
+    for run in coming:
         if passed >= reach or kept == own:
             break
-        kept.update(own.intersection(module.parameters))
-        passed += sum(p.numel for p in module.parameters)
+        kept.update(own.intersection(run.module.parameters))
+        passed += sum(p.numel for p in run.module.parameters)
     return kept
 
 
