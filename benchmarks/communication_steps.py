@@ -163,6 +163,8 @@ def by_fully_shard(case: Case) -> tuple[Calls, list[Collective]]:
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low else None)
     for layer in model.backbone.layers:
         fully_shard(layer, **options)
+    fully_shard(model.get_input_embeddings(), **options)
+    fully_shard(model.heads, reshard_after_forward=False, **options)
     fully_shard(model, **options)
     optimizer = torch.optim.AdamW(model.parameters())
     ids, labels = size.batch_of(cpu)

@@ -21,6 +21,7 @@ from ntpseg.cluster.communication import (
     training_collectives,
     vocab_parallel_loss,
     wire_bytes,
+    zero3,
 )
 from ntpseg.cluster.communication.parameters import Module, Parameter
 from ntpseg.cluster.communication.strategies import ZeroSettings
@@ -156,6 +157,20 @@ def test_fsdp2_pads_the_first_dimension() -> None:
         assert found["all_gather"] == {"calls": 1, "bytes": rows * 5 * 4}
 
 
+def test_trace_of_a_checkpointed_layer(tiny: ModelShape) -> None:
+    """As DeepSpeed's hooks recorded it: the last module and those around it, forward again, then backward of the rest."""
+    names = [run.module.name.removeprefix("backbone.layers.3") for run in zero3._trace(tiny.modules, True)]
+    start = names.index("backbone.norm", names.index("heads")) + 1
+    layer = "||.mlp|.mlp.down_proj|.input_layernorm|.self_attn|.self_attn.q_proj|.self_attn.q_norm|.self_attn.k_proj|"
+    layer += ".self_attn.k_norm|.self_attn.v_proj|.self_attn.o_proj|.post_attention_layernorm|.mlp|.mlp.gate_proj|"
+    layer += (
+        ".mlp.act_fn|.mlp.up_proj|.mlp.down_proj|.mlp.up_proj|.mlp.act_fn|.mlp.gate_proj|.post_attention_layernorm|"
+    )
+    layer += ".self_attn|.self_attn.o_proj|.self_attn.v_proj|.self_attn.k_norm|.self_attn.k_proj|.self_attn.q_norm|"
+    layer += ".self_attn.q_proj|.input_layernorm|backbone.layers.2|"
+    assert "|".join(["", *names[start:]]).startswith(layer)
+
+
 def test_tied_embeddings_are_sent_once() -> None:
     from ntpseg.models import NTPSegConfig, NTPSegModel
 
@@ -166,6 +181,9 @@ def test_tied_embeddings_are_sent_once() -> None:
     shape = ModelShape.of(model)
     assert shape.numel == sum(p.numel() for p in model.parameters())
     assert shape.gradient_order[-1].name == "backbone.embed_tokens.weight"
+    # FSDP2 gathers the tied pair and the root once, the layer twice
+    weights = [c for c in step_traffic(shape, TrafficOptions("fsdp2", 2)) if c.kind == "all_gather"]
+    assert sum(each.calls for each in weights) == 4
 
 
 def test_het_rounds_and_vocabulary_blocks() -> None:

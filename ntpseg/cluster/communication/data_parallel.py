@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ntpseg.cluster.communication.collective import Collective, grouped
 from ntpseg.cluster.communication.parameters import ModelShape, Parameter
 
 # Of torch.nn.parallel.DistributedDataParallel: bytes of the first bucket, and of all others (bucket_cap_mb).
 _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20
+_EMBEDDING, _HEADS = "backbone.embed_tokens", "heads"
 
 
 def ddp(shape: ModelShape, gradient_bytes: int) -> list[Collective]:
@@ -31,31 +32,44 @@ def ddp(shape: ModelShape, gradient_bytes: int) -> list[Collective]:
 
 
 def fsdp2(shape: ModelShape, ranks: int, accumulation: int, element_bytes: int) -> list[Collective]:
-    """Each decoder layer is a unit, and all else is the root, as ``fully_shard(layer)``, ``fully_shard(model)`` make.
+    """Units of ``fully_shard``: each decoder layer, the embedding, the heads, and all else as the root.
 
-    In every micro-batch a unit is gathered for forward and again for backward, the root once, since it stays; then each
+    In every micro-batch a unit is gathered for forward and again for backward; heads and root, with which backward
+    begins, stay gathered (``reshard_after_forward=False``), as does an embedding that is tied to the heads. Then each
     unit's gradients are reduce-scattered. Activation checkpointing changes nothing: layers run again while they are
     gathered for backward.
     """
-    layers: dict[int, list[Parameter]] = {}
-    for module in shape.modules:
-        if module.layer is not None:
-            layers.setdefault(module.layer, []).extend(module.parameters)
-    inside = {p for parameters in layers.values() for p in parameters}
-    root = [p for p in shape.parameters if p not in inside]
-    units = [_padded(parameters, ranks) * element_bytes for parameters in layers.values()]
-    whole = _padded(root, ranks) * element_bytes
-    gradients = [_padded([p for p in unit if p.trainable], ranks) for unit in (*layers.values(), root)]
+    freed, kept = _units(shape)
+    again = [_padded(unit, ranks) * element_bytes for unit in freed]
+    once = [_padded(unit, ranks) * element_bytes for unit in kept]
+    gradients = [_padded([p for p in unit if p.trainable], ranks) * element_bytes for unit in (*freed, *kept)]
     calls = {"times": accumulation, "micro_steps": accumulation}
     norms = len([p for p in shape.parameters if p.trainable])
     return [
-        *grouped("all_gather", [whole, *units], "forward", "weights for forward", **calls),
-        *grouped("all_gather", units, "backward", "weights for backward", **calls),
-        *grouped("reduce_scatter", [n * element_bytes for n in gradients], "backward", "gradients", **calls),
+        *grouped("all_gather", [*again, *once], "forward", "weights for forward", **calls),
+        *grouped("all_gather", again, "backward", "weights for backward", **calls),
+        *grouped("reduce_scatter", gradients, "backward", "gradients", **calls),
         Collective("all_reduce", 4 * norms, 1, "step", "norm of the gradient"),
     ]
 
 
-def _padded(parameters: Iterable[Parameter] | Sequence[Parameter], ranks: int) -> int:
+def _units(shape: ModelShape) -> tuple[list[list[Parameter]], list[list[Parameter]]]:
+    """Parameters that are gathered together: of units that are freed after forward, and of those that are not."""
+    places: dict[str, list[Parameter]] = {}
+    seen: set[Parameter] = set()
+    names = {module.name: module for module in shape.modules}
+    embedding, heads = names.get(_EMBEDDING), names.get(_HEADS)
+    tied = embedding and heads and set(embedding.parameters) & set(heads.parameters)
+    for module in shape.modules:
+        place = "root" if module.layer is None else f"layer {module.layer}"
+        if module.name in (_EMBEDDING, _HEADS):
+            place = _HEADS if tied else module.name
+        places.setdefault(place, []).extend(p for p in module.parameters if p not in seen)
+        seen.update(module.parameters)
+    kept = [places[place] for place in (_HEADS, "root") if places.get(place)]
+    return [unit for place, unit in places.items() if place not in (_HEADS, "root") and unit], kept
+
+
+def _padded(parameters: Iterable[Parameter], ranks: int) -> int:
     """Elements of parameters whose first dimension is divided over the ranks, rounded up."""
     return sum(-(-p.shape[0] // ranks) * ranks * (p.numel // max(p.shape[0], 1)) for p in parameters)

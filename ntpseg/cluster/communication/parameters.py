@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-# As a decoder layer runs, Hugging Face declares its norms last.
+# As a decoder layer runs, itself first; Hugging Face declares its norms last.
 _LAYER_ORDER = (
+    "",
     "input_layernorm",
+    "self_attn",
     "self_attn.q_proj",
     "self_attn.q_norm",
     "self_attn.k_proj",
@@ -20,13 +22,16 @@ _LAYER_ORDER = (
     "self_attn.v_proj",
     "self_attn.o_proj",
     "post_attention_layernorm",
+    "mlp",
     "mlp.gate_proj",
+    "mlp.act_fn",
     "mlp.up_proj",
     "mlp.down_proj",
 )
-_LAYER = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
-# Where a module that is no decoder layer runs.
-_BEFORE, _AFTER = ("backbone.embed_tokens", "grid", "front_end"), ("backbone.norm", "heads", "readout")
+_LAYER = re.compile(r"backbone\.layers\.(\d+)\.?(.*)")
+# Where a module that is no decoder layer runs; the model itself has the empty name.
+_BEFORE = ("backbone.embed_tokens", "grid", "front_end", "backbone", "backbone.rotary_emb")
+_AFTER = ("backbone.norm", "heads", "readout")
 # A head uses its transforms before its output matrix, which it declares first.
 _HEADS = ("transform_weight", "transform_bias", "weight")
 
@@ -57,10 +62,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Module:
-    """A module that owns parameters.
+    """A module that is called: one that owns parameters, or one around or between those, without any.
 
     Attributes:
-        name: as in ``named_modules``.
+        name: as in ``named_modules``, empty for the model itself.
         parameters: its own, not those of modules inside it, in the order of their use.
         layer: index of the decoder layer that it is in; None elsewhere.
     """
@@ -75,7 +80,7 @@ class ModelShape:
     """What communication depends on.
 
     Attributes:
-        modules: in the order in which a forward pass runs them.
+        modules: in the order in which a forward pass begins them.
         hidden_size: D; Hugging Face derives DeepSpeed's bucket sizes from it.
         heads: k.
         terms: terms of the loss that training logs.
@@ -124,8 +129,9 @@ class ModelShape:
             own = dict(module.named_parameters(recurse=False))
             if name == "heads":
                 own = {key: own[key] for key in _HEADS if key in own}
-            if own:
-                layer = _LAYER.fullmatch(name)
+            layer = _LAYER.fullmatch(name)
+            between = name in ("", "backbone", "backbone.rotary_emb") or (layer and layer[2] in _LAYER_ORDER)
+            if own or between:
                 parameters = tuple(found[id(tensor)] for tensor in own.values())
                 modules.append(Module(name, parameters, int(layer[1]) if layer else None))
         buffers: dict[torch.dtype, int] = {}
@@ -144,12 +150,15 @@ class ModelShape:
 
 def _run_order(module: Module) -> tuple[int, int, int]:
     """Sorting key; modules of one place stay in the order of their declaration."""
+    if not module.name:
+        return -1, 0, 0
     layer = _LAYER.fullmatch(module.name)
     if layer:
         inside = _LAYER_ORDER.index(layer[2]) if layer[2] in _LAYER_ORDER else len(_LAYER_ORDER)
         return 1, int(layer[1]), inside
     for place, names in ((0, _BEFORE), (2, _AFTER)):
         for index, name in enumerate(names):
-            if module.name == name or module.name.startswith(f"{name}."):
+            inside = name != "backbone" and module.name.startswith(f"{name}.")
+            if module.name == name or inside:
                 return place, index, 0
     return 0, len(_BEFORE), 0

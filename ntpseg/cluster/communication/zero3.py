@@ -67,7 +67,13 @@ def zero3(
 
 @dataclass(frozen=True)
 class _Run:
-    """A module's forward or backward; `ends` is false where it is broken off, so that nothing is released after it."""
+    """A module's forward or backward, at whose beginning its weights are gathered.
+
+    Attributes:
+        phase: of the micro-batch.
+        module: whose weights.
+        ends: they may be released after it.
+    """
 
     phase: Phase
     module: Module
@@ -75,18 +81,39 @@ class _Run:
 
 
 def _trace(modules: tuple[Module, ...], checkpointing: bool) -> list[_Run]:
-    """Modules as a micro-batch runs them.
+    """Modules as DeepSpeed's hooks see a micro-batch run them, those without weights too: it prefetches at each.
 
-    What a checkpoint runs again stops inside the layer's last module, when all that backward needs is there
-    (``torch.utils.checkpoint.set_checkpoint_early_stop``).
+    A module's backward begins before that of what is inside it. Of a checkpointed layer the hooks of the last module,
+    and of those around it, come first; then all inside runs forward again and stops within the last module, when all
+    that backward needs is there (``torch.utils.checkpoint.set_checkpoint_early_stop``); the last is over after that.
     """
     trace = [_Run("forward", module) for module in modules]
-    for layer, run in groupby(reversed(modules), key=lambda module: module.layer):
+    trace += [_Run("backward", module) for module in modules if not module.name]
+    differentiated = [module for module in modules if module.name not in ("", "backbone.rotary_emb")]
+    for layer, run in groupby(_backward(differentiated), key=lambda module: module.layer):
         backward = list(run)
-        if checkpointing and layer is not None:
-            trace += [_Run("backward", module, module is not backward[0]) for module in reversed(backward)]
-        trace += [_Run("backward", module) for module in backward]
+        if not checkpointing or layer is None:
+            trace += [_Run("backward", module) for module in backward]
+            continue
+        inside = [module for module in modules if module.layer == layer]
+        chain = [module for module in inside if f"{inside[-1].name}.".startswith(f"{module.name}.")]
+        trace += [_Run("backward", module, ends=False) for module in chain]
+        trace += [_Run("backward", module) for module in inside if module is not chain[0] or module is chain[-1]]
+        trace += [_Run("backward", module) for module in backward if module not in chain]
     return trace
+
+
+def _backward(modules: list[Module]) -> list[Module]:
+    """The reverse order, but each before what is inside it."""
+    blocks: list[list[Module]] = []
+    start = 0
+    while start < len(modules):
+        stop = start + 1
+        while stop < len(modules) and modules[stop].name.startswith(f"{modules[start].name}."):
+            stop += 1
+        blocks.append([modules[start], *_backward(modules[start + 1 : stop])])
+        start = stop
+    return [module for block in reversed(blocks) for module in block]
 
 
 def _sub_groups(shape: ModelShape, ranks: int) -> int:
@@ -138,7 +165,7 @@ def _gathers(shape: ModelShape, buckets: Buckets, checkpointing: bool) -> list[t
             continue
         for parameter in set(own) - persistent - _kept(trace[step + 1 :], set(own), buckets.max_reuse):
             # A later use that prefetching has passed already would never be gathered again.
-            if fetched_for[parameter] <= step:
+            if fetched_for[parameter] <= step + 1:
                 available.discard(parameter)
                 live -= parameter.numel
     return gathers
