@@ -158,7 +158,7 @@ def test_fsdp2_pads_the_first_dimension() -> None:
 
 
 def test_trace_of_a_checkpointed_layer(tiny: ModelShape) -> None:
-    """As DeepSpeed's hooks recorded it: the last module and those around it, forward again, then backward of the rest."""
+    """As DeepSpeed records it: the last module and those around it, forward again, then backward of the rest."""
     names = [run.module.name.removeprefix("backbone.layers.3") for run in zero3._trace(tiny.modules, True)]
     start = names.index("backbone.norm", names.index("heads")) + 1
     layer = "||.mlp|.mlp.down_proj|.input_layernorm|.self_attn|.self_attn.q_proj|.self_attn.q_norm|.self_attn.k_proj|"
