@@ -22,6 +22,7 @@ COMMANDS = (
     "env",
     "doctor",
     "plan",
+    "scaling",
     "data",
     "tokenizer",
     "train",
