@@ -236,6 +236,10 @@ class HardTokenMemory:
         exchange(self._store, self._control, self.epoch, group, self.traffic)
         self.traffic.seconds_waited += time.perf_counter() - start
 
+    def wait(self) -> None:
+        """Finish what is under way: writes, and an exchange in the background."""
+        self._settle()
+
     def flush(self) -> None:
         """Finish what is under way; of a mapped memory, wait until the disk has it. A killed process loses nothing
         for which `record` has returned; after a power cut, what was flushed is there."""

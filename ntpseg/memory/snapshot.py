@@ -28,6 +28,10 @@ _PART_BYTES = 64 << 20
 _INCREMENTS = 64
 
 
+class UnreadableFile(ValueError):
+    """A file of a saved memory is missing or damaged; the message names it."""
+
+
 class Snapshots:
     """What a mapped memory has saved where.
 
@@ -98,12 +102,12 @@ def write(path: Path, saved: dict[str, Any]) -> None:
 def states(path: Path) -> Iterator[dict[str, Any]]:
     """What `HardTokenMemory.save` wrote, as states the first of which is to be loaded and the others merged.
 
-    Their tensors are mapped from the files, so that reading one takes no memory for its size.
+    Tensors of parts are mapped from the files, so that reading them takes no memory for their size.
 
     Raises:
         ValueError: a file cannot be read, or is none of a hard-token memory.
     """
-    saved = _read(path)
+    saved = _read(path, mapped=False)
     if not isinstance(saved, dict) or "parts" not in saved:
         yield saved
         return
@@ -115,11 +119,11 @@ def states(path: Path) -> Iterator[dict[str, Any]]:
         name, current = (part.get("name"), part.get("epoch")) if isinstance(part, dict) else (None, None)
         if not isinstance(name, str) or Path(name).name != name or current not in (epoch - 1, epoch):
             raise ValueError(f"{path} must name files of epochs {epoch - 1} and {epoch} beside it, got {brief(part)}")
-        served, entries = current == epoch - 1, _read(path.with_name(name))
+        served, entries = current == epoch - 1, _read(path.with_name(name), mapped=True)
         yield {**saved, "served": entries if served else nothing, "recording": nothing if served else entries}
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, *, mapped: bool) -> Any:
     with suppress(Exception):  # a damaged file can raise anything
-        return torch.load(str(path), weights_only=True, mmap=True)
-    raise ValueError(f"{path} must hold a hard-token memory, got a file that cannot be read")
+        return torch.load(str(path), weights_only=True, mmap=mapped)
+    raise UnreadableFile(f"{path} must hold a hard-token memory, got a file that cannot be read")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 FORMAT = "ntpseg.hard_token_memory"
 VERSION = 1
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
 _NO_DEVIATION = -0x00800000  # the bits of -inf as float32
 
 
@@ -39,7 +39,8 @@ def pack(rows: Tensor, stamp: Tensor, epoch: int) -> dict[str, Tensor]:
 
 def columns(sample: Tensor, count: Tensor, entry: Tensor) -> dict[str, Tensor]:
     """What `pack` returns, of samples ``[S]`` int64 and what `compact` made of their rows."""
-    deviation, position, token = (column.contiguous() for column in entry.unbind(1))
+    # Cloned: empty ones would share a storage, which torch.load maps as one dtype for all.
+    deviation, position, token = (column.clone() for column in entry.unbind(1))
     return {
         "sample": sample,
         "count": count,
