@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntpseg.memory.changes import mark_recorded
 from ntpseg.memory.storage import Storage
 from ntpseg.ops import merge_entries
 
@@ -66,6 +69,10 @@ class Background:
                 return future.result().to(self._device, non_blocking=True)
         return self._gather(ids).to(self._device, non_blocking=True)
 
+    def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What ``work`` returns when the writer, after all writes so far, has called it; for other threads to call."""
+        return self._writer.submit(work, *args).result()
+
     def drain(self) -> None:
         """Wait for all writes and forget all reads; the buffers may change roles then."""
         while self._writes:
@@ -78,11 +85,25 @@ class Background:
     def _merge(self, sample_ids: Tensor, entries: Tensor, ready: torch.cuda.Event | None) -> None:
         if ready is not None:
             ready.synchronize()
+        mark_recorded(self._storage, self._epoch, sample_ids)
         merge_entries(self._storage.rows, self._storage.stamp, self._control, self._epoch, sample_ids, entries)
+        self._storage.touch(sample_ids.numel(), written=True)
 
     def _gather(self, sample_ids: Tensor) -> Tensor:
-        entries = served_rows(self._storage, self._epoch, sample_ids)
+        entries = self._served(sample_ids)
         return entries.pin_memory() if self._device.type == "cuda" else entries
+
+    def _served(self, sample_ids: Tensor) -> Tensor:
+        """What `served_rows` returns; rows that have nothing to serve are not even read from the disk."""
+        rows, stamp = self._storage.rows, self._storage.stamp
+        entries = rows.new_full((sample_ids.numel(), *rows.shape[2:]), -1)
+        served = int(self._epoch) - 1
+        if served > 0:
+            known = ((sample_ids >= 0) & (sample_ids < stamp.shape[1])).nonzero().squeeze(1)
+            known = known[stamp[served % 2][sample_ids[known]] == served]
+            entries[known] = rows[served % 2][sample_ids[known]]
+            self._storage.touch(known.numel())
+        return entries
 
     @staticmethod
     def _to_host(tensor: Tensor) -> Tensor:

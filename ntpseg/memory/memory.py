@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ntpseg.memory import deviation as deviations
-from ntpseg.memory import state, storage
+from ntpseg.memory import snapshot, state, storage
 from ntpseg.memory.background import Background, served_rows
-from ntpseg.memory.exchange import exchange
+from ntpseg.memory.changes import UNSAVED, mark, mark_merged, mark_recorded, recorded_flags
+from ntpseg.memory.exchange import Traffic, exchange
+from ntpseg.memory.overlap import Overlap
 from ntpseg.ops import merge_entries, record_errors, topn_errors
 from ntpseg.ops.record import check_record, pack_entries
 from ntpseg.ops.topn import MAX_N
@@ -57,6 +61,9 @@ class HardTokenMemory:
             works out, and what `record` must be given. Kept with the state, since kinds cannot be compared.
         ignore_index: the label of unsupervised positions.
 
+    Attributes:
+        traffic: what exchanges between ranks cost so far (`ntpseg.memory.Traffic`).
+
     Raises:
         ValueError: an argument is out of range or unknown, or the files under ``path`` belong to another memory.
     """
@@ -85,6 +92,9 @@ class HardTokenMemory:
         self._background: Background | None = None
         if storage != "device":
             self._background = Background(self._store, self._control, self._epoch, self.device)
+        self.traffic = Traffic()
+        self._overlap = Overlap(self._store, self._control, self._background, self.traffic)
+        self._snapshots = snapshot.Snapshots(self._store)
 
     @property
     def epoch(self) -> int:
@@ -120,6 +130,7 @@ class HardTokenMemory:
         inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
         sample_ids, prediction, labels, deviation = inputs
         if self._background is None:
+            mark_recorded(self._store, self._epoch, sample_ids)
             memory = (self._store.rows, self._store.stamp, self._control, self._epoch)
             record_errors(*memory, sample_ids, prediction, labels, deviation, self.ignore_index)
             return
@@ -200,20 +211,34 @@ class HardTokenMemory:
             entries = served_rows(self._store, self._epoch, sample_ids.to(self.device, non_blocking=True))
         return HardTokens(position=entries[:, 1].long(), token=entries[:, 2].long())
 
-    def sync(self, group: Any = None) -> None:
+    def sync(self, group: Any = None, *, async_op: bool = False) -> None:
         """Merge what the ranks of a process group recorded, so that each can serve what another saw.
 
         Call it on every rank at the end of an epoch, before or after `advance`; doing it twice changes nothing.
-        Without an initialised process group, or in a group of one, it returns at once.
+        Without an initialised process group, or in a group of one, it returns at once. Only rows that were recorded
+        since the last time travel; `traffic` counts them.
 
         Args:
             group: a ``torch.distributed`` process group; the default group if None.
+            async_op: send what this epoch has recorded so far, in the background, and return. Nothing need wait for
+                it: what was sent is not sent again at the end of the epoch, and is read in the next one. Every rank
+                must call it after the same step.
 
         Raises:
-            ValueError: the ranks are in different epochs.
+            ValueError: the ranks are in different epochs (of an exchange in the background, the next call that waits
+                for it says so).
         """
+        if async_op:
+            self._overlap.begin(self.epoch, group)
+            return
         self._settle()
-        exchange(self._store.rows, self._store.stamp, self._control, self.epoch, group)
+        start = time.perf_counter()
+        exchange(self._store, self._control, self.epoch, group, self.traffic)
+        self.traffic.seconds_waited += time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Finish what is under way: writes, and an exchange in the background."""
+        self._settle()
 
     def flush(self) -> None:
         """Finish what is under way; of a mapped memory, wait until the disk has it. A killed process loses nothing
@@ -222,7 +247,10 @@ class HardTokenMemory:
         self._store.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the exact state as CPU tensors, numbers and strings; its size grows with the errors held."""
+        """Return the exact state as CPU tensors, numbers and strings; its size grows with the errors held.
+
+        See `save` for a memory that is larger than the host's.
+        """
         self._settle()
         rows, stamp, epoch = self._store.rows, self._store.stamp, self.epoch
         return {
@@ -249,10 +277,13 @@ class HardTokenMemory:
         epoch = self._check_state(saved, vocab_size, length)
         self._settle()
         store = self._store
-        store.stamp.zero_()
+        store.clear()
         self._control.zero_()
         state.unpack(saved["served"], store.rows, store.stamp, epoch - 1)
         state.unpack(saved["recording"], store.rows, store.stamp, epoch)
+        for name, current in (("served", epoch - 1), ("recording", epoch)):
+            mark(store, current, saved[name]["sample"].to(store.rows.device), recorded_flags(store) & UNSAVED)
+        store.strange = True
         self._epoch.fill_(epoch)
         self._write_header()
 
@@ -276,7 +307,46 @@ class HardTokenMemory:
             stamp = torch.tensor(current, device=store.rows.device)
             for sample, block in state.blocks(saved[name], self.n):
                 target, entries = sample.to(store.rows.device), block.contiguous().to(store.rows.device)
+                mark_merged(store, stamp, target)
                 merge_entries(store.rows, store.stamp, self._control, stamp, target, entries)
+                store.touch(target.numel(), written=True)
+        store.strange = True
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file, of a mapped memory as what changed since it was last saved, in bounded memory.
+
+        Besides ``path`` a mapped memory has files ``STEM-*.pt`` there. Those of an earlier `save` that still hold are
+        linked, not copied, from the folder that it wrote to, if that is still there; else all is written.
+
+        Args:
+            path: file to write; it appears when everything else is there.
+        """
+        self._settle()
+        if self.storage == "mapped":
+            self._snapshots.save(Path(path), self._identity())
+        else:
+            snapshot.write(Path(path), self.state_dict())
+
+    def load(self, path: str | Path, **limits: int | None) -> None:
+        """Restore what `save` wrote, whatever kind of memory did.
+
+        Args:
+            path: the file.
+            **limits: ``vocab_size`` and ``length``, as in `load_state_dict`.
+
+        Raises:
+            ValueError: as `load_state_dict`, or the file or one of those beside it cannot be read.
+        """
+        self._take(path, self.load_state_dict, limits)
+
+    def merge(self, path: str | Path, **limits: int | None) -> None:
+        """Add what another rank's `save` wrote; arguments and errors as in `load`."""
+        self._take(path, self.merge_state_dict, limits)
+
+    def _take(self, path: str | Path, take: Callable[..., None], limits: dict[str, int | None]) -> None:
+        for saved in snapshot.states(Path(path)):
+            take(saved, **limits)
+            take = self.merge_state_dict
 
     def _check_state(self, saved: dict[str, Any], vocab_size: int | None, length: int | None) -> int:
         state.check(saved, self._identity())
@@ -296,7 +366,9 @@ class HardTokenMemory:
             state.check(header, self._identity())
             self._epoch.fill_(state.check_epoch(header["epoch"]))
         opened = storage.mapped(folder, self.num_samples, self.n, new=header is None)
-        if header is not None and not 0 <= int(opened.stamp.min()) <= int(opened.stamp.max()) <= self.epoch:
+        lowest, highest = (int(x) for x in opened.stamp.view(-1).aminmax()) if header is not None else (0, 0)
+        opened.release()
+        if not 0 <= lowest <= highest <= self.epoch:
             raise ValueError(f"{folder / 'stamp'} must hold epochs up to {self.epoch}, got others; remove {folder}")
         if header is None:
             storage.write_header(folder, self._identity())
@@ -314,6 +386,7 @@ class HardTokenMemory:
         }
 
     def _settle(self) -> None:
+        self._overlap.finish()
         if self._background is not None:
             self._background.drain()
 

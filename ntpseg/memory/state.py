@@ -10,7 +10,8 @@ from torch import Tensor
 
 FORMAT = "ntpseg.hard_token_memory"
 VERSION = 1
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
+_NO_DEVIATION = -0x00800000  # the bits of -inf as float32
 
 
 def pack(rows: Tensor, stamp: Tensor, epoch: int) -> dict[str, Tensor]:
@@ -28,15 +29,20 @@ def pack(rows: Tensor, stamp: Tensor, epoch: int) -> dict[str, Tensor]:
     visited = (stamp[epoch % 2] == epoch).nonzero().squeeze(1) if epoch > 0 else torch.empty(0, dtype=torch.int64)
     counts, entries = [], []
     for sample in visited.split(_CHUNK):
-        block = rows[epoch % 2][sample.to(rows.device)].cpu()
-        filled = block[:, 1] >= 0
-        counts.append(filled.sum(1).int())
-        entries.append(block.transpose(1, 2)[filled])
+        count, entry = compact(rows[epoch % 2][sample.to(rows.device)].cpu())
+        counts.append(count)
+        entries.append(entry)
     count = torch.cat(counts) if counts else torch.empty(0, dtype=torch.int32)
     entry = torch.cat(entries) if entries else torch.empty(0, 3, dtype=torch.int32)
-    deviation, position, token = (column.contiguous() for column in entry.unbind(1))
+    return columns(visited.cpu(), count, entry)
+
+
+def columns(sample: Tensor, count: Tensor, entry: Tensor) -> dict[str, Tensor]:
+    """What `pack` returns, of samples ``[S]`` int64 and what `compact` made of their rows."""
+    # Cloned: empty ones would share a storage, which torch.load maps as one dtype for all.
+    deviation, position, token = (column.clone() for column in entry.unbind(1))
     return {
-        "sample": visited.cpu(),
+        "sample": sample,
         "count": count,
         "deviation": deviation.view(torch.float32),
         "position": position,
@@ -55,16 +61,26 @@ def unpack(packed: Any, rows: Tensor, stamp: Tensor, epoch: int) -> None:
 def blocks(packed: Any, n: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of what `pack` returned: samples ``[S]`` int64 and their rows ``[S, 3, n]`` int32, empty slots included."""
     start = 0
-    blank = torch.tensor([-torch.inf]).view(torch.int32)
     for sample, count in zip(packed["sample"].split(_CHUNK), packed["count"].split(_CHUNK)):
         stop = start + int(count.sum())
-        columns = [packed["deviation"].view(torch.int32), packed["position"], packed["token"]]
-        entry = torch.stack([column[start:stop] for column in columns], dim=1)
-        block = torch.full((sample.numel(), n, 3), -1, dtype=torch.int32)
-        block[:, :, 0] = blank
-        block[torch.arange(n) < count.unsqueeze(1)] = entry
-        yield sample, block.transpose(1, 2)
+        parts = [packed["deviation"].view(torch.int32), packed["position"], packed["token"]]
+        entry = torch.stack([part[start:stop] for part in parts], dim=1)
+        yield sample, expand(count, entry, n)
         start = stop
+
+
+def compact(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[S, 3, n]`` int32 without their empty slots: counts ``[S]`` int32 and entries ``[sum of counts, 3]``."""
+    filled = block[:, 1] >= 0
+    return filled.sum(1).int(), block.transpose(1, 2)[filled]
+
+
+def expand(count: Tensor, entry: Tensor, n: int) -> Tensor:
+    """The rows ``[S, 3, n]`` int32 that `compact` was given."""
+    block = torch.full((count.numel(), n, 3), -1, dtype=torch.int32, device=entry.device)
+    block[:, :, 0] = _NO_DEVIATION
+    block[torch.arange(n, device=entry.device) < count.unsqueeze(1)] = entry
+    return block.transpose(1, 2)
 
 
 def check_epoch(epoch: Any) -> int:

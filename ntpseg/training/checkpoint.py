@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ntpseg.memory.snapshot import UnreadableFile
 from ntpseg.training.pickles import NEVER_READ, find_unsafe
-from ntpseg.utils.files import atomic_open, fsync_path, remove_folder, write_json
-from ntpseg.utils.manifest import MANIFEST, damage, unreadable, write_manifest
+from ntpseg.utils.files import fsync_path, remove_folder, write_json
+from ntpseg.utils.manifest import MANIFEST, damage, linked_hashes, unreadable, write_manifest
 
 if TYPE_CHECKING:
     from ntpseg.memory import HardTokenMemory
@@ -133,7 +132,9 @@ def finish(checkpoint: Path) -> None:
     The Trainer's pickled arguments are left out: nothing reads them, and a pickle that is read can run anything.
     """
     (checkpoint / NEVER_READ).unlink(missing_ok=True)
-    write_manifest(checkpoint)
+    # Parts of a mapped memory that an earlier checkpoint holds too were hashed for that one.
+    earlier = [path for _, path in checkpoints(checkpoint.parent) if path != checkpoint]
+    write_manifest(checkpoint, known=linked_hashes(checkpoint, earlier))
     fsync_path(checkpoint.parent)
 
 
@@ -161,9 +162,8 @@ def memory_file(checkpoint: Path, rank: int) -> Path:
 
 
 def save_memory(memory: HardTokenMemory, checkpoint: Path, rank: int) -> None:
-    """Write a rank's memory; the file appears complete or not at all."""
-    with atomic_open(memory_file(checkpoint, rank)) as file:
-        torch.save(memory.state_dict(), file)
+    """Write a rank's memory; the file appears complete or not at all. A mapped one has parts beside it."""
+    memory.save(memory_file(checkpoint, rank))
 
 
 def load_memory(
@@ -187,20 +187,18 @@ def load_memory(
     first = memory_file(checkpoint, rank if memory_file(checkpoint, rank).is_file() else 0)
     if not first.is_file():
         raise ValueError(f"checkpoint must hold {first.name}, got none in {checkpoint}; resume with hard_tokens=0")
-    _read_memory(first, memory.load_state_dict, limits)
+    _read_memory(first, memory.load, limits)
     further = rank + world_size
     while memory_file(checkpoint, further).is_file():
-        _read_memory(memory_file(checkpoint, further), memory.merge_state_dict, limits)
+        _read_memory(memory_file(checkpoint, further), memory.merge, limits)
         further += world_size
 
 
 def _read_memory(path: Path, take: Callable[..., None], limits: dict[str, int | None]) -> None:
     try:
-        saved = torch.load(path, weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} must hold a hard-token memory, got a file that cannot be read") from error
-    try:
-        take(saved, **limits)
+        take(path, **limits)
+    except UnreadableFile:
+        raise
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed from: {error}") from error
 

@@ -19,6 +19,9 @@ from ntpseg.utils.checks import check_choice, check_integer, check_number
 CONFIGS = Path(__file__).parent.parent / "configs"
 OPTIMIZERS = ("adamw", "muon")
 CLOCKS = ("wall", "cpu")
+HARD_TOKEN_STORAGES = ("device", "pinned", "mapped")
+# What a resumed run may do otherwise: errors come from the checkpoint, and are the same wherever they lie.
+_MAY_CHANGE = ("loss.hard_token_storage", "loss.hard_token_path", "loss.hard_token_sync_steps")
 # Keys that are saved as absolute paths; of those after the first three only what exists, the others may be names.
 _PATHS = (
     "output",
@@ -138,6 +141,11 @@ class LossConfig:
         negatives: of TCL; 0 switches it off.
         tcl_weight, het_weight: weights of TCL and HET.
         hard_tokens: hard error tokens that each sample keeps; 0 switches HET off.
+        hard_token_storage: where they lie: on the device, pinned (host memory) or mapped (files), see
+            `ntpseg.HardTokenMemory`. This and the next two may change when a run is resumed.
+        hard_token_path: folder for those that are mapped, best on a disk of the node; null: in the run's directory.
+        hard_token_sync_steps: ranks send each other what they recorded every so many steps, beside the steps; 0: only
+            at the end of an epoch.
         temperature: of TCL and HET.
         head_weights: weight of each head; null: all 1.
         dice, pixel, soft, soft_temperature: see `DenseLossOptions`; all off by default.
@@ -147,6 +155,9 @@ class LossConfig:
     tcl_weight: float = 1.0
     het_weight: float = 1.0
     hard_tokens: int = 8
+    hard_token_storage: str = "device"
+    hard_token_path: str | None = None
+    hard_token_sync_steps: int = 50
     temperature: float = 1.0
     head_weights: list[float] | None = None
     dice: float = 0.0
@@ -273,6 +284,13 @@ def _check(config: RunConfig) -> None:
     check_integer("model.k", config.model.k, 1)
     check_integer("loss.negatives", config.loss.negatives, 0)
     check_integer("loss.hard_tokens", config.loss.hard_tokens, 0)
+    check_integer("loss.hard_token_sync_steps", config.loss.hard_token_sync_steps, 0)
+    check_choice("loss.hard_token_storage", config.loss.hard_token_storage, HARD_TOKEN_STORAGES)
+    if config.loss.hard_token_path is not None and config.loss.hard_token_storage != "mapped":
+        raise ValueError(
+            f"loss.hard_token_path must be null unless loss.hard_token_storage is mapped, got "
+            f"{config.loss.hard_token_path!r}"
+        )
     check_number("loss.temperature", config.loss.temperature, above=0)
     if config.max_minutes is not None:
         check_number("max_minutes", config.max_minutes, above=0)
@@ -334,7 +352,8 @@ def check_same_run(config: RunConfig, path: Path) -> None:
     """
     saved = load_config(path)
     before, now = (_flat(_structured(c), RESUME_SECTIONS) for c in (saved, config))
-    changed = [f"{k} ({before.get(k)!r} -> {now.get(k)!r})" for k in {**before, **now} if before.get(k) != now.get(k)]
+    keys = [key for key in {**before, **now} if key not in _MAY_CHANGE]
+    changed = [f"{k} ({before.get(k)!r} -> {now.get(k)!r})" for k in keys if before.get(k) != now.get(k)]
     if changed:
         message = f"resume must continue the configuration of {path}, got {', '.join(changed)}"
         for known in (saved, config):

@@ -151,6 +151,7 @@ def make_trainer(
 
     from ntpseg.memory import HardTokenMemory
     from ntpseg.training.free_running import FreeRunningDice
+    from ntpseg.training.hard_tokens import mapped_folder
     from ntpseg.training.trainer import NTPSegTrainer
 
     set_seed(config.seed)
@@ -163,7 +164,14 @@ def make_trainer(
         args.eval_strategy = IntervalStrategy.NO
     memory = None
     if config.loss.hard_tokens and config.loss.het_weight:
-        memory = HardTokenMemory(len(training), config.loss.hard_tokens, args.device, key=training.key)
+        memory = HardTokenMemory(
+            len(training),
+            config.loss.hard_tokens,
+            args.device,
+            storage=config.loss.hard_token_storage,
+            path=mapped_folder(config.loss, run, args.process_index),
+            key=training.key,
+        )
     trainer = NTPSegTrainer(
         make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index)),
         args,
@@ -171,6 +179,7 @@ def make_trainer(
         eval_dataset=data.validation,
         data_collator=data.collator,
         memory=memory,
+        hard_token_sync_steps=config.loss.hard_token_sync_steps,
         optimizer_options=config.optimizer,
         max_skipped_steps=config.max_skipped_steps,
         budget=None

@@ -20,6 +20,7 @@ from ntpseg.memory import HardTokenMemory, HardTokens
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.dataset import EpochDataset, EpochSampler, ignore_padding
 from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge_step
+from ntpseg.training.hard_tokens import HardTokenExchange
 from ntpseg.training.interruption import Interruption
 from ntpseg.training.loss_means import EvaluationMeans, LossMeans
 from ntpseg.training.throughput import Throughput, count_batch
@@ -35,6 +36,7 @@ class StepTrainer(Trainer):
 
     Args:
         memory: where hard error tokens are kept; None switches HET off.
+        hard_token_sync_steps: ranks exchange them every so many steps, in the background; 0: once an epoch alone.
         max_skipped_steps: so many skipped steps in a row end training.
         **kwargs: see `transformers.Trainer`.
     """
@@ -42,7 +44,12 @@ class StepTrainer(Trainer):
     train_dataset: EpochDataset
 
     def __init__(
-        self, *args: Any, memory: HardTokenMemory | None = None, max_skipped_steps: int = 5, **kwargs: Any
+        self,
+        *args: Any,
+        memory: HardTokenMemory | None = None,
+        max_skipped_steps: int = 5,
+        hard_token_sync_steps: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         # With the filter the Trainer logs a loss of 0 in place of NaN.
@@ -52,6 +59,7 @@ class StepTrainer(Trainer):
         used = tuple(name for name in DENSE_TERMS if dense.get(name))
         self._terms = LOSS_TERMS + used
         self.memory = memory
+        self._exchange = HardTokenExchange(memory, hard_token_sync_steps, self.args.world_size)
         weights = {"nktp": 1.0, "tcl": config.tcl_weight, "het": config.het_weight, **{n: dense[n] for n in used}}
         self._means = LossMeans(self._terms, self.args.world_size)
         self._evaluation_means = EvaluationMeans(weights, used, self.args.world_size)

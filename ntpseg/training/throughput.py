@@ -27,6 +27,7 @@ _SHOWN = {
     "peak_memory_gib": ("GiB", "{:.3g}"),
     "data_wait_share": ("data wait", "{:.1%}"),
     "padding_share": ("padding", "{:.1%}"),
+    "het_sent_mb": ("HET MB sent", "{:.3g}"),
 }
 
 

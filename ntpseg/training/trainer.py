@@ -262,6 +262,7 @@ class NTPSegTrainer(StepTrainer):
         if "loss" in logs:
             logs.update(self._means.pop())
             logs.update(self.throughput.pop())
+            logs.update(self._exchange.pop())
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self._generation_scores.items()})
         odd = {name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -433,6 +434,7 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.throughput.step()
+        trainer._exchange.step(state.global_step)
         if trainer._skip_reason is not None:
             trainer._report_skipped(trainer._skip_reason)
             return
@@ -440,6 +442,13 @@ class _Epochs(TrainerCallback):
             trainer.average.update(cast(Any, trainer.model))
         if trainer._save_due:
             control.should_save, trainer._save_due = True, False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The process group must not end under an exchange.
+        if self.trainer.memory is not None:
+            self.trainer.memory.wait()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,40 @@ _HASH = "sha256"
 _THREADS = 8
 
 
-def write_manifest(folder: Path, name: str = MANIFEST) -> None:
-    """Flush every file of `folder` to the disk, and then write the manifest of all of them to its file `name`."""
+def write_manifest(folder: Path, name: str = MANIFEST, *, known: Mapping[str, str] | None = None) -> None:
+    """Flush every file of `folder` to the disk, and then write the manifest of all of them to its file `name`.
+
+    Args:
+        folder: the folder.
+        name: of the manifest.
+        known: hashes of files that need not be read, see `linked_hashes`.
+    """
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path != folder / name}
+    hashes = {file: digest for file, digest in (known or {}).items() if file in files}
+    unknown = [file for file in files if file not in hashes]
     with ThreadPoolExecutor(_threads()) as pool:
-        hashes = dict(zip(files, pool.map(_flushed_digest, files.values())))
+        hashes.update(zip(unknown, pool.map(_flushed_digest, (files[file] for file in unknown))))
     for root, _, _ in os.walk(folder):
         fsync_path(Path(root))
     write_json(folder / name, {"bytes": {name: path.stat().st_size for name, path in files.items()}, _HASH: hashes})
+
+
+def linked_hashes(folder: Path, others: Iterable[Path], name: str = MANIFEST) -> dict[str, str]:
+    """Hashes, by the manifests of other folders, of those files of `folder` that are links to files there.
+
+    What was written is what the hash tells: where the file has been damaged since, all its folders are.
+    """
+    linked = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.stat().st_nlink > 1}
+    found: dict[str, str] = {}
+    for other in others if linked else ():
+        try:
+            hashes = _read(other / name)[1] or {}
+        except (OSError, ValueError, RecursionError):
+            continue
+        for file, path in linked.items():
+            if file in hashes and (other / file).is_file() and path.samefile(other / file):
+                found[file] = hashes[file]
+    return found
 
 
 def damage(folder: Path, name: str = MANIFEST, *, ignore: Iterable[str] = ()) -> str | None:

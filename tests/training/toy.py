@@ -77,6 +77,7 @@ def make_trainer(
     *,
     k: int = 2,
     hard_tokens: int = 4,
+    memory_options: dict[str, Any] | None = None,
     model_options: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
     callbacks: list[Any] | None = None,
@@ -115,7 +116,8 @@ def make_trainer(
         train_dataset=TokenDataset(toy, sequence),
         eval_dataset=TokenDataset(toy, sequence, augmented=False) if evaluate else None,
         data_collator=Collator(sequence),
-        memory=HardTokenMemory(len(toy.image_codes), hard_tokens) if hard_tokens else None,
+        memory=HardTokenMemory(len(toy.image_codes), hard_tokens, **(memory_options or {})) if hard_tokens else None,
+        hard_token_sync_steps=1,
         callbacks=callbacks,
     )
 

@@ -50,7 +50,10 @@ def run(mode: str, output: Path, batch: int, **fields) -> list[list[float]]:
     trainer.train(resume)
     if "save_strategy" in fields:
         trainer.save_model(str(output / "model"))
-    return [[line[n] for n in NAMES] for line in trainer.state.log_history if "loss" in line]
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    # Sent beside the steps, and not at the end of an epoch alone.
+    assert dist.get_world_size() == 1 or sum(line["het_sent_mb"] > 0 for line in logs) > 4
+    return [[line[n] for n in NAMES] for line in logs]
 
 
 def forget() -> None:
