@@ -30,6 +30,7 @@ from ntpseg.models.packing import PackedRows, packed_arguments
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
+from ntpseg.models.sharded_init import SHARDS
 from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
@@ -180,6 +181,7 @@ class NTPSegModel(PreTrainedModel):
             ValueError: the configuration has no ranges of codes, or a codebook of another size.
         """
         weight = self.get_input_embeddings().weight
+        shards = getattr(self, SHARDS, None)
         for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
             if codebook is None:
                 continue
@@ -193,7 +195,11 @@ class NTPSegModel(PreTrainedModel):
             code = codebook.detach().float().cpu()
             code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
             projection = torch.randn(code.shape[1], weight.shape[1], generator=generator) / code.shape[1] ** 0.5
-            weight[span[0] : span[1]] = (code @ projection * self.config.initializer_range).to(weight)
+            rows = code @ projection * self.config.initializer_range
+            if shards is None:
+                weight[span[0] : span[1]] = rows.to(weight)
+            else:
+                shards.write_rows(weight, span[0], rows)
             if name == "image" and list(span) == self.config.mask_range:
                 return
 

@@ -123,7 +123,7 @@ def make_trainer(
     if config.loss.hard_tokens and config.loss.het_weight:
         memory = HardTokenMemory(len(training), config.loss.hard_tokens, args.device, key=training.key)
     trainer = NTPSegTrainer(
-        make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index)),
+        make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index), args),
         args,
         train_dataset=data.training,
         eval_dataset=data.validation,

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.memory import HardTokenMemory
+from ntpseg.models.sharded_init import SHARDS
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import evaluation_due, moved_position
 from ntpseg.training.checkpoint import (
@@ -34,6 +35,7 @@ from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.profiling import ProfileSteps
+from ntpseg.training.sharded_weights import is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
 from ntpseg.training.steps import StepTrainer
 
 
@@ -76,11 +78,11 @@ class NTPSegTrainer(StepTrainer):
     ) -> None:
         super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, **kwargs)
         self.optimizer_options = optimizer_options or OptimizerConfig()
-        self.average = None
-        if self.optimizer_options.ema:
-            if self.shares_weights:
-                raise ValueError("optimizer.ema must be 0 where ranks share the weights (ZeRO-3, FSDP)")
-            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
+        self.average: WeightAverage | None = None
+        self._average_from: Path | None = None
+        if not self.shares_weights:
+            # Otherwise the weights may yet have to be divided, which the beginning of training does.
+            self.start_average()
         self.budget, self.generation_metrics = budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._evaluation_due = False
@@ -89,6 +91,15 @@ class NTPSegTrainer(StepTrainer):
         self.add_callback(SaveAndLeave(lambda: self._asked))
         if budget is not None:
             self.add_callback(budget)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; FSDP2 also on CPUs, and of a model whose weights are this rank's shards alone."""
+        super().create_accelerator_and_postprocess()
+        if is_fsdp2(self.args) and not self.is_fsdp_enabled and self.args.device.type == "cpu":
+            start_fsdp2_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and hasattr(self.model, SHARDS):
+            shard_fsdp2(self.model, self.accelerator)
 
     @property
     def shares_weights(self) -> bool:
@@ -152,9 +163,17 @@ class NTPSegTrainer(StepTrainer):
                 vocab_size=config.vocab_size,
                 length=getattr(config.text_config, "max_position_embeddings", None),
             )
+        self._average_from = checkpoint
         if self.average is not None:
             self.average.load(checkpoint)
         return checkpoint
+
+    def start_average(self) -> None:
+        """Average the weights from now on, or on from the checkpoint of a resumed run, where that is asked for."""
+        if self.average is None and self.optimizer_options.ema:
+            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
+            if self._average_from is not None:
+                self.average.load(self._average_from)
 
     def _close_bars(self) -> None:
         # An open bar would swallow the first line of the message that follows.
@@ -309,8 +328,8 @@ class NTPSegTrainer(StepTrainer):
         self._means.save(folder, write=self.is_world_process_zero())
         if self.memory is not None:
             save_memory(self.memory, folder, self.args.process_index)
-        if self.average is not None and self.is_world_process_zero():
-            self.average.save(folder)
+        if self.average is not None and (self.is_world_process_zero() or not self.average.is_whole):
+            self.average.save(folder, self.args.process_index)
         # The Trainer would remove older checkpoints before the other ranks have written this one.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -363,6 +382,7 @@ class _Epochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.start_average()
         memory = self.trainer.memory
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.trainer.throughput.prepare(self.trainer.model, dtype, first=state.is_world_process_zero)

@@ -1,0 +1,170 @@
+"""Trains and builds models in shards on the ranks of torchrun: ``sharded_ranks.py OUTPUT MODE ...``.
+
+Each MODE is fsdp2 or zero3, with ``+`` with activation checkpointing; ``memory fsdp2`` and ``memory zero3`` measure a
+larger model's construction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+from toy import make_toy, make_trainer, sequence_of
+from transformers import TrainingArguments
+
+from ntpseg.models import NTPSegModel, preset_config
+from ntpseg.models.sharded_init import build_sharded, load_sharded
+from ntpseg.training.argument_rules import installed_names
+from ntpseg.training.config import OptimizerConfig
+from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
+from ntpseg.training.sharded_weights import partition_zero3, shards_of_run, without_zero_init
+
+NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm")
+# Plain gradient descent: Adam would divide by gradients that are nearly zero, and magnify rounding.
+FIELDS: dict[str, Any] = {
+    "k": 3,
+    "num_train_epochs": 4,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "evaluate": True,
+    "trainer_options": {"optimizer_options": OptimizerConfig(ema=0.9)},
+}
+
+
+def figures(trainer) -> list[list[float]]:
+    """Of every training step and evaluation."""
+    found = []
+    for line in trainer.state.log_history:
+        if "loss" in line or "eval_loss" in line:
+            prefix = "eval_" if "eval_loss" in line else ""
+            found.append([line.get(prefix + name, 0.0) for name in NAMES])
+    return found
+
+
+def construct(config, args):
+    shards = shards_of_run(args)
+    assert shards is not None
+    torch.manual_seed(0)
+    with without_zero_init():
+        model = build_sharded(lambda: NTPSegModel(config), shards)
+    if shards.flat:
+        partition_zero3(model)
+    return model
+
+
+def arguments(mode: str) -> dict[str, Any]:
+    if mode == "fsdp2":
+        return {"fsdp": True}
+    zero = deepspeed_config(mode)
+    # Small weights stay whole otherwise, which a toy's all are; what stays is averaged too.
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return {"deepspeed": zero}
+
+
+def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list[float]], int]:
+    checkpointing, mode = mode.endswith("+"), mode.removesuffix("+")
+    fields = FIELDS | arguments(mode) | installed_names({"activation_checkpointing": checkpointing})
+    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
+    if not checkpointing:
+        fields |= {"save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(make_toy(16, variants=1), output, construct=construct, **fields)
+    trainer.train(resume)
+    if not checkpointing:
+        with trainer.averaged_weights():
+            trainer.save_model(str(output / "model"))
+    return figures(trainer), sum(weight.numel() for weight in trainer.average.weights)
+
+
+def measure(mode: str, output: Path) -> dict[str, Any]:
+    """MiB that each rank's memory grows by at most while it builds a model of about 170 MiB."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 128}
+    config = preset_config("tiny", sequence_of(make_toy(4)), overrides=sizes, num_heads_k=2)
+    args = TrainingArguments(output_dir=str(output), report_to="none", use_cpu=True, **arguments(mode))
+    if rank() == 0:
+        with without_zero_init():
+            NTPSegModel(config).save_pretrained(output / "saved", max_shard_size="50MB")
+    dist.barrier()
+
+    def build(way: str) -> None:
+        torch.manual_seed(0)
+        shards = shards_of_run(args)
+        assert shards is not None
+        with without_zero_init():
+            if way == "drawn":
+                model = build_sharded(lambda: NTPSegModel(config), shards)
+            else:
+                model = load_sharded(lambda: NTPSegModel(config), shards, output / "saved")
+        if shards.flat:
+            partition_zero3(model)
+        else:
+            trainer = make_trainer(make_toy(4), output, construct=lambda *_: model, **arguments(mode))
+            assert trainer.is_fsdp_enabled
+
+    def peak(way: str) -> float:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = status("VmRSS")
+        model = NTPSegModel(config) if way == "whole" else build(way)
+        del model
+        return (status("VmHWM") - before) / 1024
+
+    peaks: dict[str, float] = {way: peak(way) for way in ("drawn", "read")}
+    with without_zero_init():
+        peaks["whole"] = peak("whole")
+    with torch.device("meta"), without_zero_init():
+        weights = [weight.numel() * 4 / 2**20 for weight in NTPSegModel(config).parameters()]
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, peaks)
+    return {"peaks": found, "model": sum(weights), "largest": max(weights)}
+
+
+def status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+def forget() -> None:
+    """Let the next trainer of this process set itself up anew."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    dist.barrier()
+
+
+def main(output: Path, modes: list[str]) -> None:
+    torch.set_num_threads(1)
+    if any("zero3" in mode for mode in modes):
+        prepare_deepspeed()
+    else:
+        dist.init_process_group("gloo")
+    result: dict[str, Any] = {}
+    for mode in modes:
+        if mode.startswith("memory"):
+            result |= measure(mode.split()[1], output)
+            continue
+        result[mode], held = train(mode, output / mode)
+        forget()
+        counts: list[Any] = [None, None]
+        dist.all_gather_object(counts, held)
+        result[f"{mode} held"] = counts
+        if not mode.endswith("+"):
+            checkpoint = str(output / mode / "checkpoint-3")
+            result[f"{mode} resumed"] = train(mode, output / f"{mode}-again", checkpoint)[0][3:]
+            forget()
+    if rank() == 0:
+        (output / "result.json").write_text(json.dumps(result))
+    end_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
