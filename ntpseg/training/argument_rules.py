@@ -159,6 +159,7 @@ ACCEPTED: dict[str, Check] = {
 # Settings of the section that are ours and no fields of TrainingArguments.
 OWN: dict[str, Check] = {
     "profile_steps": integer(0),  # see `ntpseg.training.profiling`
+    "sequence_parallel_size": integer(1),  # see `ntpseg.models.sequence_parallel`
 }
 
 _LOGS = "logs go to OUTPUT/logs (TensorBoard) and OUTPUT/trainer_log.jsonl; import those into other loggers"

@@ -179,7 +179,8 @@ class RunConfig:
         data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
         training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto". Besides them
-            ``profile_steps``: so many steps are profiled, see docs/profiling.md.
+            ``profile_steps``: so many steps are profiled, see docs/profiling.md; and ``sequence_parallel_size``: so
+            many ranks share each sequence and the classes of the loss, see docs/cluster.md.
         output: the run's directory; must be given.
         seed: of everything random.
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
@@ -189,7 +190,7 @@ class RunConfig:
             finite (or that supervised no label); each of them is skipped and reported.
         clock: of max_minutes: wall, or cpu, the processor time of the training steps alone (of this process: with
             loader workers their time is not counted).
-        deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
+        deepspeed: zero1, zero2, zero3, zero2_offload, zero3_offload or the path of a DeepSpeed JSON file.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

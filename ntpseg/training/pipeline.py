@@ -131,6 +131,7 @@ def make_trainer(
         memory=memory,
         optimizer_options=config.optimizer,
         max_skipped_steps=config.max_skipped_steps,
+        sequence_parallel_size=config.training.get("sequence_parallel_size") or 1,
         budget=None
         if config.max_minutes is None
         else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),
@@ -232,8 +233,7 @@ def _save(
         if not trainer.is_world_process_zero():
             return
         bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
-        # Where ranks share the weights, this one cannot decode alone.
-        if isinstance(prepared.validation, PixelCache) and not trainer.shares_weights:
+        if isinstance(prepared.validation, PixelCache) and trainer.decodes_alone:
             choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
             bundle.decoding = choice.options
             write_json(run / "decoding_choice.json", choice.to_dict())

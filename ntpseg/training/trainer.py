@@ -60,7 +60,7 @@ class NTPSegTrainer(StepTrainer):
         memory: where hard error tokens are kept; None switches HET off.
         budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
         generation_metrics: scores of freely decoded masks, given the model; called at each evaluation (not under
-            ZeRO-3, where no rank holds all weights). None leaves them out.
+            ZeRO-3, FSDP and sequence parallelism, where no rank decodes alone). None leaves them out.
         optimizer_options: the optimizer and the average of the weights, see `OptimizerConfig`.
         max_skipped_steps: so many skipped steps in a row end training.
         **kwargs: see `transformers.Trainer`.
@@ -105,6 +105,11 @@ class NTPSegTrainer(StepTrainer):
     def shares_weights(self) -> bool:
         """Whether each rank holds only a part of the weights (ZeRO-3, FSDP)."""
         return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether this rank can decode masks without the others: it has all weights and whole sequences."""
+        return not self.shares_weights and self.sequence_parallel_size == 1
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included.
@@ -244,7 +249,7 @@ class NTPSegTrainer(StepTrainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.throughput.pause(), pause, torch.random.fork_rng(devices), self.averaged_weights():
             self._generation_scores = {}
-            if self.generation_metrics is not None and not self.shares_weights:
+            if self.generation_metrics is not None and self.decodes_alone:
                 try:
                     self._generation_scores = self.generation_metrics(self.model)
                 except NonFiniteOutput as error:

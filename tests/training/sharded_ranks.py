@@ -1,7 +1,7 @@
 """Trains and builds models in shards on the ranks of torchrun: ``sharded_ranks.py OUTPUT MODE ...``.
 
-Each MODE is fsdp2 or zero3, with ``+`` with activation checkpointing; ``memory fsdp2`` and ``memory zero3`` measure a
-larger model's construction.
+Each MODE is ddp, fsdp2, zero3 or a configuration that offloads, with ``+`` with activation checkpointing, with ``/`` with
+both ranks on each sequence; ``memory fsdp2`` and ``memory zero3`` measure a larger model's construction.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import torch.distributed as dist
 from toy import make_toy, make_trainer, sequence_of
 from transformers import TrainingArguments
 
-from ntpseg.models import NTPSegModel, preset_config
+from ntpseg.models import NTPSegModel, heads, preset_config
 from ntpseg.models.sharded_init import build_sharded, load_sharded
 from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
 from ntpseg.training.sharded_weights import partition_zero3, shards_of_run, without_zero_init
 
+SAVED = ("fsdp2", "zero3")
 NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm")
 # Plain gradient descent: Adam would divide by gradients that are nearly zero, and magnify rounding.
 FIELDS: dict[str, Any] = {
@@ -62,23 +65,65 @@ def construct(config, args):
 
 
 def arguments(mode: str) -> dict[str, Any]:
+    if mode == "ddp":
+        return {}
     if mode == "fsdp2":
         return {"fsdp": True}
     zero = deepspeed_config(mode)
     # Small weights stay whole otherwise, which a toy's all are; what stays is averaged too.
-    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if "zero3" in mode:
+        zero["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     return {"deepspeed": zero}
 
 
+@contextmanager
+def watched(model) -> Iterator[list[list[int]]]:
+    """The tokens of a sequence, how many of them the decoder reads, and the classes of the loss, of every forward."""
+    seen: list[list[int]] = []
+    real = heads.ntp_loss
+
+    def loss(hidden, weight, *args, **kwargs):
+        seen[-1].append(weight.shape[0])
+        return real(hidden, weight, *args, **kwargs)
+
+    def embedded(module, arguments, output):
+        seen.append([output.shape[1]])
+
+    def decoded(module, arguments, output):
+        seen[-1].append(output.shape[1] if isinstance(output, torch.Tensor) else output[0].shape[1])
+
+    hooks = [model.get_input_embeddings().register_forward_hook(embedded)]
+    hooks.append(model.backbone.norm.register_forward_hook(decoded))
+    heads.ntp_loss = loss
+    try:
+        yield seen
+    finally:
+        heads.ntp_loss = real
+        for hook in hooks:
+            hook.remove()
+
+
 def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list[float]], int]:
-    checkpointing, mode = mode.endswith("+"), mode.removesuffix("+")
+    checkpointing, shared = mode.endswith("+"), mode.endswith("/")
+    mode = mode.rstrip("+/")
     fields = FIELDS | arguments(mode) | installed_names({"activation_checkpointing": checkpointing})
     fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
-    if not checkpointing:
+    saves = mode in SAVED and not checkpointing and not shared
+    if saves:
         fields |= {"save_strategy": "steps", "save_steps": 3}
-    trainer = make_trainer(make_toy(16, variants=1), output, construct=construct, **fields)
-    trainer.train(resume)
-    if not checkpointing:
+    if shared:
+        # One batch for both ranks, so twice as large a one.
+        options = {**FIELDS["trainer_options"], "sequence_parallel_size": 2}
+        fields |= {"per_device_train_batch_size": 4, "trainer_options": options}
+    made = construct if mode == "fsdp2" or "zero3" in mode else None
+    trainer = make_trainer(make_toy(16, variants=1), output, construct=made, **fields)
+    with watched(trainer.model) as seen:
+        trainer.train(resume)
+    if shared:
+        length, positions, classes = seen[0]
+        assert positions == -(-length // 2) and classes == -(-trainer.model.config.vocab_size // 2), seen[0]
+        assert any(length % 2 for length, _, _ in seen), "no sequence had to be filled up"
+    if saves:
         with trainer.averaged_weights():
             trainer.save_model(str(output / "model"))
     return figures(trainer), sum(weight.numel() for weight in trainer.average.weights)
@@ -136,6 +181,7 @@ def forget() -> None:
     """Let the next trainer of this process set itself up anew."""
     from accelerate.state import AcceleratorState, GradientState
 
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     AcceleratorState._reset_state()
     GradientState._reset_state()
     dist.barrier()
@@ -152,12 +198,12 @@ def main(output: Path, modes: list[str]) -> None:
         if mode.startswith("memory"):
             result |= measure(mode.split()[1], output)
             continue
-        result[mode], held = train(mode, output / mode)
+        result[mode], held = train(mode, output / mode.replace("/", "-"))
         forget()
         counts: list[Any] = [None, None]
         dist.all_gather_object(counts, held)
         result[f"{mode} held"] = counts
-        if not mode.endswith("+"):
+        if mode in SAVED:
             checkpoint = str(output / mode / "checkpoint-3")
             result[f"{mode} resumed"] = train(mode, output / f"{mode}-again", checkpoint)[0][3:]
             forget()
