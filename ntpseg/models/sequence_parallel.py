@@ -121,6 +121,8 @@ def _attention(
     """
     from transformers import AttentionInterface
 
+    # Of this rank's part: an implementation that looks for packed sequences in them would find some.
+    kwargs.pop("position_ids", None)
     if key.shape[1] % sequence_group.size:
         # Too few to be divided: each rank takes those that its heads read.
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))

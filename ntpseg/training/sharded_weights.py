@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ntpseg.models.sharded_init import SHARDS, WeightShards
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def shards_of_run(args: TrainingArguments | None) -> WeightShards | None:
     """What this rank keeps of the weights under ZeRO-3 and FSDP2; None where each rank has all of them.
 
-    None as well where DeepSpeed keeps the weights on a disk or quantises them: it makes its own partitions then.
+    None as well where DeepSpeed keeps the weights on a disk, quantises them or shares them among fewer ranks (MiCS): it
+    makes its own partitions then.
 
     Args:
         args: of the run; its process group has started.
@@ -36,8 +37,8 @@ def shards_of_run(args: TrainingArguments | None) -> WeightShards | None:
     if is_deepspeed_zero3_enabled():
         zero = deepspeed_config().get("zero_optimization", {})
         on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
-        quantised = any("quantized" in name and value for name, value in zero.items())
-        return None if on_disk or quantised else WeightShards(dist.get_rank(), dist.get_world_size(), flat=True)
+        other = any(value for name, value in zero.items() if "quantized" in name or name == "mics_shard_size")
+        return None if on_disk or other else WeightShards(dist.get_rank(), dist.get_world_size(), flat=True)
     if is_fsdp2(args):
         return WeightShards(dist.get_rank(), dist.get_world_size(), flat=False)
     return None
@@ -159,6 +160,27 @@ def shard_fsdp2(model: Any, accelerator: Any) -> None:
     unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     assert not unknown, unknown
     delattr(model, SHARDS)
+
+
+@torch.no_grad()
+def gather_fsdp2(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The whole weights and buffers on the CPU, gathered one at a time; all ranks must call it alike.
+
+    Args:
+        model: has its weights in shards.
+        keep: this rank gets them; the others get nothing and never hold more than one.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if isinstance(whole, AsyncCollectiveTensor):
+            whole = whole.wait()
+        if keep:
+            found[name] = whole.cpu()
+    return found
 
 
 def start_fsdp2_on_cpu(accelerator: Any, args: TrainingArguments) -> None:

@@ -219,7 +219,9 @@ class StepTrainer(Trainer):
             return super()._clip_grad_norm(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
+        # FSDP2's is a sum that the ranks have yet to make.
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._gradient_norm
 
     def _settle_step(self) -> None:

@@ -35,7 +35,7 @@ from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.profiling import ProfileSteps
-from ntpseg.training.sharded_weights import is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
+from ntpseg.training.sharded_weights import gather_fsdp2, is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
 from ntpseg.training.steps import StepTrainer
 
 
@@ -239,7 +239,7 @@ class NTPSegTrainer(StepTrainer):
         if self._matrix_parameters is None:
             model: Any = self.model
             self._matrix_parameters = model.num_parameters(exclude_embeddings=True)
-        return 6 * inputs["input_ids"].numel() * self._matrix_parameters
+        return 6 * inputs["input_ids"].numel() * self._matrix_parameters // self.sequence_parallel_size
 
     # ---- logging and saving
 
@@ -310,7 +310,12 @@ class NTPSegTrainer(StepTrainer):
         """
         if not _internal_call:
             check_weights(cast(Any, self.model), "the model", world_size=self.args.world_size)
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and not _internal_call:
+            # The Trainer writes nothing where checkpoints are saved in shards.
+            whole = gather_fsdp2(cast(Any, self.model), keep=self.is_world_process_zero())
+            self._save(output_dir, state_dict=whole)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     @property
     def _run(self) -> Path:

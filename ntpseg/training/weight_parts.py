@@ -74,7 +74,9 @@ def changed_parts(model: nn.Module) -> Iterator[list[Part]]:
     if gathered:
         first: Any = gathered[0]
         first.partition(gathered)
-        first.all_gather([weight for weight in gathered if getattr(weight, "ds_persist", False)])
+        kept = [weight for weight in gathered if getattr(weight, "ds_persist", False)]
+        if kept:
+            first.all_gather(kept)
 
 
 def _is_gathered(weight: Any) -> bool:

@@ -1,16 +1,17 @@
 """Trains and builds models in shards on the ranks of torchrun: ``sharded_ranks.py OUTPUT MODE ...``.
 
-Each MODE is ddp, fsdp2, zero3 or a configuration that offloads, with ``+`` with activation checkpointing, with ``/`` with
-both ranks on each sequence; ``memory fsdp2`` and ``memory zero3`` measure a larger model's construction.
+Each MODE is ddp, fsdp2, zero3 or a configuration that offloads; with ``+`` with activation checkpointing, with ``/``
+with both ranks on each sequence. ``memory fsdp2`` and ``memory zero3`` measure a larger model's construction.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
-from toy import make_toy, make_trainer, sequence_of
+from toy import SMALL, make_toy, make_trainer, sequence_of
 from transformers import TrainingArguments
 
 from ntpseg.models import NTPSegModel, heads, preset_config
@@ -33,11 +34,11 @@ NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm")
 # Plain gradient descent: Adam would divide by gradients that are nearly zero, and magnify rounding.
 FIELDS: dict[str, Any] = {
     "k": 3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "optim": "sgd",
     "learning_rate": 0.05,
     "eval_strategy": "steps",
-    "eval_steps": 3,
+    "eval_steps": 6,
     "evaluate": True,
     "trainer_options": {"optimizer_options": OptimizerConfig(ema=0.9)},
 }
@@ -68,7 +69,7 @@ def arguments(mode: str) -> dict[str, Any]:
     if mode == "ddp":
         return {}
     if mode == "fsdp2":
-        return {"fsdp": True}
+        return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     zero = deepspeed_config(mode)
     # Small weights stay whole otherwise, which a toy's all are; what stays is averaged too.
     if "zero3" in mode:
@@ -104,17 +105,18 @@ def watched(model) -> Iterator[list[list[int]]]:
 
 
 def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list[float]], int]:
-    checkpointing, shared = mode.endswith("+"), mode.endswith("/")
+    checkpointing, shared = "+" in mode, "/" in mode
     mode = mode.rstrip("+/")
     fields = FIELDS | arguments(mode) | installed_names({"activation_checkpointing": checkpointing})
-    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
+    # Of the eight samples of a step each rank reads four, or with shared sequences all.
+    steps = 2 if mode == "fsdp2" else 1
+    batch = {"per_device_train_batch_size": (8 if shared else 4) // steps, "gradient_accumulation_steps": steps}
+    fields |= {**batch, "per_device_eval_batch_size": 4}
     saves = mode in SAVED and not checkpointing and not shared
     if saves:
         fields |= {"save_strategy": "steps", "save_steps": 3}
     if shared:
-        # One batch for both ranks, so twice as large a one.
-        options = {**FIELDS["trainer_options"], "sequence_parallel_size": 2}
-        fields |= {"per_device_train_batch_size": 4, "trainer_options": options}
+        fields["trainer_options"] = {**FIELDS["trainer_options"], "sequence_parallel_size": 2}
     made = construct if mode == "fsdp2" or "zero3" in mode else None
     trainer = make_trainer(make_toy(16, variants=1), output, construct=made, **fields)
     with watched(trainer.model) as seen:
@@ -130,43 +132,50 @@ def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list
 
 
 def measure(mode: str, output: Path) -> dict[str, Any]:
-    """MiB that each rank's memory grows by at most while it builds a model of about 170 MiB."""
+    """MiB that each rank's memory grows by at most while it builds a model, drawn or read in shards, or whole."""
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "head_dim": 128}
-    config = preset_config("tiny", sequence_of(make_toy(4)), overrides=sizes, num_heads_k=2)
     args = TrainingArguments(output_dir=str(output), report_to="none", use_cpu=True, **arguments(mode))
-    if rank() == 0:
-        with without_zero_init():
-            NTPSegModel(config).save_pretrained(output / "saved", max_shard_size="50MB")
-    dist.barrier()
 
-    def build(way: str) -> None:
+    def configuration(sizes):
+        return preset_config("tiny", sequence_of(make_toy(4)), overrides=sizes, num_heads_k=2)
+
+    def build(way: str, config, folder: Path):
         torch.manual_seed(0)
+        if way == "whole":
+            return NTPSegModel(config)
         shards = shards_of_run(args)
         assert shards is not None
         with without_zero_init():
             if way == "drawn":
                 model = build_sharded(lambda: NTPSegModel(config), shards)
             else:
-                model = load_sharded(lambda: NTPSegModel(config), shards, output / "saved")
+                model = load_sharded(lambda: NTPSegModel(config), shards, folder)
         if shards.flat:
             partition_zero3(model)
-        else:
-            trainer = make_trainer(make_toy(4), output, construct=lambda *_: model, **arguments(mode))
-            assert trainer.is_fsdp_enabled
+            return model
+        return make_trainer(make_toy(4), output, construct=lambda *_: model, **arguments(mode))
 
-    def peak(way: str) -> float:
+    def peak(way: str, config, folder: Path) -> float:
+        gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = status("VmRSS")
-        model = NTPSegModel(config) if way == "whole" else build(way)
-        del model
+        with nullcontext() if way != "whole" else without_zero_init():
+            built = build(way, config, folder)
+        del built
         return (status("VmHWM") - before) / 1024
 
-    peaks: dict[str, float] = {way: peak(way) for way in ("drawn", "read")}
-    with without_zero_init():
-        peaks["whole"] = peak("whole")
+    peaks: dict[str, float] = {}
+    for name, config in {"small": configuration(SMALL), "large": configuration(sizes)}.items():
+        folder = output / f"{mode}-{name}"
+        if rank() == 0:
+            with without_zero_init():
+                NTPSegModel(config).save_pretrained(folder, max_shard_size="50MB")
+        dist.barrier()
+        # The small one has everything imported.
+        peaks = {way: peak(way, config, folder) for way in ("drawn", "read", "whole")}
     with torch.device("meta"), without_zero_init():
-        weights = [weight.numel() * 4 / 2**20 for weight in NTPSegModel(config).parameters()]
+        weights = [weight.numel() * 4 / 2**20 for weight in NTPSegModel(configuration(sizes)).parameters()]
     found: list[Any] = [None, None]
     dist.all_gather_object(found, peaks)
     return {"peaks": found, "model": sum(weights), "largest": max(weights)}
@@ -196,7 +205,8 @@ def main(output: Path, modes: list[str]) -> None:
     result: dict[str, Any] = {}
     for mode in modes:
         if mode.startswith("memory"):
-            result |= measure(mode.split()[1], output)
+            result[mode] = measure(mode.split()[1], output)
+            forget()
             continue
         result[mode], held = train(mode, output / mode.replace("/", "-"))
         forget()
