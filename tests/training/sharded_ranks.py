@@ -34,11 +34,11 @@ NAMES = ("loss", "ntp", "nktp", "tcl", "het", "grad_norm")
 # Plain gradient descent: Adam would divide by gradients that are nearly zero, and magnify rounding.
 FIELDS: dict[str, Any] = {
     "k": 3,
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "optim": "sgd",
     "learning_rate": 0.05,
     "eval_strategy": "steps",
-    "eval_steps": 6,
+    "eval_steps": 4,
     "evaluate": True,
     "trainer_options": {"optimizer_options": OptimizerConfig(ema=0.9)},
 }
@@ -133,7 +133,7 @@ def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list
 
 def measure(mode: str, output: Path) -> dict[str, Any]:
     """MiB that each rank's memory grows by at most while it builds a model, drawn or read in shards, or whole."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 4}
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "head_dim": 128}
     args = TrainingArguments(output_dir=str(output), report_to="none", use_cpu=True, **arguments(mode))
 

@@ -142,7 +142,7 @@ def test_unusable_weights_are_named(fault: str, tmp_path) -> None:
 )
 def test_what_needs_whole_sequences_is_refused(setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config("tiny", ["training.sequence_parallel_size=2", setting])
+        load_config("tiny", ["training.sequence_parallel_size=2", "data.mask_noise=0", setting])
 
 
 def test_models_that_cannot_share_sequences_say_so(monkeypatch, tmp_path) -> None:
@@ -165,7 +165,7 @@ def torchrun(output: Path, *arguments: str) -> dict:
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "sharded_ranks.py"), str(output), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((output / "result.json").read_text())
 
@@ -204,9 +204,11 @@ def test_ranks_equal_one_process(single, ranks, mode: str) -> None:
 
     With ``+`` under activation checkpointing, with ``/`` with a half of each sequence and of the classes on each rank.
     """
+    from sharded_ranks import NAMES
+
     expected, _, _ = single
     got = np.array(ranks[0][mode])
-    assert len(expected) == 7 and expected.shape == got.shape
+    assert len(expected) == 5 and expected[2:4, NAMES.index("het")].all() and expected.shape == got.shape
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -237,6 +239,6 @@ def test_no_rank_holds_the_whole_model(ranks, mode: str) -> None:
     """Peaks of both ranks while a model is drawn, read, given to DeepSpeed or FSDP2; a whole one shows the measure."""
     result = ranks[0][f"memory {mode}"]
     for peaks in result["peaks"]:
-        limit = 0.5 * result["model"] + 2 * result["largest"] + 24
+        limit = 0.5 * result["model"] + 2 * result["largest"] + 10
         assert peaks["drawn"] < limit and peaks["read"] < limit, (peaks, limit)
         assert limit < 0.8 * result["model"] < peaks["whole"], (peaks, result)
