@@ -1,7 +1,8 @@
 """Trains and builds models in shards on the ranks of torchrun: ``sharded_ranks.py OUTPUT MODE ...``.
 
-Each MODE is ddp, fsdp2, zero3 or a configuration that offloads; with ``+`` with activation checkpointing, with ``/``
-with both ranks on each sequence. ``memory fsdp2`` and ``memory zero3`` measure a larger model's construction.
+Each MODE is ddp, fsdp2, zero3 or a configuration that offloads; with ``+`` with activation checkpointing (with ``*``
+FSDP's own), with ``/`` with both ranks on each sequence. ``memory fsdp2`` and ``memory zero3`` measure a larger model's
+construction.
 """
 
 from __future__ import annotations
@@ -106,13 +107,15 @@ def watched(model) -> Iterator[list[list[int]]]:
 
 def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list[float]], int]:
     checkpointing, shared = "+" in mode, "/" in mode
-    mode = mode.rstrip("+/")
+    own, mode = "*" in mode, mode.rstrip("+/*")
     fields = FIELDS | arguments(mode) | installed_names({"activation_checkpointing": checkpointing})
     # Of the eight samples of a step each rank reads four, or with shared sequences all.
     steps = 2 if mode == "fsdp2" else 1
     batch = {"per_device_train_batch_size": (8 if shared else 4) // steps, "gradient_accumulation_steps": steps}
     fields |= {**batch, "per_device_eval_batch_size": 4}
-    saves = mode in SAVED and not checkpointing and not shared
+    if own:
+        fields["fsdp_config"] = {**fields["fsdp_config"], "activation_checkpointing": True}
+    saves = mode in SAVED and not (checkpointing or shared or own)
     if saves:
         fields |= {"save_strategy": "steps", "save_steps": 3}
     if shared:

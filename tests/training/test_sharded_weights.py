@@ -187,14 +187,15 @@ def single(tmp_path_factory):
 
 # FSDP before DeepSpeed, which a process does not get rid of.
 ZERO = ("zero3", "zero3+/", "zero3_offload") if DEEPSPEED else ()
-MODES = ("ddp/", "fsdp2", "fsdp2+/", *ZERO)
+FSDP = ("ddp/", "fsdp2", "fsdp2+/", "fsdp2*")
+MODES = (*FSDP, *ZERO)
 SAVED = [mode for mode in MODES if mode in ("fsdp2", "zero3")]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("ranks")
-    return torchrun(output, "memory fsdp2", *MODES[:3], *(("memory zero3",) if ZERO else ()), *ZERO), output
+    return torchrun(output, "memory fsdp2", *FSDP, *(("memory zero3",) if ZERO else ()), *ZERO), output
 
 
 @pytest.mark.slow
@@ -202,7 +203,8 @@ def ranks(tmp_path_factory):
 def test_ranks_equal_one_process(single, ranks, mode: str) -> None:
     """Built in shards, every loss and norm of training, every evaluation of the average.
 
-    With ``+`` under activation checkpointing, with ``/`` with a half of each sequence and of the classes on each rank.
+    With ``+`` and ``*`` under activation checkpointing, with ``/`` with half of each sequence and the classes on each
+    rank.
     """
     from sharded_ranks import NAMES
 
