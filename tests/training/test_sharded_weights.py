@@ -182,7 +182,7 @@ def single(tmp_path_factory):
         **{**FIELDS, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
     )
     trainer.train()
-    averaged = {name: weight for name, weight in zip(trainer.average.names, trainer.average.weights)}
+    averaged = {name: weight.clone() for name, weight in zip(trainer.average.names, trainer.average.weights)}
     return np.array(figures(trainer)), averaged, trainer
 
 
