@@ -207,6 +207,21 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
         raise ValueError(f"model directory must hold a whole model, got {str(path)!r} ({one_line(error)})") from error
     finally:
         logging.set_verbosity(shown)
+    check_report(path, report, optional)
+    return model
+
+
+def check_report(path: Path, report: dict[str, Any], optional: tuple[str, ...]) -> None:
+    """Refuse a model whose weights are not those that its configuration has, see `load_whole`.
+
+    Args:
+        path: its directory.
+        report: names by ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
+        optional: beginnings of names of weights that may be missing or superfluous.
+
+    Raises:
+        ValueError: another weight is missing or superfluous, or one has another shape.
+    """
     for key, reason in (("missing_keys", "without"), ("unexpected_keys", "with"), ("mismatched_keys", "with another")):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[key])
         tolerated = [name for name in names if name.startswith(optional) and key != "mismatched_keys"]
@@ -218,7 +233,6 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
                 "model directory must hold the weights of the configuration and no others, "
                 f"got {str(path)!r} {reason} {_first(wrong)}"
             )
-    return model
 
 
 def _first(names: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from ntpseg.losses import NTPOutput, ntp_loss
 from ntpseg.losses.options import checked_range
 from ntpseg.utils.checks import check_integer
+
+if TYPE_CHECKING:
+    from ntpseg.models.sequence_parallel import SequenceGroup
 
 
 class NextKHeads(nn.Module):
@@ -78,6 +81,7 @@ class NextKHeads(nn.Module):
         *,
         logits_of: int = 0,
         vocab_range: tuple[int, int] | None = None,
+        share_classes: SequenceGroup | None = None,
         **kwargs: Any,
     ) -> Any:
         """Head states, the loss or logits, whichever is asked for.
@@ -87,6 +91,8 @@ class NextKHeads(nn.Module):
             labels: ``[B, T]`` int64: return the loss, as `loss` does but with the fields of `NTPOutput` in a tuple.
             logits_of: n > 0: return the logits of the first n heads.
             vocab_range: ``(lo, hi)``, for the loss and the logits.
+            share_classes: ranks with the same `hidden` and `labels`, each of which computes the loss of its part of
+                the classes; None: this one computes that of all. Only with `labels`.
             **kwargs: further arguments of `ntp_loss`; only with `labels`.
 
         Returns:
@@ -98,7 +104,11 @@ class NextKHeads(nn.Module):
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden must end in {self.hidden_size} features, got shape {list(hidden.shape)}")
         if labels is not None:
-            out = ntp_loss(self._states(hidden, self.k), self.weight, labels, vocab_range=vocab_range, **kwargs)
+            weight: Tensor = self.weight
+            if share_classes is not None:
+                weight = share_classes.own_classes(weight)
+                kwargs["group"] = share_classes.group
+            out = ntp_loss(self._states(hidden, self.k), weight, labels, vocab_range=vocab_range, **kwargs)
             # ZeRO-3 gathers the parameters for backward in hooks on the output's tensors; it looks into tuples only.
             return tuple(getattr(out, field.name) for field in dataclasses.fields(out))
         if kwargs:

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
-from ntpseg.models import causal_blocks, xformers_attention
+from ntpseg.models import causal_blocks, sequence_parallel, xformers_attention
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
@@ -31,11 +31,14 @@ from ntpseg.models.prefix import prefix_mask, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
 from ntpseg.models.rotary import replace_rotary
+from ntpseg.models.sequence_parallel import SequenceGroup, sequence_arguments
+from ntpseg.models.sharded_init import SHARDS
 from ntpseg.models.stem import StemOutput
 from ntpseg.utils.transformers_compat import CACHE
 
 causal_blocks.register()
 xformers_attention.register()
+sequence_parallel.register()
 
 
 @dataclass
@@ -120,6 +123,8 @@ class NTPSegModel(PreTrainedModel):
         if config.patch_size:
             self.readout = PatchReadout(config.mask_range[1] - config.mask_range[0], config.patch_size)
         self.mask_training = MaskTraining(config)
+        self.sequence_group: SequenceGroup | None = None
+        self._computing_attention: str | None = None
         self._no_split_modules = list(self.backbone._no_split_modules or [])
         self.post_init()
 
@@ -137,6 +142,32 @@ class NTPSegModel(PreTrainedModel):
             init.zeros_(module.patches)
         else:
             super()._init_weights(module)
+
+    def share_sequences(self, group: Any) -> None:
+        """Share each sequence, and the classes of the loss, with the ranks of a process group; see `SequenceGroup`.
+
+        From now on all of them must call `forward` with the same batch.
+
+        Raises:
+            ValueError: the attention heads cannot be divided, or an option of the model needs whole sequences.
+        """
+        config, text = self.config, self.backbone.config
+        ranks = SequenceGroup(group)
+        if text.num_attention_heads % ranks.size:
+            raise ValueError(
+                f"sequence_parallel_size must divide the {text.num_attention_heads} attention heads, got {ranks.size}"
+            )
+        for name, used in {"prefix_lm": config.prefix_lm, "mask_inputs": config.mask_inputs is not None}.items():
+            if used:
+                raise ValueError(f"{name} must be off with sequence_parallel_size above 1, got {ranks.size}")
+        self._computing_attention = text._attn_implementation
+        if self._computing_attention not in sequence_parallel.COMPUTING:
+            raise ValueError(
+                f"attention must be one of {', '.join(sequence_parallel.COMPUTING)} with sequence_parallel_size above "
+                f"1, got {self._computing_attention!r}"
+            )
+        self.sequence_group = ranks
+        text._attn_implementation = sequence_parallel.NAME
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of all tokens, ``[V, D]``."""
@@ -182,6 +213,7 @@ class NTPSegModel(PreTrainedModel):
             ValueError: the configuration has no ranges of codes, or a codebook of another size.
         """
         weight = self.get_input_embeddings().weight
+        shards = getattr(self, SHARDS, None)
         for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
             if codebook is None:
                 continue
@@ -195,7 +227,11 @@ class NTPSegModel(PreTrainedModel):
             code = codebook.detach().float().cpu()
             code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
             projection = torch.randn(code.shape[1], weight.shape[1], generator=generator) / code.shape[1] ** 0.5
-            weight[span[0] : span[1]] = (code @ projection * self.config.initializer_range).to(weight)
+            rows = code @ projection * self.config.initializer_range
+            if shards is None:
+                weight[span[0] : span[1]] = rows.to(weight)
+            else:
+                shards.write_rows(weight, span[0], rows)
             if name == "image" and list(span) == self.config.mask_range:
                 return
 
@@ -336,7 +372,18 @@ class NTPSegModel(PreTrainedModel):
             fields: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, **kwargs}
             if packed is not None:
                 fields |= packed_arguments(packed, self.backbone.config._attn_implementation, mask)
+            length, ranks = embeds.shape[1], self.sequence_group
+            if ranks is not None:
+                if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
+                    raise ValueError(
+                        "packing, attention_mask, position_ids and the cache must be left out with shared sequences, "
+                        "got one"
+                    )
+                embeds, place = ranks.split(embeds)
+                fields |= sequence_arguments(ranks, place, cast(str, self._computing_attention))
             decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
+            if ranks is not None:
+                decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)
             if packed is not None:
                 decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
                 if decoded.hidden_states is not None:
@@ -393,6 +440,7 @@ class NTPSegModel(PreTrainedModel):
             vocab_range=None if config.vocab_range is None else tuple(config.vocab_range),
             het=het,
             num_items=num_items,
+            share_classes=self.sequence_group,
         )
         out = NTPOutput(*fields)
         pad = nn.functional.pad

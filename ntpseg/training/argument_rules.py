@@ -160,6 +160,7 @@ ACCEPTED: dict[str, Check] = {
 OWN: dict[str, Check] = {
     "profile_steps": integer(0),  # see `ntpseg.training.profiling`
     "hang_timeout": optional(number(0)),  # see `ntpseg.training.hang`
+    "sequence_parallel_size": integer(1),  # see `ntpseg.models.sequence_parallel`
 }
 
 _LOGS = "logs go to OUTPUT/logs (TensorBoard) and OUTPUT/trainer_log.jsonl; import those into other loggers"

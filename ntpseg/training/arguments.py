@@ -55,6 +55,9 @@ def training_arguments(config: RunConfig, run: Path) -> TrainingArguments:
 
     own = {name: value for name, value in config.training.items() if name not in OWN}
     fields = {**DEFAULTS, **own, **FIXED, "output_dir": str(run), "seed": config.seed}
+    if fields.get("fsdp"):
+        # By default rank 0 would gather the whole model for each checkpoint.
+        fields["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT", **(fields.get("fsdp_config") or {})}
     # YAML reads a bare `no` as False.
     fields |= {k: "no" for k, v in fields.items() if k.endswith("_strategy") and v is False}
     fields["bf16"] = resolve_bf16(fields["bf16"]) and not fields.get("fp16", False)

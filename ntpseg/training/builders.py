@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +14,7 @@ from ntpseg.models.attention_choice import choose_attention
 from ntpseg.models.bundle import load_whole
 from ntpseg.models.mask_inputs import MaskInputOptions
 from ntpseg.models.pretrained_encoder import huggingface_encoder_config
+from ntpseg.models.sharded_init import WeightShards, build_sharded, load_sharded
 from ntpseg.models.stem import StemOptions
 from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.training.attention import training_use
@@ -19,11 +22,15 @@ from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
 from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+from ntpseg.training.sharded_weights import partition_zero3, shards_of_run, without_zero_init
 from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import check_folder
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from ntpseg.models.attention_choice import AttentionChoice
+    from ntpseg.models.config import NTPSegConfig
     from ntpseg.models.model import NTPSegModel
 
 
@@ -83,17 +90,25 @@ def _datasets(config: RunConfig, prepared: Prepared) -> Datasets:
     )
 
 
-def make_model(config: RunConfig, prepared: Prepared, choice: AttentionChoice | None = None) -> NTPSegModel:
+def make_model(
+    config: RunConfig,
+    prepared: Prepared,
+    choice: AttentionChoice | None = None,
+    args: TrainingArguments | None = None,
+) -> NTPSegModel:
     """A fresh model, or one that starts from ``model.weights``.
+
+    Under ZeRO-3 and FSDP2 each rank draws or reads its shards alone. FSDP2's model has its weights when a trainer has
+    taken it.
 
     Args:
         config, prepared: the run's.
         choice: its attention, see `run_attention`; chosen here by default.
+        args: says whether ranks share the weights; without it each has all of them.
 
     Raises:
         ValueError: a setting of the model, the loss or the attention cannot be used.
     """
-    from ntpseg.models.model import NTPSegModel
     from ntpseg.models.presets import preset_config
 
     loss, settings = config.loss, config.model
@@ -118,33 +133,49 @@ def make_model(config: RunConfig, prepared: Prepared, choice: AttentionChoice | 
     }
     model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
     choice = choice or choose_attention(settings.attention, training_use(config, prepared))
-    with attention_errors(settings.attention):
-        if settings.weights is not None:
-            path = Path(settings.weights).expanduser()
-            if not (path / "config.json").is_file():
-                raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
-            check_folder("model.weights", path, "copy it again")
-            model = load_whole(
-                NTPSegModel,
-                path,
-                optional=("heads.", "grid.", "front_end.", "readout."),
-                config=model_config,
-                attn_implementation=choice.implementation,
-            )
-            check_finite(model, f"model.weights {path}")
-        else:
-            model_config._attn_implementation = choice.implementation
-            model = NTPSegModel(model_config)
-    # The tokenizer's at hand, which need not be the one that saved weights were trained with.
-    assert model.readout is not None
-    model.readout.set_patches(vision.mask_patches())
-    if settings.weights is not None:
-        return model
-    if settings.codebook_embeddings:
-        has_codes = prompt_has_codes(config) and vision.image_codes > 0
-        model.init_visual_embeddings(vision.image_codebook() if has_codes else None, vision.mask_codebook())
-    if settings.encoder_weights is not None and model.front_end is not None:
-        model.front_end.load_encoder_weights(settings.encoder_weights)
+    shards = shards_of_run(args)
+    with attention_errors(settings.attention), nullcontext() if shards is None else without_zero_init():
+        model = _construct(settings, model_config, choice.implementation, shards)
+        # The tokenizer's at hand, which need not be the one that saved weights were trained with.
+        assert model.readout is not None
+        model.readout.set_patches(vision.mask_patches())
+        if settings.weights is None and settings.codebook_embeddings:
+            has_codes = prompt_has_codes(config) and vision.image_codes > 0
+            model.init_visual_embeddings(vision.image_codebook() if has_codes else None, vision.mask_codebook())
+        if settings.weights is None and settings.encoder_weights is not None and model.front_end is not None:
+            encoder = model.front_end.stem.encoder
+            with nullcontext() if shards is None else shards.whole(*encoder.modules()):
+                model.front_end.load_encoder_weights(settings.encoder_weights)
+    if shards is not None and shards.flat:
+        partition_zero3(model)
+    return model
+
+
+def _construct(
+    settings: ModelConfig, model_config: NTPSegConfig, attention: str | None, shards: WeightShards | None
+) -> NTPSegModel:
+    """The model of a configuration, with random weights or those of ``model.weights``.
+
+    Raises:
+        ValueError: ``model.weights`` is not a saved model, or not one with the weights of this configuration.
+    """
+    from ntpseg.models.model import NTPSegModel
+
+    made = copy.deepcopy(model_config)
+    made._attn_implementation = attention
+    if settings.weights is None:
+        return NTPSegModel(made) if shards is None else build_sharded(lambda: NTPSegModel(made), shards)
+    path = Path(settings.weights).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model.weights must be the directory of a saved model, got {str(path)!r}")
+    check_folder("model.weights", path, "copy it again")
+    optional = ("heads.", "grid.", "front_end.", "readout.")
+    model: NTPSegModel
+    if shards is None:
+        model = load_whole(NTPSegModel, path, optional=optional, config=model_config, attn_implementation=attention)
+    else:
+        model = load_sharded(lambda: NTPSegModel(made), shards, path, optional=optional)
+    check_finite(model, f"model.weights {path}")
     return model
 
 

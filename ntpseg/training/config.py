@@ -191,9 +191,10 @@ class RunConfig:
         data, text, model, loss: see their classes.
         vision: ``path`` of a saved vision tokenizer, or null and the fields of `CompactVQOptions` to train one.
         training: any field of `transformers.TrainingArguments`; ``bf16`` may be "auto". Besides them
-            ``profile_steps``: so many steps are profiled, see docs/profiling.md; and ``hang_timeout``: seconds after
+            ``profile_steps``: so many steps are profiled, see docs/profiling.md; ``hang_timeout``: seconds after
             which ranks that get no further end with exit code 75, see docs/cluster.md; by default 1800 with several
-            ranks, 0: never.
+            ranks, 0: never; and ``sequence_parallel_size``: so many ranks share each sequence and the classes of the
+            loss, see docs/cluster.md.
         output: the run's directory; must be given.
         seed: of everything random.
         layout: of the sequence, ntpseg or emu3 (Emu3's own, with which its weights can be used).
@@ -203,7 +204,7 @@ class RunConfig:
             finite (or that supervised no label); each of them is skipped and reported.
         clock: of max_minutes: wall, or cpu, the processor time of the training steps alone (of this process: with
             loader workers their time is not counted).
-        deepspeed: zero1, zero2, zero3 or the path of a DeepSpeed JSON file.
+        deepspeed: zero1, zero2, zero3, zero2_offload, zero3_offload or the path of a DeepSpeed JSON file.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

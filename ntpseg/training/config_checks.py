@@ -80,6 +80,14 @@ def check_sections(config: RunConfig) -> None:
     elif not isinstance(config.vision["path"], str):
         raise ValueError(f"vision.path must be a directory, got {shown(config.vision['path'])}")
     check_training(config.training)
+    if config.training.get("sequence_parallel_size", 1) > 1:
+        whole = {"data.packing": config.data.packing, "model.mask_inputs": config.model.mask_inputs}
+        for name, value in {**whole, "model.prefix_lm": config.model.prefix_lm or None}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} must be off with training.sequence_parallel_size above 1, whose ranks have a part of each "
+                    f"sequence, got {shown(value)}"
+                )
     check_combinations(
         config.training,
         max_minutes=config.max_minutes,

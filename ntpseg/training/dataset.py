@@ -205,12 +205,19 @@ class EpochSampler(Sampler[int]):
         multiple: the permutation is filled up to a multiple of this with padding, see `SampleIndex`. With the number of
             samples in a batch of all ranks no rank has to repeat a sample, which would count twice.
         shuffle: False: in order, for evaluation.
+        copies, batch_size: each batch of so many samples comes so many times, for ranks that share its sequences.
     """
 
-    def __init__(self, dataset: EpochDataset, multiple: int = 1, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, dataset: EpochDataset, multiple: int = 1, *, shuffle: bool = True, copies: int = 1, batch_size: int = 1
+    ) -> None:
         self.dataset, self.multiple, self.shuffle = dataset, multiple, shuffle
+        self.copies, self.batch_size = copies, batch_size
 
     def __len__(self) -> int:
+        return self._samples() * self.copies
+
+    def _samples(self) -> int:
         return -(-self._size() // self.multiple) * self.multiple
 
     def _size(self) -> int:
@@ -224,8 +231,12 @@ class EpochSampler(Sampler[int]):
             order = self.dataset.sampling.order(self.dataset.seed, epoch)
         elif self.shuffle:
             order = np.random.default_rng((self.dataset.seed, epoch)).permutation(size).tolist()
-        places = enumerate(islice(cycle(order), len(self)))
-        return (SampleIndex(index, epoch, padding=place >= size) for place, index in places)
+        places = enumerate(islice(cycle(order), self._samples()))
+        samples = (SampleIndex(index, epoch, padding=place >= size) for place, index in places)
+        if self.copies == 1:
+            return samples
+        batches = iter(lambda: list(islice(samples, self.batch_size)), [])
+        return (sample for batch in batches for _ in range(self.copies) for sample in batch)
 
 
 def ignore_padding(batch: dict[str, Any]) -> None:

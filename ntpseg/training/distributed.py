@@ -14,11 +14,12 @@ import torch
 
 from ntpseg.training.config import CONFIGS
 
-ZERO_STAGES = ("zero1", "zero2", "zero3")
+# With _offload the optimizer, its state and step, is in the memory of the host.
+ZERO_STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
-    """The DeepSpeed configuration of a name (zero1, zero2, zero3) or of a JSON file; None for None.
+    """The DeepSpeed configuration of a name of `ZERO_STAGES` or of a JSON file; None for None.
 
     Raises:
         ValueError: neither, invalid JSON, or DeepSpeed is not installed.

@@ -173,7 +173,7 @@ def make_trainer(
             key=training.key,
         )
     trainer = NTPSegTrainer(
-        make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index)),
+        make_model(config, prepared, run_attention(config, prepared, run, rank=args.process_index), args),
         args,
         train_dataset=data.training,
         eval_dataset=data.validation,
@@ -182,6 +182,7 @@ def make_trainer(
         hard_token_sync_steps=config.loss.hard_token_sync_steps,
         optimizer_options=config.optimizer,
         max_skipped_steps=config.max_skipped_steps,
+        sequence_parallel_size=config.training.get("sequence_parallel_size") or 1,
         budget=None
         if config.max_minutes is None
         else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),
@@ -193,8 +194,8 @@ def make_trainer(
     if config.training.get("torch_compile") == "auto":
         from ntpseg.training.compilation import CompileWherePays
 
-        if trainer.shares_weights:
-            print("torch.compile: not used, its layers' weights are shared out among ranks", file=sys.stderr)
+        if not trainer.decodes_alone:
+            print("torch.compile: not used, weights or sequences are shared out among ranks", file=sys.stderr)
         else:
             trainer.add_callback(CompileWherePays(trainer.model, budget=trainer.budget))
     if steps := config.training.get("profile_steps"):
@@ -290,8 +291,7 @@ def _save(
         if not trainer.is_world_process_zero():
             return
         bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
-        # Where ranks share the weights, this one cannot decode alone.
-        if isinstance(prepared.validation, PixelSource) and not trainer.shares_weights:
+        if isinstance(prepared.validation, PixelSource) and trainer.decodes_alone:
             choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
             bundle.decoding = choice.options
             write_json(run / "decoding_choice.json", choice.to_dict())

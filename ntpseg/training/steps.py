@@ -38,7 +38,12 @@ class StepTrainer(Trainer):
         memory: where hard error tokens are kept; None switches HET off.
         hard_token_sync_steps: ranks exchange them every so many steps, in the background; 0: once an epoch alone.
         max_skipped_steps: so many skipped steps in a row end training.
+        sequence_parallel_size: so many consecutive ranks read the same batches and share their sequences, see
+            `NTPSegModel.share_sequences`.
         **kwargs: see `transformers.Trainer`.
+
+    Raises:
+        ValueError: the ranks, or the model's attention heads, cannot be divided into such groups.
     """
 
     train_dataset: EpochDataset
@@ -49,9 +54,18 @@ class StepTrainer(Trainer):
         memory: HardTokenMemory | None = None,
         max_skipped_steps: int = 5,
         hard_token_sync_steps: int = 0,
+        sequence_parallel_size: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.world_size % sequence_parallel_size:
+            raise ValueError(
+                f"training.sequence_parallel_size must divide the number of ranks, {self.args.world_size}, got "
+                f"{sequence_parallel_size}"
+            )
+        self.sequence_parallel_size = sequence_parallel_size
+        if sequence_parallel_size > 1:
+            cast(Any, self.model).share_sequences(dist.new_subgroups(sequence_parallel_size)[0])
         # With the filter the Trainer logs a loss of 0 in place of NaN.
         self.args.logging_nan_inf_filter = False
         config = cast(Any, self.model).config
@@ -82,18 +96,24 @@ class StepTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, EpochDataset):
             return super()._get_train_sampler(dataset)
-        return EpochSampler(dataset, self._samples_of_ranks(self._train_batch_size))
+        return self._sampler(dataset, self._train_batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         if not isinstance(eval_dataset, EpochDataset):
             return super()._get_eval_sampler(eval_dataset)
-        return EpochSampler(eval_dataset, self._samples_of_ranks(self.args.eval_batch_size), shuffle=False)
+        return self._sampler(eval_dataset, self.args.eval_batch_size, shuffle=False)
+
+    def _sampler(self, dataset: EpochDataset, batch_size: int, *, shuffle: bool = True) -> EpochSampler:
+        copies = self.sequence_parallel_size
+        multiple = self._samples_of_ranks(batch_size)
+        return EpochSampler(dataset, multiple, shuffle=shuffle, copies=copies, batch_size=batch_size)
 
     def _samples_of_ranks(self, batch_size: int) -> int:
         """Of what the samples must be a multiple, so that none is repeated to give each rank as many batches."""
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return 1
-        return batch_size if self.accelerator.split_batches else batch_size * self.args.world_size
+        readers = self.args.world_size // self.sequence_parallel_size
+        return batch_size if self.accelerator.split_batches else batch_size * readers
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a training step and their counts; the Trainer calls it for training alone."""
@@ -129,7 +149,8 @@ class StepTrainer(Trainer):
         if config.dense_loss is not None:
             for batch in batch_samples:
                 batch["num_images"] = counts[-1].to(torch.float32)
-        self.throughput.add(counts[:-2])
+        # Ranks that share sequences have counted the same ones.
+        self.throughput.add(counts[:-2] / self.sequence_parallel_size)
         self._supervised = counts[:heads].sum()
         return NumItems(counts[:heads], counts[-2])
 

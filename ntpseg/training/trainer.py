@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.memory import HardTokenMemory
+from ntpseg.models.sharded_init import SHARDS
 from ntpseg.training import resharding
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import evaluation_due, moved_position
@@ -37,6 +38,7 @@ from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.parallelism import Parallelism
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.profiling import ProfileSteps
+from ntpseg.training.sharded_weights import gather_fsdp2, is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
 from ntpseg.training.steps import StepTrainer
 
 
@@ -61,7 +63,7 @@ class NTPSegTrainer(StepTrainer):
         memory: where hard error tokens are kept; None switches HET off.
         budget: ends training by the clock and schedules the learning rate; None: the Trainer's own schedule.
         generation_metrics: scores of freely decoded masks, given the model; called at each evaluation (not under
-            ZeRO-3, where no rank holds all weights). None leaves them out.
+            ZeRO-3, FSDP and sequence parallelism, where no rank decodes alone). None leaves them out.
         optimizer_options: the optimizer and the average of the weights, see `OptimizerConfig`.
         max_skipped_steps: so many skipped steps in a row end training.
         **kwargs: see `transformers.Trainer`.
@@ -79,11 +81,11 @@ class NTPSegTrainer(StepTrainer):
     ) -> None:
         super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, **kwargs)
         self.optimizer_options = optimizer_options or OptimizerConfig()
-        self.average = None
-        if self.optimizer_options.ema:
-            if self.shares_weights:
-                raise ValueError("optimizer.ema must be 0 where ranks share the weights (ZeRO-3, FSDP)")
-            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
+        self.average: WeightAverage | None = None
+        self._average_from: Path | None = None
+        if not self.shares_weights:
+            # Otherwise the weights may yet have to be divided, which the beginning of training does.
+            self.start_average()
         self.budget, self.generation_metrics = budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._evaluation_due = False
@@ -95,10 +97,24 @@ class NTPSegTrainer(StepTrainer):
         if budget is not None:
             self.add_callback(budget)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; FSDP2 also on CPUs, and of a model whose weights are this rank's shards alone."""
+        super().create_accelerator_and_postprocess()
+        if is_fsdp2(self.args) and not self.is_fsdp_enabled and self.args.device.type == "cpu":
+            start_fsdp2_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and hasattr(self.model, SHARDS):
+            shard_fsdp2(self.model, self.accelerator)
+
     @property
     def shares_weights(self) -> bool:
         """Whether each rank holds only a part of the weights (ZeRO-3, FSDP)."""
         return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+
+    @property
+    def decodes_alone(self) -> bool:
+        """Whether this rank can decode masks without the others: it has all weights and whole sequences."""
+        return not self.shares_weights and self.sequence_parallel_size == 1
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from the checkpoint at a path, hard-token memory included.
@@ -164,9 +180,17 @@ class NTPSegTrainer(StepTrainer):
                 vocab_size=config.vocab_size,
                 length=getattr(config.text_config, "max_position_embeddings", None),
             )
+        self._average_from = checkpoint
         if self.average is not None:
             self.average.load(checkpoint)
         return checkpoint
+
+    def start_average(self) -> None:
+        """Average the weights from now on, or on from the checkpoint of a resumed run, where that is asked for."""
+        if self.average is None and self.optimizer_options.ema:
+            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
+            if self._average_from is not None:
+                self.average.load(self._average_from)
 
     def _close_bars(self) -> None:
         # An open bar would swallow the first line of the message that follows.
@@ -227,7 +251,7 @@ class NTPSegTrainer(StepTrainer):
         if self._matrix_parameters is None:
             model: Any = self.model
             self._matrix_parameters = model.num_parameters(exclude_embeddings=True)
-        return 6 * inputs["input_ids"].numel() * self._matrix_parameters
+        return 6 * inputs["input_ids"].numel() * self._matrix_parameters // self.sequence_parallel_size
 
     # ---- logging and saving
 
@@ -237,7 +261,7 @@ class NTPSegTrainer(StepTrainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self.throughput.pause(), pause, torch.random.fork_rng(devices), self.averaged_weights():
             self._generation_scores = {}
-            if self.generation_metrics is not None and not self.shares_weights:
+            if self.generation_metrics is not None and self.decodes_alone:
                 try:
                     self._generation_scores = self.generation_metrics(self.model)
                 except NonFiniteOutput as error:
@@ -299,7 +323,12 @@ class NTPSegTrainer(StepTrainer):
         """
         if not _internal_call:
             check_weights(cast(Any, self.model), "the model", world_size=self.args.world_size)
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and not _internal_call:
+            # The Trainer writes nothing where checkpoints are saved in shards.
+            whole = gather_fsdp2(cast(Any, self.model), keep=self.is_world_process_zero())
+            self._save(output_dir, state_dict=whole)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     @property
     def _run(self) -> Path:
@@ -324,8 +353,8 @@ class NTPSegTrainer(StepTrainer):
         self._means.save(folder, write=self.is_world_process_zero())
         if self.memory is not None:
             save_memory(self.memory, folder, self.args.process_index)
-        if self.average is not None and self.is_world_process_zero():
-            self.average.save(folder)
+        if self.average is not None and (self.is_world_process_zero() or not self.average.is_whole):
+            self.average.save(folder, self.args.process_index)
         # The Trainer would remove older checkpoints before the other ranks have written this one.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -404,6 +433,7 @@ class _Epochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.start_average()
         memory = self.trainer.memory
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.trainer.throughput.prepare(self.trainer.model, dtype, first=state.is_world_process_zero)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 def non_finite_tensor(model: nn.Module) -> str | None:
     """The name of the first weight or buffer with a NaN or an infinity, of those that this rank holds."""
     tensors: list[tuple[str, Tensor]] = []
+    shards: Any = getattr(model, "_weight_shards", None)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        # ZeRO-3 and FSDP keep this rank's part elsewhere.
+        # ZeRO-3, FSDP and a model under construction keep this rank's part elsewhere.
         part: Any = getattr(tensor, "ds_tensor", tensor)
+        part = part if shards is None else shards.of.get(part, part)
         part = part.to_local() if hasattr(part, "to_local") else part
         if part.is_floating_point() and part.numel():
             tensors.append((name, part))

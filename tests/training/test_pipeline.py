@@ -16,6 +16,7 @@ from ntpseg.cli import app
 from ntpseg.data import DataProblems
 from ntpseg.evaluation.run_directory import training_log
 from ntpseg.models import Bundle
+from ntpseg.models.sharded_init import WeightShards
 from ntpseg.training import load_config, throughput, train
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.pipeline import make_model, make_trainer
@@ -165,6 +166,26 @@ def test_vision_tokenizer_and_weights_from_a_path(run, data, tmp_path) -> None:
     config.data.channels = 3
     with pytest.raises(ValueError, match=r"data\.channels must be 1 .* got 3"):
         prepare_run(config, tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["drawn", "saved"])
+def test_model_in_shards_is_that_of_one_process(run, monkeypatch, saved: bool) -> None:
+    """As ZeRO-3 and FSDP2 have it built, the codebooks' rows and the mask patches included."""
+    config = load_config(run)
+    config.model.weights = str(run / "model") if saved else None
+    prepared = prepare_run(config, run, progress=False)
+    torch.manual_seed(0)
+    whole = make_model(config, prepared)
+    parts = []
+    for rank in range(2):
+        shards = WeightShards(rank, 2, flat=False)
+        monkeypatch.setattr("ntpseg.training.builders.shards_of_run", lambda args, shards=shards: shards)
+        torch.manual_seed(0)
+        model = make_model(config, prepared)
+        assert torch.equal(model.readout.patches, whole.readout.patches)
+        parts.append([shards.of[weight] for weight in model.parameters()])
+    for (name, one), *two in zip(whole.named_parameters(), *parts, strict=True):
+        assert torch.equal(torch.cat(two), one), name
 
 
 def test_bad_data_is_refused_with_a_table(tmp_path) -> None:

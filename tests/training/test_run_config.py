@@ -215,7 +215,8 @@ def test_bf16() -> None:
 def test_deepspeed_files(name) -> None:
     pytest.importorskip("deepspeed")
     config = deepspeed_config(name)
-    assert config["zero_optimization"]["stage"] == int(name[-1])
+    assert config["zero_optimization"]["stage"] == int(name.removeprefix("zero")[0])
+    assert ("offload_optimizer" in config["zero_optimization"]) == name.endswith("_offload")
     assert deepspeed_config(str(CONFIGS / f"{name}.json")) == config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def make_trainer(
     overrides: dict[str, Any] | None = None,
     callbacks: list[Any] | None = None,
     evaluate: bool = False,
+    construct: Callable[[Any, TrainingArguments], Any] | None = None,
+    trainer_options: dict[str, Any] | None = None,
     **fields: Any,
 ) -> NTPSegTrainer:
     sequence = sequence_of(toy)
@@ -110,15 +113,17 @@ def make_trainer(
         "seed": 0,
         **fields,
     }
+    args = TrainingArguments(output_dir=str(output), **fields)
     return NTPSegTrainer(
-        NTPSegModel(config),
-        TrainingArguments(output_dir=str(output), **fields),
+        NTPSegModel(config) if construct is None else construct(config, args),
+        args,
         train_dataset=TokenDataset(toy, sequence),
         eval_dataset=TokenDataset(toy, sequence, augmented=False) if evaluate else None,
         data_collator=Collator(sequence),
         memory=HardTokenMemory(len(toy.image_codes), hard_tokens, **(memory_options or {})) if hard_tokens else None,
         hard_token_sync_steps=1,
         callbacks=callbacks,
+        **(trainer_options or {}),
     )
 
 

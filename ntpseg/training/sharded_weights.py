@@ -1,0 +1,195 @@
+"""Models that are shared among ranks from the first weight on: ZeRO-3's partitions and FSDP2's shards.
+
+The Trainer would take a model that every rank has built in full. Here each rank builds its shards alone (see
+`ntpseg.models.sharded_init`) and hands them to DeepSpeed or FSDP2, module by module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ntpseg.models.sharded_init import SHARDS, WeightShards
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def shards_of_run(args: TrainingArguments | None) -> WeightShards | None:
+    """What this rank keeps of the weights under ZeRO-3 and FSDP2; None where each rank has all of them.
+
+    None as well where DeepSpeed keeps the weights on a disk, quantises them or shares them among fewer ranks (MiCS): it
+    makes its own partitions then.
+
+    Args:
+        args: of the run; its process group has started.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    if args is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    if is_deepspeed_zero3_enabled():
+        zero = deepspeed_config().get("zero_optimization", {})
+        on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
+        other = any(value for name, value in zero.items() if "quantized" in name or name == "mics_shard_size")
+        return None if on_disk or other else WeightShards(dist.get_rank(), dist.get_world_size(), flat=True)
+    if is_fsdp2(args):
+        return WeightShards(dist.get_rank(), dist.get_world_size(), flat=False)
+    return None
+
+
+def is_fsdp2(args: TrainingArguments) -> bool:
+    """Whether the arguments ask for FSDP2 over several ranks."""
+    plugin = args.fsdp_plugin_args
+    return plugin is not None and plugin.get("fsdp_version") == 2 and args.world_size > 1
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """A block in which transformers constructs models as if there were no ZeRO-3.
+
+    It would partition a sub-model that is made from a configuration or read from files, and that one alone.
+    """
+    from transformers.integrations import deepspeed
+
+    found = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = found
+
+
+@torch.no_grad()
+def partition_zero3(model: nn.Module) -> None:
+    """Give the shards of a model from `build_sharded` to ZeRO-3 in place of its placeholders.
+
+    `deepspeed.zero.Init` sees one module's weights at a time.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    shards: WeightShards = getattr(model, SHARDS)
+    config = deepspeed_config()
+    made: dict[Any, nn.Parameter] = {}
+    for module in model.modules():
+        fresh = []
+        for name, placeholder in module._parameters.items():
+            if placeholder is None:
+                continue
+            if placeholder not in made:
+                whole = torch.empty(placeholder.shape, dtype=placeholder.dtype)
+                made[placeholder] = nn.Parameter(whole, placeholder.requires_grad)
+                fresh.append(placeholder)
+            module._parameters[name] = made[placeholder]
+        if not fresh:
+            continue
+        deepspeed.zero.Init(nn.ParameterList(made[placeholder] for placeholder in fresh), config_dict_or_path=config)
+        for placeholder in fresh:
+            partition: Any = made[placeholder].ds_tensor  # type: ignore[attr-defined]  # DeepSpeed's
+            shard = shards.of.pop(placeholder)
+            partition.zero_()[: len(shard)].copy_(shard)
+    delattr(model, SHARDS)
+
+
+@torch.no_grad()
+def shard_fsdp2(model: Any, accelerator: Any) -> None:
+    """Give the shards of a model from `build_sharded` to FSDP2 in place of its placeholders.
+
+    Every decoder layer, the embedding and the heads are gathered by themselves, what else there is with the whole
+    model. Accelerate, which divides a model when the Trainer prepares it, leaves one alone that is divided already.
+
+    Args:
+        model: an `NTPSegModel`.
+        accelerator: the Trainer's, whose policies the shards get, and whose device unless they are offloaded.
+    """
+    from accelerate.utils.fsdp_utils import fsdp2_apply_ac
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    shards: WeightShards = getattr(model, SHARDS)
+    plugin, device = accelerator.state.fsdp_plugin, accelerator.device
+    # Resolved before `fully_shard` renames the layers' class, by which accelerate would look for them.
+    plugin.set_auto_wrap_policy(model)
+    if plugin.activation_checkpointing:
+        # Around the layers and inside their shards, so that a layer is not gathered once more to be recomputed.
+        fsdp2_apply_ac(accelerator, model)
+        plugin.activation_checkpointing = False
+    by_name = {name: shards.of[weight] for name, weight in model.named_parameters(remove_duplicate=False)}
+    shards.of.clear()
+    offload = plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": offload,
+    }
+    freed = {**options, "reshard_after_forward": bool(plugin.reshard_after_forward)}
+    for layer in model.backbone.layers:
+        fully_shard(layer, **freed)
+    embedding = model.get_input_embeddings()
+    # What the forward pass ends with is what the backward pass begins with.
+    if embedding.weight is model.heads.weight:
+        fully_shard([embedding, model.heads], reshard_after_forward=False, **options)
+    else:
+        fully_shard(embedding, **freed)
+        fully_shard(model.heads, reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    where = torch.device("cpu") if isinstance(offload, CPUOffloadPolicy) else device
+    made: dict[Any, nn.Parameter] = {}
+    state = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        shard = by_name.pop(name)
+        if weight not in made:
+            local = DTensor.from_local(
+                shard.to(where),
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+            made[weight] = nn.Parameter(local, weight.requires_grad)
+        state[name.replace("_checkpoint_wrapped_module.", "")] = made[weight]
+    unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    assert not unknown, unknown
+    delattr(model, SHARDS)
+
+
+@torch.no_grad()
+def gather_fsdp2(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The whole weights and buffers on the CPU, gathered one at a time; all ranks must call it alike.
+
+    Args:
+        model: has its weights in shards.
+        keep: this rank gets them; the others get nothing and never hold more than one.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if isinstance(whole, AsyncCollectiveTensor):
+            whole = whole.wait()
+        if keep:
+            found[name] = whole.cpu()
+    return found
+
+
+def start_fsdp2_on_cpu(accelerator: Any, args: TrainingArguments) -> None:
+    """Have `accelerator` use FSDP2 on CPUs too, as the arguments say: it would train with DDP without a word."""
+    from accelerate import DistributedType
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    state = accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
