@@ -184,7 +184,7 @@ def by_fully_shard(case: Case) -> tuple[Calls, list[Collective]]:
 
 
 def het() -> tuple[Calls, list[Collective]]:
-    """The second epoch's exchange of hard-token memories, in which the first epoch's rows travel again."""
+    """The second epoch's exchange of hard-token memories; every row is full."""
     ranks, rank, samples, length = dist.get_world_size(), dist.get_rank(), 96, 24
     memory = HardTokenMemory(samples, _HARD_TOKENS)
     generator = torch.Generator().manual_seed(rank)
@@ -201,7 +201,7 @@ def het() -> tuple[Calls, list[Collective]]:
     epoch()
     with counted() as calls:
         memory.sync()
-    return calls, het_exchange((samples, samples // ranks), _HARD_TOKENS, ranks)
+    return calls, het_exchange((0, samples // ranks), _HARD_TOKENS, ranks)
 
 
 def vocabulary() -> tuple[Calls, list[Collective]]:

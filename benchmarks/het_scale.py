@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def index_figures(samples: int, batch: int, folder: Path) -> dict[str, Any]:
     build = (time.process_time() - begin) / samples * 1e6
     ids = torch.randint(samples, (200, batch))
     keys = [index.keys(row) for row in ids]
-    looked = timed([lambda key=key: index.ids(key) for key in keys])
+    looked = timed([partial(index.ids, key) for key in keys])
     if not all(torch.equal(index.ids(key), row) for key, row in zip(keys, ids)):
         raise ValueError("the index must find every key, got another sample")
     size = sum(512 * path.stat().st_blocks for path in folder.iterdir())
@@ -112,13 +113,18 @@ def fill(memory: HardTokenMemory, batch: int, peak: list[int]) -> dict[str, floa
     return wall(all_samples)
 
 
+def _update(memory: HardTokenMemory, made: tuple[torch.Tensor, ...]) -> None:
+    memory.record(*made)
+    memory.wait()
+
+
 def visits(memory: HardTokenMemory, batch: int, measured: int, peak: list[int]) -> dict[str, Any]:
     """What training steps do with the memory: look a random batch up and record its errors."""
     times: dict[str, list[tuple[float, float]]] = {"lookup": [], "update": []}
     for ids in torch.randperm(memory.num_samples)[: measured * batch].split(batch):
         made = errors(ids)
-        times["lookup"].append(clock(lambda ids=ids: memory.lookup(ids)))
-        times["update"].append(clock(lambda made=made: (memory.record(*made), memory.wait())))
+        times["lookup"].append(clock(partial(memory.lookup, ids)))
+        times["update"].append(clock(partial(_update, memory, made)))
         note_peak(peak)
     return {name: per_sample(summary(found), batch) for name, found in times.items()}
 
@@ -128,11 +134,11 @@ def checkpoints(memory: HardTokenMemory, batch: int, folder: Path, peak: list[in
     result: dict[str, Any] = {}
     for name in ("whole", "after_100_steps"):
         path, before = folder / name, disk(folder)
-        seconds = wall(lambda path=path: memory.save(path / "hard_tokens_0.pt"))
+        seconds = wall(partial(memory.save, path / "hard_tokens_0.pt"))
         note_peak(peak)
         result[name] = {**seconds, "bytes_written": disk(folder) - before}
         known = linked_hashes(path, [folder / "whole"])
-        result[name]["hash"] = wall(lambda path=path, known=known: write_manifest(path, known=known))
+        result[name]["hash"] = wall(partial(write_manifest, path, known=known))
         if name == "whole":
             for ids in torch.randperm(memory.num_samples)[: 100 * batch].split(batch):
                 memory.record(*errors(ids))

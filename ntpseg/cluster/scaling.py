@@ -228,7 +228,7 @@ class _Curve:
         samples, entries = self.options.samples, self.workload.hard_tokens
         if samples is None or not entries:
             return [], 0.0
-        found = het_exchange((samples, -(-samples // gpus)), entries, gpus)
+        found = het_exchange((0, -(-samples // gpus)), entries, gpus)
         return found, min(sequences / samples, 1.0)
 
     def communication(self, traffic: Iterable[Collective], gpus: int, micro_seconds: float) -> tuple[float, float]:

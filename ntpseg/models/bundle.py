@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from ntpseg.models.archive import unpack_bundle
 from ntpseg.models.attention import AttentionUse, attention_errors
 from ntpseg.models.attention_choice import choose_attention
+from ntpseg.models.loading_report import check_report
 from ntpseg.models.volume_input import VOLUME, VolumeInput
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import write_json
@@ -209,34 +209,6 @@ def load_whole(kind: Any, path: Path, *, optional: tuple[str, ...] = (), **optio
         logging.set_verbosity(shown)
     check_report(path, report, optional)
     return model
-
-
-def check_report(path: Path, report: dict[str, Any], optional: tuple[str, ...]) -> None:
-    """Refuse a model whose weights are not those that its configuration has, see `load_whole`.
-
-    Args:
-        path: its directory.
-        report: names by ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
-        optional: beginnings of names of weights that may be missing or superfluous.
-
-    Raises:
-        ValueError: another weight is missing or superfluous, or one has another shape.
-    """
-    for key, reason in (("missing_keys", "without"), ("unexpected_keys", "with"), ("mismatched_keys", "with another")):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[key])
-        tolerated = [name for name in names if name.startswith(optional) and key != "mismatched_keys"]
-        if tolerated:
-            print(f"{path} is {reason} {_first(tolerated)}: what the model lacks starts at random", file=sys.stderr)
-        wrong = [name for name in names if name not in tolerated]
-        if wrong:
-            raise ValueError(
-                "model directory must hold the weights of the configuration and no others, "
-                f"got {str(path)!r} {reason} {_first(wrong)}"
-            )
-
-
-def _first(names: list[str]) -> str:
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _check_sizes(path: Path, vocabulary: Vocabulary, text: PreTrainedTokenizerBase, vision: VisionTokenizer) -> None:

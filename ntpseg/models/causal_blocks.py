@@ -55,7 +55,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Ten
 def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: list[Tensor]) -> Tensor:
     """The result; the probabilities are left in `blocks`, which hold all samples or one for all."""
     samples, _, length, _ = query.shape
-    bounds = _bounds(length)
+    bounds = query_blocks(length)
     out = _like(query)
     masks = [_mask(stop - start, query.dtype, query.device) for start, stop in bounds]
     for sample in range(samples):
@@ -71,7 +71,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: li
 
 def _probabilities(samples: int, heads: int, storage: Tensor, length: int) -> list[Tensor]:
     """Probabilities of each block ``[samples, H, rows, columns]``, views of the beginning of `storage`."""
-    shapes = [(samples, heads, stop - start, stop) for start, stop in _bounds(length)]
+    shapes = [(samples, heads, stop - start, stop) for start, stop in query_blocks(length)]
     parts = storage[: sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -80,7 +80,7 @@ def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
     """Gradients of queries, keys and values, from those of the result and the probabilities of `_forward`."""
-    bounds = _bounds(query.shape[2])
+    bounds = query_blocks(query.shape[2])
     gradients = [_like(t) for t in (query, key, value)]
     for sample in range(len(query)):
         q, k, v, g = query[sample], key[sample], value[sample].transpose(-1, -2), gradient[sample]
@@ -104,7 +104,7 @@ class _CausalBlocks(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         samples, heads, length, _ = query.shape
         kept = samples if keep else 1
-        blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in _bounds(length)]
+        blocks = [query.new_empty(kept, heads, stop - start, stop) for start, stop in query_blocks(length)]
         out = _forward(query, key, value, scale, blocks)
         if keep:
             ctx.save_for_backward(query, key, value, *blocks)
@@ -170,7 +170,7 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(samples, length, heads, width).transpose(1, 2)
 
 
-def _bounds(length: int) -> list[tuple[int, int]]:
+def query_blocks(length: int) -> list[tuple[int, int]]:
     """First and one past the last query of each block."""
     step = -(-length // max(1, round(length / BLOCK)))
     return [(start, min(length, start + step)) for start in range(0, length, step)]

@@ -53,7 +53,8 @@ class _NormRotary(torch.autograd.Function):
         if weight is not None:
             square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
             scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale, cos, sin)
+        # Without a norm the gradient does not depend on it.
+        ctx.save_for_backward(x if weight is not None else None, weight, scale, cos, sin)
         # The weight goes into the tables, which are smaller.
         wide_cos = cos if weight is None else cos * weight
         wide_sin = sin if weight is None else sin * weight.roll(half)
@@ -70,10 +71,10 @@ class _NormRotary(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scale, cos, sin = ctx.saved_tensors
-        half = x.shape[-1] // 2
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        half = gradient.shape[-1] // 2
+        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
         weight_gradient = None if weight is None else torch.zeros_like(weight)
-        for part in _parts(x):
+        for part in _parts(gradient):
             g, c, s = gradient[part], _rows(cos, part), _rows(sin, part)
             d = torch.mul(g, c, out=out[part])
             d[..., :half].addcmul_(g[..., half:], s[..., half:])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from ntpseg.models.bundle import check_report
+from ntpseg.models.loading_report import check_report
 from ntpseg.models.sharded_files import WeightFiles
 from ntpseg.utils.shares import even_share
 

@@ -57,7 +57,7 @@ def test_two_ranks_send_what_is_predicted() -> None:
     # What was compared is not nothing: weights or gradients of 422,912 bytes each time, but in the two of our own.
     for row in rows:
         size = sum(found["measured"]["bytes"] for found in row["kinds"].values())
-        assert size > (20_000 if row["case"] in ("het", "vocabulary") else 422_912), row
+        assert size > (5_000 if row["case"] in ("het", "vocabulary") else 422_912), row
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -189,8 +189,9 @@ def test_tied_embeddings_are_sent_once() -> None:
 def test_het_rounds_and_vocabulary_blocks() -> None:
     assert het_exchange((10, 5), 4, 1) == [] == vocab_parallel_loss(10, 160, 2, 5, 3, 1)
     whole = total_bytes(het_exchange((1000, 500), 4, 2))
-    rounds = het_exchange((1000, 500), 4, 2, round_bytes=2 * 48 * 300)  # 300 rows a round
-    assert total_bytes(rounds) == whole == 16 + 2 * 16 + 2 * 1500 * (8 + 48)
+    rounds = het_exchange((1000, 500), 4, 2, round_bytes=2 * 60 * 300)  # 300 rows a round
+    assert whole == 32 + 4 * 48 + 2 * 1500 * 60
+    assert total_bytes(rounds) == whole + (6 - 2) * 48
     assert sum(each.calls for each in rounds if each.reason == "hard-token rows") == 4 + 2
     one, four = (vocab_parallel_loss(100, 1600, blocks, 5, 3, 4) for blocks in (1, 4))
     assert total_bytes(one) == total_bytes(four) == 32 + 100 * (3 * 4 + 8 + 8 * 4) + 1600 * 4

@@ -35,24 +35,23 @@ def logged_gathers(ranks: int) -> list[Collective]:
 def het_exchange(
     rows: tuple[int, int], hard_tokens: int, ranks: int, *, round_bytes: int = 1 << 28
 ) -> list[Collective]:
-    """`ntpseg.memory.exchange`, once an epoch.
+    """One exchange of `ntpseg.memory.exchange`, between memories that have met before, with all entries in use.
 
     Args:
-        rows: the most rows that any rank holds of the last epoch and of the running one. After an exchange a rank
-            holds all ranks' rows; in between it records ``samples / ranks``. 0, 0: only the counts travel.
-        hard_tokens: n, entries of a row; a row is 3 n int32 and its int64 number.
+        rows: the most rows that any rank has changed since the last exchange, of the last epoch and of the running one.
+        hard_tokens: n, entries of a row. A row that travels is its int64 number, an int32 count and 3 int32 an entry.
         ranks: of the group.
-        round_bytes: most bytes of a round's entries over all ranks.
+        round_bytes: most bytes of a round over all ranks.
     """
     if ranks == 1:
         return []
-    row_bytes = 3 * hard_tokens * 4
+    row_bytes = 12 * (hard_tokens + 1)
     chunk = max(1, round_bytes // (ranks * row_bytes))
     sizes = [min(chunk, count - start) for count in rows for start in range(0, count, chunk)]
     return [
-        Collective("all_reduce", _LONG * 2, 1, "step", "epochs of the hard-token memories"),
-        Collective("all_gather", _LONG * ranks, len(rows), "step", "counts of hard-token rows"),
-        *grouped("all_gather", [size * ranks * _LONG for size in sizes], "step", "numbers of hard-token rows"),
+        Collective("all_gather", 2 * _LONG * ranks, 1, "step", "epochs of the hard-token memories"),
+        # One more of each epoch says that nothing is left.
+        Collective("all_gather", 3 * _LONG * ranks, len(sizes) + len(rows), "step", "counts of hard-token rows"),
         *grouped("all_gather", [size * ranks * row_bytes for size in sizes], "step", "hard-token rows"),
     ]
 

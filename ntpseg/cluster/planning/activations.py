@@ -2,7 +2,7 @@
 
 The count of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
 section 4.1), made anew for the layers that are trained here: RMS norms, rotary queries and keys, gated MLPs, no dropout
-masks, and attention that keeps no probabilities (FlashAttention, arXiv 2205.14135) or those of two blocks of queries.
+masks, and attention that keeps no probabilities (FlashAttention, arXiv 2205.14135) or those of blocks of queries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ntpseg.cluster.planning.numerics import Numerics
 from ntpseg.cluster.planning.workload import Workload
-from ntpseg.models.causal_blocks import BLOCKS, MAX_TOKENS
+from ntpseg.models.causal_blocks import MAX_TOKENS, MIN_TOKENS, query_blocks
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
         MLP         4 s I (gate, its SiLU, up, their product)
 
     Attention in blocks (causal_blocks, on a CPU) keeps, in place of the log-sum-exp, the probabilities of each block of
-    queries, and keys and values once more for every block but the last. Backward peaks within the MLP: gradients of
-    three ``[N, I]`` tensors in place of one of the four that are kept, and one of the residual stream; or within
-    blocked attention, where the MLP's are gone already: three of the larger block's size.
+    queries. Backward peaks within the MLP: gradients of three ``[N, I]`` tensors in place of one of the four that are
+    kept, and one of the residual stream; or within blocked attention, where the MLP's are gone already: gradients of
+    its result, queries, keys and values, and one sample's block of scores. Eager attention is one such block of all
+    samples, three times.
     """
     length = work.longest if tokens is None else tokens
     count = samples * length
@@ -57,22 +58,16 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
         kept += count * (operand * (query + key) + 4 * (work.query_heads + work.key_heads))
     mlp = count * 4 * size * work.intermediate
     backward = count * (2 * size * work.intermediate + residual * width)
-    if numerics.fused_attention(work.attention, length, MAX_TOKENS):
+    if numerics.fused_attention(work.attention, length, range(MIN_TOKENS, MAX_TOKENS + 1)):
         # causal_blocks repeats keys and values for every query head, also where it then calls PyTorch's kernel.
         own = query if numerics.device == "cpu" and work.attention in (None, "causal_blocks") else key
         kept += count * (size * (2 * query + 2 * own) + 4 * work.query_heads)
     else:
-        blocks = 1 if work.attention == "eager" else BLOCKS
-        step = -(-length // blocks)
-        stops = [min(length, start + step) for start in range(0, length, step)]
-        # Repeated for every query head they lie head by head, and a block of them needs no copy.
-        copied = query if work.key_heads == work.query_heads else 0
-        repeated = samples * sum(stops[:-1]) * 2 * size * copied
-        kept += count * size * 4 * query + repeated
-        sizes = [
-            samples * work.query_heads * (stop - start) * stop * size
-            for start, stop in zip([0, *stops[:-1]], stops, strict=True)
-        ]
-        kept += sum(sizes)
-        backward = max(backward, 3 * max(sizes) - mlp)
+        blocks = [(0, length)] if work.attention == "eager" else query_blocks(length)
+        sizes = [work.query_heads * (stop - start) * stop * size for start, stop in blocks]
+        kept += count * size * 4 * query + samples * sum(sizes)
+        within = 4 * count * size * query + max(sizes)
+        if work.attention == "eager":
+            within = 3 * samples * max(sizes)
+        backward = max(backward, within - mlp)
     return LayerActivations(kept=kept + mlp, input=count * residual * width, backward=backward)

@@ -69,10 +69,10 @@ class Numerics:
         """Of a weight as the model holds it, and of its gradient."""
         return self.product_bytes if self.zero else 4
 
-    def fused_attention(self, attention: str | None, tokens: int, max_blocked: int) -> bool:
-        """Whether attention keeps no probabilities: every one on a GPU but eager; on a CPU above `max_blocked`."""
+    def fused_attention(self, attention: str | None, tokens: int, blocked: range) -> bool:
+        """Whether attention keeps no probabilities: every one on a GPU but eager; on a CPU out of the `blocked`."""
         if attention in _FUSED_ATTENTION:
             return True
         if attention == "eager":
             return False
-        return self.device == "cuda" or tokens > max_blocked
+        return self.device == "cuda" or tokens not in blocked
