@@ -2,7 +2,7 @@
 
 The profiler's operators (``c10d::``) say what was called, but not the sizes in lists of tensors; gloo's own events say
 sizes and dtypes, but run a reduce-scatter as an all-reduce. Together they are whole. DeepSpeed's own log of
-communication agrees where both see a call; it does not see PyTorch's or ours, so it is not used.
+communication does not see PyTorch's calls or ours, so it is not used.
 """
 
 from __future__ import annotations
