@@ -234,4 +234,4 @@ def test_resident_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     anonymous, mapped = map(float, done.stdout.split())
     # In MiB, where there are 147 of rows, read and written twice.
-    assert anonymous < 75 and mapped < 75, (anonymous, mapped)
+    assert anonymous < 100 and mapped < 75, (anonymous, mapped)

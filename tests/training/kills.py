@@ -99,7 +99,7 @@ EVENTS = (
     "on_train_end",
 )
 # Of logs: what differs between two runs that are the same.
-TIMES = ("runtime", "per_second", "step_seconds", "mfu", "_gib", "_share")
+TIMES = ("runtime", "per_second", "step_seconds", "mfu", "_gib", "_share", "het_wait", "het_sent")
 
 
 class KillAt(TrainerCallback):
