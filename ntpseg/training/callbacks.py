@@ -138,5 +138,6 @@ def moved_position(args: TrainingArguments, state: TrainerState, batches: Sized)
         return None
     return (
         f"step {state.global_step} was epoch {before:.3f} and is {now:.3f} now, since a step takes another number of "
-        "pairs: keep ranks x training.per_device_train_batch_size x training.gradient_accumulation_steps as it was"
+        "pairs: keep ranks x training.per_device_train_batch_size x training.gradient_accumulation_steps / "
+        "training.sequence_parallel_size as it was"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ntpseg.utils.files import write_json
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from ntpseg.training.steps import StepTrainer
 
 _FILE = "parallelism.json"
 
@@ -24,17 +24,24 @@ class Parallelism:
         ranks: number of processes.
         batch: pairs per rank and micro-batch; 0 where a checkpoint of an earlier release does not say.
         accumulation: micro-batches per step; 0 likewise.
+        sequence_parallel_size: so many ranks have the same pairs, each a part of every sequence.
     """
 
     kind: str
     ranks: int
     batch: int = 0
     accumulation: int = 0
+    sequence_parallel_size: int = 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of them, that have pairs of their own."""
+        return data_parallel_size(self.ranks, self.sequence_parallel_size)
 
     @property
     def pairs(self) -> int:
         """The global batch: pairs per step of all ranks together; 0 where it is not known."""
-        return self.ranks * self.batch * self.accumulation
+        return self.data_parallel_size * self.batch * self.accumulation
 
     @property
     def sharded(self) -> bool:
@@ -47,7 +54,7 @@ class Parallelism:
         return f"{name} on {ranks}" if name else ranks
 
     @classmethod
-    def of(cls, trainer: Trainer) -> Parallelism:
+    def of(cls, trainer: StepTrainer) -> Parallelism:
         """That of a trainer."""
         args: Any = trainer.args
         state: Any = trainer.accelerator.state
@@ -56,7 +63,8 @@ class Parallelism:
             kind = f"zero{int(state.deepspeed_plugin.zero_stage)}"
         elif trainer.is_fsdp_enabled:
             kind = "fsdp"
-        return cls(kind, args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
+        batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+        return cls(kind, args.world_size, batch, accumulation, trainer.sequence_parallel_size)
 
     def save(self, checkpoint: Path) -> None:
         """Write it into a checkpoint's folder."""
@@ -75,8 +83,10 @@ class Parallelism:
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             kind, *numbers = (saved[name] for name in ("kind", "ranks", "batch", "accumulation"))
+            # Not noted by earlier releases.
+            numbers.append(saved.get("sequence_parallel_size", 1))
             made = cls(str(kind), *(int(number) for number in numbers))
-            if made.ranks < 1 or made.kind not in ("plain", "fsdp", *(f"zero{stage}" for stage in range(4))):
+            if made.data_parallel_size < 1 or made.kind not in ("plain", "fsdp", *(f"zero{n}" for n in range(4))):
                 raise ValueError(f"{made.kind} on {made.ranks} ranks")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must say how the run was divided, got a damaged file ({error!r})") from error
@@ -93,31 +103,46 @@ def _guessed(checkpoint: Path) -> Parallelism:
     return Parallelism("plain", ranks)
 
 
-def fit_batch(saved: Parallelism, ranks: int, batch: int, accumulation: int) -> tuple[int, int] | None:
+def data_parallel_size(ranks: int, sequence_parallel_size: int) -> int:
+    """Ranks, or groups of ranks that share sequences, with pairs of their own: what a global batch counts.
+
+    Raises:
+        ValueError: the ranks cannot be divided into such groups.
+    """
+    if ranks % sequence_parallel_size:
+        raise ValueError(
+            f"training.sequence_parallel_size must divide the number of ranks, {ranks}, got {sequence_parallel_size}"
+        )
+    return ranks // sequence_parallel_size
+
+
+def fit_batch(saved: Parallelism, readers: int, batch: int, accumulation: int) -> tuple[int, int] | None:
     """Batch and accumulation with which another number of ranks keeps the global batch of a checkpoint.
 
     Args:
         saved: of the checkpoint.
-        ranks: number of processes now.
+        readers: `data_parallel_size` now.
         batch: pairs per rank and micro-batch as configured now; the one that is returned is not larger.
         accumulation: micro-batches per step as configured now.
 
     Returns:
-        ``(batch, accumulation)``; None where what is configured stays: the number of ranks is the same (whoever then
+        ``(batch, accumulation)``; None where what is configured stays: `data_parallel_size` is the same (whoever then
         changes the batch means it), the global batch is, or it is not known.
 
     Raises:
-        ValueError: the global batch is no multiple of the number of ranks.
+        ValueError: the global batch is no multiple of `readers`.
     """
-    if ranks == saved.ranks or saved.pairs in (0, ranks * batch * accumulation):
+    before = saved.data_parallel_size
+    if readers == before or saved.pairs in (0, readers * batch * accumulation):
         return None
-    if saved.pairs % ranks:
+    if saved.pairs % readers:
         able = [str(number) for number in range(1, saved.pairs + 1) if saved.pairs % number == 0]
         shown = ", ".join(able if len(able) <= 8 else [*able[:6], "...", able[-1]])
         raise ValueError(
-            f"the number of ranks must divide the global batch of the checkpoint, {saved.pairs} pairs ({saved.ranks} x "
-            f"{saved.batch} x accumulation {saved.accumulation}), got {ranks} ranks; start one of {shown}"
+            "the number of ranks (over training.sequence_parallel_size) must divide the global batch of the "
+            f"checkpoint, {saved.pairs} pairs ({before} x {saved.batch} x accumulation {saved.accumulation}), got "
+            f"{readers}; start one of {shown}"
         )
-    share = saved.pairs // ranks
+    share = saved.pairs // readers
     fitting = max(size for size in range(1, min(batch, share) + 1) if share % size == 0)
     return fitting, share // fitting

@@ -24,7 +24,7 @@ from ntpseg.training.hang import HangWatch, watch_seconds
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
 from ntpseg.training.launch import is_restart, mark
-from ntpseg.training.parallelism import Parallelism, fit_batch
+from ntpseg.training.parallelism import Parallelism, data_parallel_size, fit_batch
 from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
 from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.same_data import check_same_data
@@ -123,7 +123,8 @@ def _train(config: RunConfig, run: Path, *, progress: bool) -> None:
 def _keep_global_batch(config: RunConfig, args: TrainingArguments, checkpoint: Path) -> bool:
     """Fit batch and accumulation to another number of ranks than a checkpoint's; whether anything was changed."""
     saved, before = Parallelism.read(checkpoint), (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    fitted = fit_batch(saved, args.world_size, *before)
+    readers = data_parallel_size(args.world_size, _sequence_parallel_size(config))
+    fitted = fit_batch(saved, readers, *before)
     if fitted is None:
         return False
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -136,6 +137,10 @@ def _keep_global_batch(config: RunConfig, args: TrainingArguments, checkpoint: P
             file=sys.stderr,
         )
     return True
+
+
+def _sequence_parallel_size(config: RunConfig) -> int:
+    return int(config.training.get("sequence_parallel_size") or 1)
 
 
 def make_trainer(
@@ -182,7 +187,7 @@ def make_trainer(
         hard_token_sync_steps=config.loss.hard_token_sync_steps,
         optimizer_options=config.optimizer,
         max_skipped_steps=config.max_skipped_steps,
-        sequence_parallel_size=config.training.get("sequence_parallel_size") or 1,
+        sequence_parallel_size=_sequence_parallel_size(config),
         budget=None
         if config.max_minutes is None
         else TimeBudget(config.max_minutes, args.get_warmup_steps(500), clock=config.clock),

@@ -23,6 +23,7 @@ from ntpseg.training.divergence import CURE, MicroBatch, TrainingDiverged, judge
 from ntpseg.training.hard_tokens import HardTokenExchange
 from ntpseg.training.interruption import Interruption
 from ntpseg.training.loss_means import EvaluationMeans, LossMeans
+from ntpseg.training.parallelism import data_parallel_size
 from ntpseg.training.throughput import Throughput, count_batch
 from ntpseg.utils.ranges import part
 
@@ -58,12 +59,8 @@ class StepTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.world_size % sequence_parallel_size:
-            raise ValueError(
-                f"training.sequence_parallel_size must divide the number of ranks, {self.args.world_size}, got "
-                f"{sequence_parallel_size}"
-            )
         self.sequence_parallel_size = sequence_parallel_size
+        self.data_parallel_size = data_parallel_size(self.args.world_size, sequence_parallel_size)
         if sequence_parallel_size > 1:
             cast(Any, self.model).share_sequences(dist.new_subgroups(sequence_parallel_size)[0])
         # With the filter the Trainer logs a loss of 0 in place of NaN.
@@ -112,8 +109,11 @@ class StepTrainer(Trainer):
         """Of what the samples must be a multiple, so that none is repeated to give each rank as many batches."""
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
             return 1
-        readers = self.args.world_size // self.sequence_parallel_size
-        return batch_size if self.accelerator.split_batches else batch_size * readers
+        return batch_size if self.accelerator.split_batches else batch_size * self.data_parallel_size
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The global batch, of which the Trainer knows none of our shared sequences."""
+        return int(super().get_total_train_batch_size(args)) // self.sequence_parallel_size
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a training step and their counts; the Trainer calls it for training alone."""

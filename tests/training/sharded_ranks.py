@@ -28,6 +28,7 @@ from ntpseg.models.sharded_init import build_sharded, load_sharded
 from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
+from ntpseg.training.parallelism import Parallelism
 from ntpseg.training.sharded_weights import partition_zero3, shards_of_run, without_zero_init
 
 SAVED = ("fsdp2", "zero3")
@@ -122,6 +123,7 @@ def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list
         fields["trainer_options"] = {**FIELDS["trainer_options"], "sequence_parallel_size": 2}
     made = construct if mode == "fsdp2" or "zero3" in mode else None
     trainer = make_trainer(make_toy(16, variants=1), output, construct=made, **fields)
+    assert Parallelism.of(trainer).pairs == trainer.get_total_train_batch_size(trainer.args) == 8
     with watched(trainer.model) as seen:
         trainer.train(resume)
     if shared:

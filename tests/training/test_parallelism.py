@@ -25,16 +25,35 @@ from ntpseg.training.resharding import write_random_state
         ((2, 4, 1), (1, 8, 1), None),  # already right
         ((2, 4, 1), (2, 8, 1), None),  # the ranks are the same: the batch was changed on purpose
         ((2, 0, 0), (1, 4, 1), None),  # of an earlier release
+        ((8, 4, 1, 4), (4, 4, 1), (2, 1)),  # 4 ranks had the same pairs, which are 8 a step
+        ((8, 4, 1, 4), (2, 8, 1), None),  # two groups then, two readers now: changed on purpose
+        ((4, 2, 2, 2), (1, 8, 1), None),
     ],
 )
 def test_the_global_batch_stays(saved, now, fitted) -> None:
-    assert fit_batch(Parallelism("plain", *saved), *now) == fitted
+    before = Parallelism("plain", *saved)
+    assert fit_batch(before, *now) == fitted
     if fitted is not None:
-        assert now[0] * fitted[0] * fitted[1] == saved[0] * saved[1] * saved[2]
+        assert now[0] * fitted[0] * fitted[1] == before.pairs
+
+
+def test_ranks_that_share_sequences_have_the_same_pairs(tmp_path: Path) -> None:
+    shared = Parallelism("zero3", 8, 3, 2, sequence_parallel_size=4)
+    assert shared.data_parallel_size == 2 and shared.pairs == 12
+    shared.save(tmp_path)
+    assert Parallelism.read(tmp_path) == shared
+    # As before they were noted.
+    (tmp_path / "parallelism.json").write_text('{"kind": "zero3", "ranks": 8, "batch": 3, "accumulation": 2}')
+    assert Parallelism.read(tmp_path).pairs == 48
+    (tmp_path / "parallelism.json").write_text(
+        '{"kind": "zero3", "ranks": 8, "batch": 3, "accumulation": 2, "sequence_parallel_size": 3}'
+    )
+    with pytest.raises(ValueError, match=r"parallelism\.json must say how the run was divided"):
+        Parallelism.read(tmp_path)
 
 
 def test_a_global_batch_that_does_not_divide_says_what_does() -> None:
-    with pytest.raises(ValueError, match=r"got 3 ranks; start one of 1, 2, 4, 8$"):
+    with pytest.raises(ValueError, match=r"8 pairs \(2 x 4 x accumulation 1\), got 3; start one of 1, 2, 4, 8$"):
         fit_batch(Parallelism("zero2", 2, 4, 1), 3, 4, 1)
 
 
@@ -48,6 +67,18 @@ def test_a_run_on_other_ranks_is_fitted_and_says_so(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == line
     assert not _keep_global_batch(config, training_arguments(config, tmp_path), tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_shared_sequences_are_no_further_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight ranks in groups of four read 16 pairs a step, as eight micro-batches of two on one rank do."""
+    Parallelism("zero3", 8, 8, 1, sequence_parallel_size=4).save(tmp_path)
+    config = load_config("tiny", ["training.per_device_train_batch_size=2"])
+    assert _keep_global_batch(config, training_arguments(config, tmp_path), tmp_path)
+    assert training_arguments(config, tmp_path).gradient_accumulation_steps == 8
+    assert capsys.readouterr().err.endswith("so that a step still takes 16 pairs\n")
+    shared = load_config("tiny", ["training.sequence_parallel_size=2", "data.mask_noise=0"])
+    with pytest.raises(ValueError, match=r"sequence_parallel_size must divide the number of ranks, 1, got 2"):
+        _keep_global_batch(shared, training_arguments(shared, tmp_path), tmp_path)
 
 
 def test_it_is_kept_with_a_checkpoint(tmp_path: Path) -> None:
