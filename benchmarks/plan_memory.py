@@ -33,7 +33,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.harness.environment import ROOT, describe
 from ntpseg.cluster.planning.memory import PHASES, Batch, MemoryPlan, memory_plan
 from ntpseg.cluster.planning.numerics import Numerics
-from ntpseg.cluster.planning.workload import TEXT_TOKENS, Workload, sequence_format, workload
+from ntpseg.cluster.sentences import TEXT_TOKENS
+from ntpseg.cluster.workload import Workload, model_config, sequence_format
 from ntpseg.training import load_config
 from ntpseg.training.config import RunConfig
 from ntpseg.utils.files import write_json
@@ -112,7 +113,7 @@ CASES = (
 
 def predict(case: Case) -> tuple[Workload, MemoryPlan]:
     """The plan of a case."""
-    work = workload(case.config())
+    work = Workload.of(case.config())
     batch = Batch(case.samples, case.accumulation, case.checkpointing)
     numerics = Numerics(case.sharding, case.precision, "cpu")
     return work, memory_plan(work, numerics, case.ranks, batch, pairs=_pairs(case))
@@ -184,7 +185,7 @@ def mark(name: str) -> None:
 def train(case: Case) -> dict[str, int]:
     """Two steps on this rank; peak bytes by phase of the second."""
     from ntpseg.memory import HardTokenMemory
-    from ntpseg.models import NTPSegModel, preset_config
+    from ntpseg.models import NTPSegModel
     from ntpseg.training import Collator, TokenDataset
     from ntpseg.training.arguments import training_arguments
 
@@ -195,18 +196,9 @@ def train(case: Case) -> dict[str, int]:
     folder = tempfile.TemporaryDirectory()
     args = training_arguments(config, Path(folder.name))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model_config = preset_config(
-            settings.preset,
-            sequence,
-            overrides=settings.overrides,
-            num_heads_k=settings.k,
-            grid_positions=settings.grid_positions,
-            negatives=loss.negatives,
-            tcl_weight=loss.tcl_weight,
-            het_weight=loss.het_weight,
-        )
-        model_config._attn_implementation = settings.attention or "causal_blocks"
-        model = NTPSegModel(model_config)
+        made = model_config(config)
+        made._attn_implementation = settings.attention or "causal_blocks"
+        model = NTPSegModel(made)
         model.register_forward_pre_hook(lambda *a: mark("forward"))
         model.register_forward_hook(lambda *a: mark("backward"))
         parts = {

@@ -1,15 +1,12 @@
 """Weak and strong scaling curves, predicted: the time of a step from 1 to 1,024 GPUs with communication counted.
 
 Computation takes the model's operations over the assumed share (MFU) of the GPU's peak, or what was measured for a
-micro-batch. Communication is counted by `ntpseg.cluster.communication` and timed by its alpha-beta model. What runs
-beside forward or backward is hidden up to the assumed share `overlap`, and no longer than that computation takes; the
-rest adds to the step. Left out: the optimizer's own time, loading of data, stragglers, and whether the model fits.
+micro-batch. Communication is counted and timed by `ntpseg.cluster.communication`; what computation does not hide adds
+to the step. Left out: the optimizer's own time, loading of data, stragglers, and whether the model fits.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,19 +16,15 @@ from ntpseg.cluster.communication import (
     TrafficOptions,
     by_kind,
     het_exchange,
-    step_traffic,
-    training_collectives,
+    trainer_traffic,
     wire_bytes,
 )
-from ntpseg.cluster.communication.extras import logged_gathers
-from ntpseg.cluster.communication.seconds import collective_seconds
+from ntpseg.cluster.communication.seconds import OVERLAP, step_seconds
 from ntpseg.cluster.communication.strategies import Strategy, ZeroSettings
-from ntpseg.cluster.interconnect import Interconnect, interconnect
+from ntpseg.cluster.machines import Gpu, gpu
+from ntpseg.cluster.planning.compute_time import PREDICTED_MFU, PRODUCT_SHARE
 from ntpseg.cluster.workload import Workload
 from ntpseg.utils.checks import check_choice, check_integer, check_number
-
-# Forward's share of a micro-batch: a third, or a quarter where backward runs the layers forward once more.
-_FORWARD, _FORWARD_CHECKPOINTED = 1 / 3, 1 / 4
 
 
 @dataclass(frozen=True)
@@ -39,10 +32,10 @@ class ScalingOptions:
     """What the curves assume.
 
     Attributes:
-        gpu: name of an `Interconnect`.
+        gpu: name of a `Gpu`.
         strategy: see `TrafficOptions`.
         max_gpus: the last point; the others are the powers of two below it.
-        mfu: share of the GPU's dense bfloat16 peak that computation reaches.
+        mfu: share of the GPU's dense bfloat16 peak that computation reaches; by default what plans predict.
         micro_batch_seconds: measured seconds of one micro-batch, forward and backward; None: from operations and `mfu`.
         overlap: share of the communication beside forward or backward that computation can hide. Stage 1 of ZeRO
             reduces after backward: nothing of it is hidden.
@@ -60,16 +53,16 @@ class ScalingOptions:
     gpu: str = "h100"
     strategy: Strategy = "zero3"
     max_gpus: int = 1024
-    mfu: float = 0.4
+    mfu: float = PRODUCT_SHARE * PREDICTED_MFU
     micro_batch_seconds: float | None = None
-    overlap: float = 0.9
+    overlap: float = OVERLAP
     global_batch: int | None = None
     samples: int | None = None
     dtype: str = "bfloat16"
     zero: ZeroSettings = ZeroSettings()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
-        interconnect(self.gpu)
+        gpu(self.gpu)
         check_choice("strategy", self.strategy, STRATEGIES)
         check_integer("max_gpus", self.max_gpus, 1)
         check_number("mfu", self.mfu, above=0.0, maximum=1.0)
@@ -141,12 +134,12 @@ def scaling_curves(workload: Workload, options: ScalingOptions) -> Curves:
         workload: model and sequences.
         options: the assumptions.
     """
-    hardware = interconnect(options.gpu)
-    repeated = 4 / 3 if workload.activation_checkpointing else 1.0
+    hardware = gpu(options.gpu)
     if options.micro_batch_seconds is not None:
         seconds = options.micro_batch_seconds / workload.micro_batch
     else:
-        seconds = repeated * workload.flops / (hardware.peak_flops * options.mfu)
+        operations = workload.step_flops(1) + (workload.recomputed_flops(1) if workload.checkpointing else 0.0)
+        seconds = operations / (hardware.bf16_flops * options.mfu)
     own_batch = workload.micro_batch * workload.accumulation
     if options.global_batch is None:
         options = replace(options, global_batch=max(64 * own_batch, options.max_gpus))
@@ -175,21 +168,36 @@ class _Curve:
 
     workload: Workload
     options: ScalingOptions
-    hardware: Interconnect
+    hardware: Gpu
     sequence_seconds: float
 
     def point(self, gpus: int, micro_batch: int, accumulation: int, sequences: int) -> ScalingPoint:
         """A point whose step is of so many `sequences` over all GPUs."""
         workload = self.workload
-        traffic = self.traffic(gpus, accumulation)
+        options = TrafficOptions(
+            strategy=self.options.strategy,
+            ranks=gpus,
+            accumulation=accumulation,
+            dtype=self.options.dtype,
+            activation_checkpointing=workload.checkpointing,
+            zero=self.options.zero,
+        )
+        traffic = trainer_traffic(workload.shape, options)
         micro_seconds = micro_batch * self.sequence_seconds
         compute = micro_seconds * accumulation
+        total, exposed = step_seconds(
+            traffic,
+            gpus,
+            self.hardware,
+            micro_seconds,
+            checkpointing=workload.checkpointing,
+            overlap=self.options.overlap,
+        )
         epoch, share = self.exchange(gpus, sequences)
-        total, exposed = self.communication(traffic, gpus, micro_seconds)
-        epoch_seconds = sum(collective_seconds(each, gpus, self.hardware) for each in epoch) * share
+        epoch_seconds = step_seconds(epoch, gpus, self.hardware, 0.0).total * share
         total, exposed = total + epoch_seconds, exposed + epoch_seconds
         step = compute + exposed
-        rate = sequences * workload.tokens / step
+        rate = sequences * workload.mean_tokens / step
         sent = sum(each.calls * wire_bytes(each.kind, each.payload, gpus) for each in traffic)
         sent += share * sum(each.calls * wire_bytes(each.kind, each.payload, gpus) for each in epoch)
         return ScalingPoint(
@@ -201,27 +209,11 @@ class _Curve:
             communication_seconds=total,
             exposed_seconds=exposed,
             tokens_per_second=rate,
-            efficiency=rate * self.sequence_seconds / (workload.tokens * gpus),
+            efficiency=rate * self.sequence_seconds / (workload.mean_tokens * gpus),
             communication_share=exposed / step,
             wire_bytes=sent,
             traffic=by_kind(traffic),
         )
-
-    def traffic(self, gpus: int, accumulation: int) -> list[Collective]:
-        """Of a step, with what the trainer sends."""
-        if gpus == 1:
-            return []
-        workload, options, shape = self.workload, self.options, self.workload.shape
-        divided = TrafficOptions(
-            strategy=options.strategy,
-            ranks=gpus,
-            accumulation=accumulation,
-            dtype=options.dtype,
-            activation_checkpointing=workload.activation_checkpointing,
-            zero=options.zero,
-        )
-        small = [*training_collectives(shape.heads, shape.terms), *logged_gathers(gpus)]
-        return [*step_traffic(shape, divided), *small]
 
     def exchange(self, gpus: int, sequences: int) -> tuple[list[Collective], float]:
         """Of hard tokens at the end of an epoch, and the share of it that falls on a step."""
@@ -230,18 +222,3 @@ class _Curve:
             return [], 0.0
         found = het_exchange((0, -(-samples // gpus)), entries, gpus)
         return found, min(sequences / samples, 1.0)
-
-    def communication(self, traffic: Iterable[Collective], gpus: int, micro_seconds: float) -> tuple[float, float]:
-        """Seconds of all collectives, and of those that nothing hides."""
-        checkpointed = self.workload.activation_checkpointing
-        forward = _FORWARD_CHECKPOINTED if checkpointed else _FORWARD
-        beside = {"forward": forward, "backward": 1.0 - forward, "step": 0.0}
-        spent: dict[tuple[str, int], float] = defaultdict(float)
-        for each in traffic:
-            spent[each.phase, each.micro_steps] += collective_seconds(each, gpus, self.hardware)
-        total = sum(spent.values())
-        hidden = sum(
-            min(self.options.overlap * seconds, micro_steps * micro_seconds * beside[phase])
-            for (phase, micro_steps), seconds in spent.items()
-        )
-        return total, total - hidden

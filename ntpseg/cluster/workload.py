@@ -3,111 +3,181 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ntpseg.cluster.communication import ModelShape
+from ntpseg.cluster.sentences import Sentences
+from ntpseg.cluster.sizes import DecoderSizes, ParameterCounts
 from ntpseg.models.flops import TrainingFlops
-from ntpseg.training.config import RunConfig
-from ntpseg.utils.checks import check_integer
+from ntpseg.tokenizers.compact import CompactVQOptions
+from ntpseg.tokenizers.vocabulary import EMU3_CODES, EMU3_TEXT_SIZE
+from ntpseg.training import model_config as of_run
+from ntpseg.training.arguments import DEFAULTS
 
-# Of the vision tokenizers when the configuration gives no path; see `CompactVQOptions` and Emu3's.
-_FACTOR, _CODES = 8, 512
+if TYPE_CHECKING:
+    from ntpseg.models.config import NTPSegConfig
+    from ntpseg.tokenizers.sequence import SequenceFormat
+    from ntpseg.training.config import RunConfig
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and its sequences.
+    """A model and its sequences; what plans and scaling curves are made of.
 
     Attributes:
-        shape: of the model's parameters.
-        flops: of a sequence, all of it forward and backward once.
-        tokens: of a sequence.
-        micro_batch: sequences of a GPU's batch that the configuration asks for.
-        accumulation: batches of a step that it asks for.
-        activation_checkpointing: layers run forward twice.
-        hard_tokens: entries of a sample in the hard-token memory.
-        negatives: of TCL.
+        preset: of the model.
+        sizes: of the decoder.
+        parameters: their numbers by part.
+        shape: all of them, in the order of their use; what is communicated.
+        flops: operations per unit.
+        classes: V', those that the loss's softmax runs over.
+        vocabulary: V.
+        heads: k.
+        hard_tokens: kept per sample.
+        supervised: labels of a sequence.
+        tail: positions of a sequence that the heads read: from k before its first label on.
+        fixed_tokens: tokens of a sequence without its text.
+        sentences: text tokens and pairs.
+        attention: its implementation; None: the device's default.
+        micro_batch, accumulation: per_device_train_batch_size and gradient_accumulation_steps.
+        checkpointing: activation_checkpointing.
+        ema: an average of the weights is kept.
     """
 
+    preset: str
+    sizes: DecoderSizes
+    parameters: ParameterCounts
     shape: ModelShape
-    flops: float
-    tokens: int
+    flops: TrainingFlops
+    classes: int
+    vocabulary: int
+    heads: int
+    hard_tokens: int
+    supervised: int
+    tail: int
+    fixed_tokens: int
+    sentences: Sentences
+    attention: str | None
     micro_batch: int
     accumulation: int
-    activation_checkpointing: bool
-    hard_tokens: int
-    negatives: int
+    checkpointing: bool
+    ema: bool
 
     @classmethod
-    def of(cls, config: RunConfig, *, text_tokens: int = 32) -> Workload:
+    def of(cls, config: RunConfig, sentences: Sentences | None = None) -> Workload:
         """Of a configuration.
 
         Args:
-            config: of a run; its data are not needed.
-            text_tokens: length of a sentence, which only the data tell.
+            config: of a run; nothing is read but the configuration, no weight is allocated.
+            sentences: of its data set, see `read_sentences`; assumed ones by default.
 
         Raises:
-            ValueError: `text_tokens` is below 1, or the configuration cannot be built.
+            ValueError: the configuration cannot be built, or its ranks share sequences, of which neither memory nor
+                communication is modelled.
         """
-        check_integer("text_tokens", text_tokens, 1)
-        from ntpseg.models import NTPSegModel, preset_config
+        from ntpseg.models.model import NTPSegModel
 
-        sequence = _sequence(config)
-        settings, loss = config.model, config.loss
-        options: dict[str, Any] = {
-            "num_heads_k": settings.k,
-            "grid_positions": settings.grid_positions,
-            "front_end": settings.front_end,
-            "stem": settings.stem or None,
-            "channels": config.data.channels,
-            "image_size": config.data.size,
-            "patch_size": _vision(config, "factor", _FACTOR),
-            "negatives": loss.negatives,
-        }
-        model_config = preset_config(settings.preset, sequence, overrides=settings.overrides, **options)
+        training = {"gradient_accumulation_steps": 1, **DEFAULTS, **config.training}
+        if (shared := training.get("sequence_parallel_size", 1)) > 1:
+            raise ValueError(f"training.sequence_parallel_size must be 1 for plans and scaling curves, got {shared}")
+        sequence, made = sequence_format(config), model_config(config)
         with torch.device("meta"):
-            model = NTPSegModel(model_config)
-        flops = TrainingFlops.of(model)
+            model = NTPSegModel(made)
         image = None if sequence.image_grid is None else np.zeros(sequence.image_grid, np.int64)
-        ids, labels = sequence.build([0] * text_tokens, image, np.zeros(sequence.mask_grid, np.int64))
-        supervised = int((labels != -100).sum())
-        training = config.training
+        ids, labels = sequence.build([], image, np.zeros(sequence.mask_grid, np.int64))
+        first, (low, high) = int((labels != -100).argmax()), sequence.vocabulary.supervised_range
+        loss, settings = config.loss, config.model
+        checkpointing = training.get("activation_checkpointing", training.get("gradient_checkpointing", False))
         return cls(
+            preset=settings.preset,
+            sizes=DecoderSizes.of(made),
+            parameters=ParameterCounts.of(model),
             shape=ModelShape.of(model),
-            flops=flops.step(tokens=len(ids), squares=len(ids) ** 2, rows=[float(supervised)] * settings.k, images=1.0),
-            tokens=len(ids),
-            micro_batch=int(training.get("per_device_train_batch_size", 8)),
-            accumulation=int(training.get("gradient_accumulation_steps", 1)),
-            activation_checkpointing=bool(
-                training.get("activation_checkpointing", training.get("gradient_checkpointing", False))
-            ),
-            hard_tokens=loss.hard_tokens,
-            negatives=loss.negatives,
+            flops=TrainingFlops.of(model),
+            classes=high - low,
+            vocabulary=made.vocab_size,
+            heads=settings.k,
+            hard_tokens=loss.hard_tokens if loss.het_weight else 0,
+            supervised=int((labels != -100).sum()),
+            tail=len(ids) - first + settings.k,
+            fixed_tokens=len(ids),
+            sentences=sentences or Sentences(),
+            attention=settings.attention,
+            micro_batch=int(training["per_device_train_batch_size"]),
+            accumulation=int(training["gradient_accumulation_steps"]),
+            checkpointing=bool(checkpointing),
+            ema=bool(config.optimizer.ema),
         )
 
+    @property
+    def longest(self) -> int:
+        """T, tokens of the longest sequence: memory is planned for it."""
+        return self.fixed_tokens + self.sentences.longest
 
-class _Spelled:
-    """A text tokenizer of one id a character, as Qwen's spells numbers."""
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a mean sequence: time is planned with it."""
+        return self.fixed_tokens + self.sentences.mean
+
+    def step_flops(self, samples: float) -> float:
+        """Operations of so many sequences: forward and backward (PaLM, arXiv 2204.02311, appendix B)."""
+        rows = [samples * self.supervised] * self.heads
+        tokens = samples * self.mean_tokens
+        return self.flops.step(tokens=tokens, squares=tokens * self.mean_tokens, rows=rows, images=samples)
+
+    def recomputed_flops(self, samples: float) -> float:
+        """What checkpointing adds for so many sequences: the decoder's forward pass once more."""
+        tokens = samples * self.mean_tokens
+        return (self.flops.token * tokens + self.flops.square * tokens * self.mean_tokens) / 3
+
+
+def sequence_format(config: RunConfig) -> SequenceFormat:
+    """The sequences of a configuration, with tokenizers of the sizes that it would train, or Emu3's own."""
+    emu3 = config.layout == "emu3"
+    return of_run.sequence_format(config, _vision(config), _Text(EMU3_TEXT_SIZE if emu3 else config.text.vocab_size))
+
+
+def model_config(config: RunConfig) -> NTPSegConfig:
+    """The model of a configuration, for the sequences of `sequence_format`."""
+    return of_run.model_config(config, sequence_format(config), _vision(config))
+
+
+@dataclass
+class _Vision:
+    """See `ntpseg.tokenizers.vision.VisionSizes`."""
+
+    image_size: int
+    channels: int
+    factor: int
+    image_grid: tuple[int, int]
+    mask_grid: tuple[int, int]
+    image_codes: int
+    mask_codes: int
+    shared_codebook: bool
+
+
+def _vision(config: RunConfig) -> _Vision:
+    names = ("factor", "image_codes", "mask_codes")
+    options = CompactVQOptions(**{name: config.vision[name] for name in names if name in config.vision})
+    size, factor, emu3 = config.data.size, options.factor, config.layout == "emu3"
+    if size % factor:
+        raise ValueError(f"data.size must be a multiple of vision.factor, {factor}, got {size}")
+    codes = (EMU3_CODES, EMU3_CODES) if emu3 else (options.image_codes, options.mask_codes)
+    grid = (size // factor, size // factor)
+    return _Vision(size, config.data.channels, factor, grid, grid, *codes, shared_codebook=emu3)
+
+
+class _Text:
+    """Spells with one id a character, as Qwen's tokenizer does numbers."""
+
+    def __init__(self, size: int) -> None:
+        self.vocab_size = size
+
+    def __len__(self) -> int:
+        return self.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [0] * len(text)
-
-
-def _sequence(config: RunConfig) -> Any:
-    from ntpseg.tokenizers.sequence import SequenceFormat
-    from ntpseg.tokenizers.vocabulary import Vocabulary
-
-    cells = config.data.size // _vision(config, "factor", _FACTOR)
-    if config.layout == "emu3":
-        return SequenceFormat.for_tokenizer(Vocabulary.emu3(), (cells, cells), (cells, cells), _Spelled())
-    read = config.model.front_end in ("codes", "both")
-    image_codes = _vision(config, "image_codes", _CODES) if read else 0
-    vocabulary = Vocabulary(config.text.vocab_size, image_codes, _vision(config, "mask_codes", _CODES))
-    return SequenceFormat(vocabulary, (cells, cells) if read else None, (cells, cells))
-
-
-def _vision(config: RunConfig, name: str, default: int) -> int:
-    return int(config.vision.get(name, default) or default)

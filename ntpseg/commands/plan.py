@@ -52,7 +52,7 @@ def plan(
 
     Exit code 0: it fits; 1: it does not, and the last lines say what would.
     """
-    from ntpseg.cluster.planning.machines import gpu as gpu_named
+    from ntpseg.cluster.machines import gpu as gpu_named
     from ntpseg.cluster.planning.plan import make_plan
     from ntpseg.cluster.planning.search import PlanOptions
     from ntpseg.training import load_config
@@ -120,7 +120,8 @@ def _print_time(plan: Plan, console: Any) -> None:
         "sequences per step": f"{plan.sequences} (micro-batch {chosen.batch.samples} x accumulation "
         f"{chosen.batch.accumulation} x {plan.options.gpus} GPUs)",
         "step": f"{chosen.seconds:.3g} s: model {compute.model:.3g}, recomputation {compute.recomputation:.3g}, "
-        f"optimizer {compute.optimizer:.3g}; collectives {chosen.collectives:.3g} beside it",
+        f"optimizer {compute.optimizer:.3g}, collectives {chosen.collectives.exposed:.3g} "
+        f"({chosen.collectives.total:.3g} with those beside the model)",
         "tokens per second": f"{plan.tokens_per_second:,.0f}",
         "model FLOPs of the data sheet's rate": f"{plan.utilisation:.1%}",
     }

@@ -26,15 +26,20 @@ def scaling(
         ),
     ] = None,
     preset: Annotated[str, typer.Option(help="Name of a ready configuration, or a YAML file.")] = "emu3-8b",
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or l40s.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, a100, l4, ...")] = "h100",
     gpus: Annotated[int, typer.Option(help="The largest number of GPUs.", min=1, max=1 << 20)] = 1024,
     zero: Annotated[
         list[int] | None, typer.Option(help="ZeRO stage, 0 to 3 (0: DDP); several to compare.", min=0, max=3)
     ] = None,
     fsdp2: Annotated[bool, typer.Option("--fsdp2", help="PyTorch's FSDP2, also beside --zero.")] = False,
     mfu: Annotated[
-        float, typer.Option(help="Share of the GPU's peak that computation is assumed to reach.", min=0.01, max=1.0)
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            help="Share of the GPU's peak that computation reaches; by default as ntpseg plan predicts.",
+            min=0.01,
+            max=1.0,
+        ),
+    ] = None,
     micro_batch_seconds: Annotated[
         float | None, typer.Option(help="Measured time of a micro-batch, forward and backward, in place of --mfu.")
     ] = None,
@@ -69,7 +74,7 @@ def scaling(
             gpu=gpu,
             strategy=strategy,  # type: ignore[arg-type]
             max_gpus=gpus,
-            mfu=mfu,
+            mfu=ScalingOptions.mfu if mfu is None else mfu,
             micro_batch_seconds=micro_batch_seconds,
             overlap=overlap,
             global_batch=global_batch,

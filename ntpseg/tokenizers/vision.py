@@ -10,10 +10,16 @@ from torch import Tensor
 
 
 @runtime_checkable
-class VisionTokenizer(Protocol):
-    """Square images and masks to grids of codes and back; frozen, never on the autograd tape.
+class VisionSizes(Protocol):
+    """What sequences and models depend on of a vision tokenizer.
 
-    Images are float [B, C, S, S] in [-1, 1], masks float [B, 1, S, S] in {0, 1}; codes are int64 [B, h, w].
+    Attributes:
+        image_size: S, side of images and masks, pixels.
+        channels: C of images.
+        factor: pixels of a code along each side.
+        image_grid, mask_grid: rows and columns of codes.
+        image_codes, mask_codes: sizes of the codebooks.
+        shared_codebook: both are one.
     """
 
     image_size: int
@@ -24,6 +30,13 @@ class VisionTokenizer(Protocol):
     image_codes: int
     mask_codes: int
     shared_codebook: bool
+
+
+class VisionTokenizer(VisionSizes, Protocol):
+    """Square images and masks to grids of codes and back; frozen, never on the autograd tape.
+
+    Images are float [B, C, S, S] in [-1, 1], masks float [B, 1, S, S] in {0, 1}; codes are int64 [B, h, w].
+    """
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Codes, int64 [B, h, w], of images, float [B, C, S, S] in [-1, 1]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,15 +12,14 @@ from ntpseg.models.attention import attention_errors
 from ntpseg.models.attention_choice import choose_attention
 from ntpseg.models.bundle import load_whole
 from ntpseg.models.mask_inputs import MaskInputOptions
-from ntpseg.models.pretrained_encoder import huggingface_encoder_config
 from ntpseg.models.sharded_init import WeightShards, build_sharded, load_sharded
-from ntpseg.models.stem import StemOptions
 from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.training.attention import training_use
 from ntpseg.training.config import ModelConfig, RunConfig
 from ntpseg.training.dataset import Collator, EpochDataset, TokenDataset
+from ntpseg.training.model_config import model_config, prompt_has_codes
 from ntpseg.training.pixel_dataset import PixelCollator, PixelDataset
-from ntpseg.training.preparation import Prepared, augmentation_of, prompt_has_codes
+from ntpseg.training.preparation import Prepared, augmentation_of
 from ntpseg.training.sharded_weights import partition_zero3, shards_of_run, without_zero_init
 from ntpseg.utils.finite import check_finite
 from ntpseg.utils.manifest import check_folder
@@ -109,33 +107,12 @@ def make_model(
     Raises:
         ValueError: a setting of the model, the loss or the attention cannot be used.
     """
-    from ntpseg.models.presets import preset_config
-
-    loss, settings = config.loss, config.model
-    vision = prepared.vision
-    dense = {name: getattr(loss, name) for name in ("dice", "pixel", "soft", "soft_temperature")}
-    options: dict[str, Any] = {
-        "num_heads_k": settings.k,
-        "grid_positions": settings.grid_positions,
-        "negatives": loss.negatives,
-        "tcl_weight": loss.tcl_weight,
-        "het_weight": loss.het_weight if loss.hard_tokens else 0.0,
-        "temperature": loss.temperature,
-        "head_weights": loss.head_weights,
-        "front_end": settings.front_end,
-        "stem": _stem_fields(settings),
-        "channels": vision.channels,
-        "image_size": vision.image_size,
-        "patch_size": vision.factor,
-        "mask_inputs": settings.mask_inputs,
-        "dense_loss": dense if loss.dice or loss.pixel or loss.soft else None,
-        "prefix_lm": settings.prefix_lm,
-    }
-    model_config = preset_config(settings.preset, prepared.sequence, overrides=settings.overrides, **options)
+    settings, vision = config.model, prepared.vision
+    made = model_config(config, prepared.sequence, vision)
     choice = choice or choose_attention(settings.attention, training_use(config, prepared))
     shards = shards_of_run(args)
     with attention_errors(settings.attention), nullcontext() if shards is None else without_zero_init():
-        model = _construct(settings, model_config, choice.implementation, shards)
+        model = _construct(settings, made, choice.implementation, shards)
         # The tokenizer's at hand, which need not be the one that saved weights were trained with.
         assert model.readout is not None
         model.readout.set_patches(vision.mask_patches())
@@ -152,7 +129,7 @@ def make_model(
 
 
 def _construct(
-    settings: ModelConfig, model_config: NTPSegConfig, attention: str | None, shards: WeightShards | None
+    settings: ModelConfig, config: NTPSegConfig, attention: str | None, shards: WeightShards | None
 ) -> NTPSegModel:
     """The model of a configuration, with random weights or those of ``model.weights``.
 
@@ -161,7 +138,7 @@ def _construct(
     """
     from ntpseg.models.model import NTPSegModel
 
-    made = copy.deepcopy(model_config)
+    made = copy.deepcopy(config)
     made._attn_implementation = attention
     if settings.weights is None:
         return NTPSegModel(made) if shards is None else build_sharded(lambda: NTPSegModel(made), shards)
@@ -172,27 +149,8 @@ def _construct(
     optional = ("heads.", "grid.", "front_end.", "readout.")
     model: NTPSegModel
     if shards is None:
-        model = load_whole(NTPSegModel, path, optional=optional, config=model_config, attn_implementation=attention)
+        model = load_whole(NTPSegModel, path, optional=optional, config=config, attn_implementation=attention)
     else:
         model = load_sharded(lambda: NTPSegModel(made), shards, path, optional=optional)
     check_finite(model, f"model.weights {path}")
     return model
-
-
-def _stem_fields(settings: ModelConfig) -> dict[str, Any] | None:
-    """The model configuration's ``stem``; the architecture of a Hugging Face encoder comes from its directory.
-
-    Raises:
-        ValueError: a field that a stem does not have, or an encoder without its directory.
-    """
-    if settings.front_end == "codes":
-        return None
-    fields = dict(settings.stem)
-    if fields.get("encoder") == "huggingface" and not fields.get("encoder_config"):
-        if settings.encoder_weights is None:
-            raise ValueError("model.encoder_weights must be given with stem.encoder 'huggingface', got null")
-        fields["encoder_config"] = huggingface_encoder_config(settings.encoder_weights)
-    try:
-        return asdict(StemOptions(**fields))
-    except TypeError as error:
-        raise ValueError(f"model.stem: {error}") from error

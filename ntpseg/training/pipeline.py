@@ -24,8 +24,9 @@ from ntpseg.training.hang import HangWatch, watch_seconds
 from ntpseg.training.hardware import keep_freed_memory
 from ntpseg.training.interruption import TrainingInterrupted
 from ntpseg.training.launch import is_restart, mark
+from ntpseg.training.model_config import prompt_has_codes
 from ntpseg.training.parallelism import Parallelism, data_parallel_size, fit_batch
-from ntpseg.training.preparation import PREPARED, Prepared, prepare_run, prompt_has_codes
+from ntpseg.training.preparation import PREPARED, Prepared, prepare_run
 from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.same_data import check_same_data
 from ntpseg.utils.files import is_litter, publish_folder, remove_folder, remove_litter, write_json, write_text

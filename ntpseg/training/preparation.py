@@ -27,8 +27,8 @@ from ntpseg.tokenizers.preprocess import stack_pairs
 from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ntpseg.tokenizers.vision import VisionTokenizer
-from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.config import RunConfig
+from ntpseg.training.model_config import prompt_has_codes, sequence_format
 from ntpseg.training.packed_data import check_packed, packed_of, packed_tokenizers, streamed
 from ntpseg.training.same_data import in_stored_order, write_data
 from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling, write_sampling, write_sampling_rows
@@ -106,7 +106,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     vision.save_pretrained(run / "tokenizers" / "vision")
     first = _source(config, run, "train", training, packed, vision, text, progress)
     second = _source(config, run, "val", validation, packed, vision, text, progress) if validation else None
-    sequence = _sequence(config, vision, text)
+    sequence = sequence_format(config, vision, text)
     write_manifest(run / "tokenizers")
     volume = volume_input(training) if packed is None else _common(packed.splits["train"].manifest.views)
     keys = {
@@ -270,11 +270,6 @@ def _report_left_out(problems: Sequence[Problem], run: Path) -> None:
     write_jsonl(run / "left_out.jsonl", [dataclasses.asdict(p) for p in problems])
 
 
-def prompt_has_codes(config: RunConfig) -> bool:
-    """Whether the image is read as tokens, by themselves or beside features."""
-    return config.model.front_end != "features"
-
-
 def augmentation_of(config: RunConfig) -> Augmentation | None:
     """The augmentation of a run; None where there is none.
 
@@ -327,17 +322,3 @@ def _vision(
         progress=progress,
     )
     return train_compact_vq(images, masks, options, progress=progress)
-
-
-def _sequence(config: RunConfig, vision: VisionTokenizer, text: PreTrainedTokenizerBase) -> SequenceFormat:
-    if config.layout == "emu3":
-        vocabulary = Vocabulary.emu3(vision.image_codes, text.vocab_size)
-        return SequenceFormat.for_tokenizer(vocabulary, vision.image_grid, vision.mask_grid, text)
-    aligned = config.model.stem.get("aligned", True)
-    if prompt_has_codes(config):
-        vocabulary = Vocabulary(len(text), vision.image_codes, vision.mask_codes, vision.shared_codebook)
-    else:
-        # Features that are not aligned stand where image tokens would, on one code.
-        vocabulary = Vocabulary(len(text), 0 if aligned else 1, vision.mask_codes)
-    image_grid = vision.image_grid if prompt_has_codes(config) or not aligned else None
-    return SequenceFormat.for_tokenizer(vocabulary, image_grid, vision.mask_grid, text)

@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 
 from benchmarks.packing import kept_bytes
 from ntpseg.cli import app
+from ntpseg.cluster.machines import GPUS, gpu
 from ntpseg.cluster.planning.activations import layer_activations
-from ntpseg.cluster.planning.machines import GPUS, gpu
 from ntpseg.cluster.planning.memory import Batch, hard_token_bytes, memory_plan
 from ntpseg.cluster.planning.numerics import Numerics
 from ntpseg.cluster.planning.plan import make_plan
 from ntpseg.cluster.planning.search import PlanOptions, choose, fits, remedies
 from ntpseg.cluster.planning.states import states
-from ntpseg.cluster.planning.workload import Workload, count_parameters, sequence_format, workload
+from ntpseg.cluster.sizes import ParameterCounts
+from ntpseg.cluster.workload import Workload, sequence_format
 from ntpseg.memory import HardTokenMemory
 from ntpseg.models import NTPSegModel, preset_config
 from ntpseg.training import load_config
@@ -32,7 +33,7 @@ SMALL = ("model.overrides={hidden_size: 64, intermediate_size: 160, num_attentio
 
 @cache
 def preset(name: str) -> Workload:
-    return workload(load_config(name))
+    return Workload.of(load_config(name))
 
 
 def run(*arguments: Any) -> Any:
@@ -55,7 +56,7 @@ def make_model(config: Any, layers: int) -> NTPSegModel:
 def test_activations_of_a_layer_are_those_that_autograd_keeps(size: int) -> None:
     # 192 pixels make a sequence above the blocks' longest, whose attention keeps no probabilities.
     config = load_config("tiny", [f"data.size={size}", *SMALL, "model.overrides.head_dim=16"])
-    work = workload(config)
+    work = Workload.of(config)
     sequence = sequence_format(config)
     grid = torch.zeros(sequence.mask_grid, dtype=torch.int64).numpy()
     ids, labels = (torch.as_tensor(x).repeat(2, 1) for x in sequence.build([1] * 32, grid, grid))
@@ -68,7 +69,7 @@ def test_activations_of_a_layer_are_those_that_autograd_keeps(size: int) -> None
 def test_parameters_are_the_models() -> None:
     config = load_config("tiny", SMALL)
     model = make_model(config, 2)
-    counts = count_parameters(model)
+    counts = ParameterCounts.of(model)
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert counts.layers == 2 and counts.layer == sum(p.numel() for p in model.backbone.layers[1].parameters())
     assert preset("emu3-8b").parameters.total == pytest.approx(8.54e9, rel=0.01)

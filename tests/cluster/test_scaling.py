@@ -9,8 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ntpseg.cli import app
-from ntpseg.cluster.communication.seconds import call_seconds
-from ntpseg.cluster.interconnect import INTERCONNECTS, interconnect
+from ntpseg.cluster.communication import Collective
+from ntpseg.cluster.communication.seconds import call_seconds, step_seconds
+from ntpseg.cluster.machines import GPUS, gpu
+from ntpseg.cluster.planning.memory import Batch
+from ntpseg.cluster.planning.numerics import Numerics
+from ntpseg.cluster.planning.search import PlanOptions, evaluate
 from ntpseg.cluster.scaling import ScalingOptions, gpu_numbers, scaling_curves
 from ntpseg.cluster.workload import Workload
 from ntpseg.training.config import load_config
@@ -23,7 +27,7 @@ def tiny() -> Workload:
 
 def test_time_of_a_call_by_hand() -> None:
     """1 GB on H100s: links alone within a node; over two, eight adapters of 50 GB/s are slower than a link of 450."""
-    h100, size = interconnect("h100"), 1e9
+    h100, size = gpu("h100"), 1e9
     assert call_seconds("all_reduce", size, 1, h100) == 0.0
     inside = 8.4e-6 + 14 * 3.4e-6 + 2 * 7 / 8 * size / (450e9 * 0.8)
     assert call_seconds("all_reduce", size, 8, h100) == pytest.approx(inside)
@@ -35,11 +39,42 @@ def test_time_of_a_call_by_hand() -> None:
 
 
 def test_time_grows_with_bytes_and_ranks() -> None:
-    for hardware in INTERCONNECTS.values():
+    for hardware in GPUS.values():
         for kind in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"):
             by_ranks = [call_seconds(kind, 1e8, n, hardware) for n in (1, 2, 8, 16, 128, 1024)]  # type: ignore[arg-type]
             assert by_ranks == sorted(by_ranks) and by_ranks[1] > 0
             assert call_seconds(kind, 2e8, 16, hardware) > by_ranks[3]  # type: ignore[arg-type]
+
+
+def test_time_of_a_step_by_hand() -> None:
+    """Hidden: beside each computation at most nine tenths, and no longer than it takes; between them nothing."""
+    h100, size = gpu("h100"), 1 << 30
+    one = call_seconds("all_gather", size, 8, h100)
+    gather = Collective("all_gather", size, 4, "forward", "weights", micro_steps=2)
+    scatter = Collective("reduce_scatter", size, 2, "backward", "gradients", micro_steps=2)
+    after = Collective("all_gather", size, 1, "step", "updated weights")
+    traffic = [gather, scatter, after]
+    long = step_seconds(traffic, 8, h100, 1e3)
+    assert long.total == pytest.approx(7 * one) and long.exposed == pytest.approx(0.1 * 6 * one + one)
+    # Two micro-batches, of which forward is a third, or with checkpointing a quarter.
+    short = step_seconds(traffic, 8, h100, one)
+    assert short.exposed == pytest.approx(7 * one - 2 * one / 3 - 2 * one * 2 / 3)
+    again = step_seconds([gather], 8, h100, one, checkpointing=True)
+    assert again.exposed == pytest.approx(4 * one - 2 * one / 4)
+    assert step_seconds(traffic, 8, h100, 1e3, overlap=0.0).exposed == pytest.approx(7 * one)
+    assert step_seconds([], 1, h100, 1.0) == (0.0, 0.0)
+
+
+def test_plans_have_the_communication_of_the_curves(tiny: Workload) -> None:
+    h100 = gpu("h100")
+    for strategy in ("zero1", "zero3", "fsdp2"):
+        batch = Batch(tiny.micro_batch, tiny.accumulation)
+        planned = evaluate(tiny, h100, PlanOptions(gpus=16), Numerics(strategy), batch)
+        seconds = planned.compute.model / tiny.accumulation
+        options = ScalingOptions(strategy=strategy, max_gpus=16, micro_batch_seconds=seconds)  # type: ignore[arg-type]
+        point = scaling_curves(tiny, options).weak[-1]
+        assert planned.collectives.total == pytest.approx(point.communication_seconds)
+        assert planned.collectives.exposed == pytest.approx(point.exposed_seconds)
 
 
 def test_curves(tiny: Workload) -> None:
@@ -55,7 +90,7 @@ def test_curves(tiny: Workload) -> None:
             assert point.step_seconds == pytest.approx(point.compute_seconds + point.exposed_seconds)
             assert 0 <= point.exposed_seconds <= point.communication_seconds
     weak = curves.weak[-1]
-    assert weak.tokens_per_second == pytest.approx(48 * 16 * tiny.tokens / weak.step_seconds)
+    assert weak.tokens_per_second == pytest.approx(48 * 16 * tiny.mean_tokens / weak.step_seconds)
 
 
 def test_assumptions_do_what_they_say(tiny: Workload) -> None:

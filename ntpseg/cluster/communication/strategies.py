@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from ntpseg.cluster.communication import data_parallel, zero, zero3
 from ntpseg.cluster.communication.collective import Collective
+from ntpseg.cluster.communication.extras import logged_gathers, training_collectives
 from ntpseg.cluster.communication.parameters import ModelShape
 from ntpseg.utils.checks import check_choice, check_integer
 
@@ -100,3 +102,12 @@ def step_traffic(shape: ModelShape, options: TrafficOptions) -> list[Collective]
         max_reuse=options.zero.stage3_max_reuse_distance,
     )
     return zero3.zero3(shape, ranks, accumulation, size, buckets, checkpointing=options.activation_checkpointing)
+
+
+@lru_cache(maxsize=256)  # plans and curves ask for the same steps on many GPUs and with many batches
+def trainer_traffic(shape: ModelShape, options: TrafficOptions) -> tuple[Collective, ...]:
+    """All that `NTPSegTrainer` sends in a step whose figures are logged, hard tokens left out; see `step_traffic`."""
+    if options.ranks == 1:
+        return ()
+    ours = [*training_collectives(shape.heads, shape.terms), *logged_gathers(options.ranks)]
+    return (*step_traffic(shape, options), *ours)

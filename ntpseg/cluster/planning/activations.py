@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ntpseg.cluster.planning.numerics import Numerics
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 from ntpseg.models.causal_blocks import MAX_TOKENS, MIN_TOKENS, query_blocks
 
 
@@ -49,22 +49,22 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
     length = work.longest if tokens is None else tokens
     count = samples * length
     size, residual = numerics.product_bytes, numerics.residual_bytes
-    width, query, key = work.hidden, work.query_width, work.key_width
+    width, query, key = work.sizes.hidden, work.sizes.query_width, work.sizes.key_width
     # The float32 scale of each row of each norm.
     kept = count * (residual * width + 2 * size * width + 8)
-    if work.query_norm:
+    if work.sizes.query_norm:
         # PyTorch's norm on a GPU is computed in float32 under autocast, and keeps its operand so.
         operand = 4 if numerics.autocast and numerics.device == "cuda" else size
-        kept += count * (operand * (query + key) + 4 * (work.query_heads + work.key_heads))
-    mlp = count * 4 * size * work.intermediate
-    backward = count * (2 * size * work.intermediate + residual * width)
+        kept += count * (operand * (query + key) + 4 * (work.sizes.query_heads + work.sizes.key_heads))
+    mlp = count * 4 * size * work.sizes.intermediate
+    backward = count * (2 * size * work.sizes.intermediate + residual * width)
     if numerics.fused_attention(work.attention, length, range(MIN_TOKENS, MAX_TOKENS + 1)):
         # causal_blocks repeats keys and values for every query head, also where it then calls PyTorch's kernel.
         own = query if numerics.device == "cpu" and work.attention in (None, "causal_blocks") else key
-        kept += count * (size * (2 * query + 2 * own) + 4 * work.query_heads)
+        kept += count * (size * (2 * query + 2 * own) + 4 * work.sizes.query_heads)
     else:
         blocks = [(0, length)] if work.attention == "eager" else query_blocks(length)
-        sizes = [work.query_heads * (stop - start) * stop * size for start, stop in blocks]
+        sizes = [work.sizes.query_heads * (stop - start) * stop * size for start, stop in blocks]
         kept += count * size * 4 * query + samples * sum(sizes)
         within = 4 * count * size * query + max(sizes)
         if work.attention == "eager":

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ntpseg.cluster.machines import Gpu
 from ntpseg.cluster.planning.loss_memory import BLOCK_CLASSES
-from ntpseg.cluster.planning.machines import Gpu
 from ntpseg.cluster.planning.memory import Batch
 from ntpseg.cluster.planning.numerics import Numerics
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 from ntpseg.kernels.chunks import plan_chunks, sum_share
 
 # Of the data sheet's rate, what a large product reaches: 750 of 989 TFLOP/s on an H100, as `ntpseg.kernels.chunks` has.
@@ -65,12 +65,12 @@ def compute_time(
     rows = batch.samples * work.heads * work.supervised
     dtype = torch.bfloat16 if numerics.precision == "bfloat16" else torch.float32
     narrow = dtype == torch.bfloat16
-    shape = (work.classes, work.hidden, dtype)
+    shape = (work.classes, work.sizes.hidden, dtype)
     chunks = plan_chunks(rows, *shape, fused=True, BLOCK_N=BLOCK_CLASSES, needs_accumulator=narrow)
     sums = work.flops.row * samples * work.heads * work.supervised
     sums *= sum_share(chunks, rows, dtype.itemsize, needs_accumulator=narrow)
     recomputed = work.recomputed_flops(samples) / rate if batch.checkpointing else 0.0
-    launches = work.layers * _LAUNCHES * batch.accumulation * (4 / 3 if batch.checkpointing else 1)
+    launches = work.sizes.layers * _LAUNCHES * batch.accumulation * (4 / 3 if batch.checkpointing else 1)
     model = max((work.step_flops(samples) + sums) / rate, launches * _LAUNCH_SECONDS - recomputed)
     share = work.parameters.total / (1 if numerics.sharding in ("one", "ddp") else ranks)
     if numerics.offload == "none":

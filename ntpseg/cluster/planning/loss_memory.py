@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ntpseg.cluster.planning.numerics import Numerics
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 from ntpseg.kernels.chunks import plan_chunks, workspace_bytes
 from ntpseg.losses.products import Tiling
 
@@ -39,7 +39,7 @@ def loss_memory(work: Workload, numerics: Numerics, samples: int) -> LossMemory:
     exponentials. On a GPU that is `ntpseg.kernels.chunks`' own plan; on a CPU `Tiling`'s, with two temporaries of a
     block's rows.
     """
-    size, width, heads = numerics.product_bytes, work.hidden, work.heads
+    size, width, heads = numerics.product_bytes, work.sizes.hidden, work.heads
     rows = samples * heads * work.supervised
     read = samples * work.tail * width * size
     copied = read if samples > 1 else 0

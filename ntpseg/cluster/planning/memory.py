@@ -8,7 +8,7 @@ from ntpseg.cluster.planning.activations import layer_activations
 from ntpseg.cluster.planning.loss_memory import loss_memory
 from ntpseg.cluster.planning.numerics import Numerics
 from ntpseg.cluster.planning.states import states
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 
 PHASES = ("forward", "backward_start", "backward_end", "step")
 # CUDA's context, cuBLAS's workspace, and what NCCL takes for its channels; predicted, not measured here.
@@ -86,9 +86,9 @@ def memory_plan(
     pairs = work.sentences.pairs if pairs is None else pairs
     hard_tokens = hard_token_bytes(pairs or 0, work.hard_tokens)
     # The last norm's input and output, with which the loss begins.
-    last = batch.samples * work.longest * work.hidden * (numerics.residual_bytes + numerics.product_bytes)
-    inputs, full = work.layers * layer.input, layer.kept
-    stored = inputs + (0 if batch.checkpointing else work.layers * full)
+    last = batch.samples * work.longest * work.sizes.hidden * (numerics.residual_bytes + numerics.product_bytes)
+    inputs, full = work.sizes.layers * layer.input, layer.kept
+    stored = inputs + (0 if batch.checkpointing else work.sizes.layers * full)
     recomputed = full if batch.checkpointing else 0
     moments = {
         "forward": (kept.forward, stored + last, loss.forward),

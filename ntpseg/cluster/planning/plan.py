@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ntpseg.cluster.machines import Gpu
 from ntpseg.cluster.planning.activations import layer_activations
-from ntpseg.cluster.planning.machines import Gpu
 from ntpseg.cluster.planning.search import Candidate, PlanOptions, choose, fits, remedies, usable_memory
-from ntpseg.cluster.planning.workload import Workload, read_sentences, workload
+from ntpseg.cluster.sentences import read_sentences
+from ntpseg.cluster.workload import Workload
 from ntpseg.evaluation.run_directory import training_log
+from ntpseg.training.arguments import DEFAULTS
 from ntpseg.training.config import RunConfig
 
 _HOUR = 3600.0
@@ -92,18 +94,22 @@ def make_plan(
     Raises:
         ValueError: a configuration whose memory is not modelled, a data set or a run that cannot be read.
     """
+    if config.model.front_end != "codes":
+        raise ValueError(f"model.front_end must be codes for a plan, got {config.model.front_end!r}")
+    if config.optimizer.name != "adamw":
+        raise ValueError(f"optimizer.name must be adamw for a plan, got {config.optimizer.name!r}")
     sources = {}
     if measured is not None:
         options = replace(options, mfu=measured_mfu(measured))
         sources["mfu"] = str(measured)
-    work = workload(config, None if data is None else read_sentences(config, data))
+    work = Workload.of(config, None if data is None else read_sentences(config, data))
     chosen = choose(work, gpu, options)
     enough = fits(chosen, gpu)
     sequences = chosen.batch.samples * chosen.batch.accumulation * options.gpus
     pairs = work.sentences.pairs
     steps = None if pairs is None else -(-pairs // sequences)
     per_epoch = None if steps is None else steps * chosen.seconds / _HOUR
-    epochs = float(config.training.get("num_train_epochs", 20))
+    epochs = float({**DEFAULTS, **config.training}["num_train_epochs"])
     hours = None if per_epoch is None else per_epoch * epochs
     price = None if options.price is None else options.price * options.gpus
     peak = gpu.bf16_flops if options.precision == "bfloat16" else gpu.fp32_flops

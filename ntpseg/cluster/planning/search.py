@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ntpseg.cluster.planning import communication_time
+from ntpseg.cluster.communication import TrafficOptions, trainer_traffic
+from ntpseg.cluster.communication.seconds import StepSeconds, step_seconds
+from ntpseg.cluster.machines import GPUS, Gpu
 from ntpseg.cluster.planning.compute_time import PREDICTED_MFU, ComputeTime, compute_time
-from ntpseg.cluster.planning.machines import GPUS, Gpu
 from ntpseg.cluster.planning.memory import Batch, MemoryPlan, memory_plan
 from ntpseg.cluster.planning.numerics import PRECISIONS, SHARDINGS, Numerics
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 from ntpseg.utils.checks import check_choice, check_integer, check_number
 
 # auto: all of these; FSDP is planned where it is asked for, DeepSpeed being what `ntpseg train --deepspeed` starts.
@@ -73,7 +74,7 @@ class Candidate:
         numerics, batch: what is chosen.
         memory: of a rank.
         compute: seconds of a step.
-        collectives: seconds of a step's communication by itself.
+        collectives: seconds of a step's communication: by itself, and what computation does not hide of it.
         seconds: of a step.
     """
 
@@ -81,7 +82,7 @@ class Candidate:
     batch: Batch
     memory: MemoryPlan
     compute: ComputeTime
-    collectives: float
+    collectives: StepSeconds
     seconds: float
 
 
@@ -109,10 +110,21 @@ def evaluate(work: Workload, gpu: Gpu, options: PlanOptions, numerics: Numerics,
     """Memory and time of one way to run it."""
     memory = memory_plan(work, numerics, options.gpus, batch)
     compute = compute_time(work, numerics, gpu, options.gpus, batch, options.mfu)
-    collectives = communication_time.step_seconds(work, numerics, gpu, options.gpus, accumulation=batch.accumulation)
-    hidden_behind = compute.model + compute.recomputation
-    seconds = compute.total + communication_time.exposed_seconds(collectives, hidden_behind)
-    return Candidate(numerics, batch, memory, compute, collectives, seconds)
+    traffic = TrafficOptions(
+        strategy="ddp" if numerics.sharding == "one" else numerics.sharding,  # type: ignore[arg-type]  # checked
+        ranks=options.gpus,
+        accumulation=batch.accumulation,
+        dtype=numerics.precision,
+        activation_checkpointing=batch.checkpointing,
+    )
+    collectives = step_seconds(
+        trainer_traffic(work.shape, traffic),
+        options.gpus,
+        gpu,
+        (compute.model + compute.recomputation) / batch.accumulation,
+        checkpointing=batch.checkpointing,
+    )
+    return Candidate(numerics, batch, memory, compute, collectives, compute.total + collectives.exposed)
 
 
 def choose(work: Workload, gpu: Gpu, options: PlanOptions) -> Candidate:
@@ -203,7 +215,7 @@ def _shardings(options: PlanOptions, offload: bool) -> list[str]:
 def _per_gpu(work: Workload, options: PlanOptions) -> int:
     """Sequences of a step on each GPU."""
     if options.sequences_per_step is None:
-        per_gpu = work.samples_per_process * work.accumulation
+        per_gpu = work.micro_batch * work.accumulation
         return max(per_gpu, options.samples or 1)
     if options.sequences_per_step % options.gpus:
         raise ValueError(f"batch must be a multiple of the GPUs, {options.gpus}, got {options.sequences_per_step}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ntpseg.cluster.planning.numerics import Numerics
-from ntpseg.cluster.planning.workload import Workload
+from ntpseg.cluster.workload import Workload
 
 # Defaults of DeepSpeed, in parameters: gathered ones that ZeRO-3 keeps for their next use, and a group of its step.
 _MAX_LIVE = 10**9
@@ -100,7 +100,7 @@ def _replicated(work: Workload, numerics: Numerics, ranks: int, accumulated: boo
 
 def _bucket(work: Workload, numerics: Numerics) -> int:
     """DeepSpeed's reduce bucket, ``auto`` in our files: D^2 numbers, which transformers fills in."""
-    return work.hidden**2 * numerics.weight_bytes
+    return work.sizes.hidden**2 * numerics.weight_bytes
 
 
 def _zero_1(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -> States:
@@ -178,19 +178,20 @@ def _zero_3(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -
 
 
 def _fsdp(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -> States:
-    """Float32 shards; a layer gathered at a time and the next one's buffer, the root (embedding, heads) throughout."""
+    """Float32 shards; a unit gathered at a time and the next one's buffer, the heads from forward into backward."""
     size, parameters = numerics.product_bytes, work.parameters
     part = -(-parameters.total // ranks)
-    root, layer = size * parameters.outside_layers, size * parameters.layer
-    head = size * (parameters.head or parameters.embedding)
+    head = parameters.head or parameters.embedding  # a tied embedding is of their unit
+    kept, layer = size * (parameters.other + head), size * parameters.layer
+    embedding = size * parameters.embedding if parameters.head else 0
     of_layers = 4 * -(-parameters.layer * parameters.layers // ranks)
     return States(
         weights=4 * part * (1 + work.ema),
         gradients=0,
         optimizer=_MOMENTS * part,
         buffers=0,
-        forward=Moment(4 * part * accumulated, root + layer),
-        backward_start=Moment(4 * part * accumulated + head, root + 2 * layer),
-        backward_end=Moment((4 * part if accumulated else of_layers) + head, root + 4 * layer),
-        step=Moment(4 * part, root + layer),
+        forward=Moment(4 * part * accumulated, kept),
+        backward_start=Moment(4 * part * accumulated + size * head, kept + 2 * layer),
+        backward_end=Moment((4 * part if accumulated else of_layers), embedding + 4 * layer),
+        step=Moment(4 * part),
     )
