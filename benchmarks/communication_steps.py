@@ -35,19 +35,19 @@ from ntpseg.cluster.communication import (
     ModelShape,
     TrafficOptions,
     het_exchange,
-    step_traffic,
-    training_collectives,
+    trainer_traffic,
     vocab_parallel_loss,
 )
-from ntpseg.cluster.communication.extras import logged_gathers
 from ntpseg.cluster.communication.strategies import ZeroSettings
 from ntpseg.losses.options import LossOptions
 from ntpseg.losses.products import Tiling
 from ntpseg.memory import HardTokenMemory
+from ntpseg.models.sharded_init import build_sharded
 from ntpseg.training import Collator, NTPSegTrainer
 from ntpseg.training.argument_rules import installed_names
 from ntpseg.training.arguments import DEFAULTS, FIXED
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed
+from ntpseg.training.sharded_weights import shards_of_run
 
 # The first steps form DDP's buckets and DeepSpeed's trace of modules.
 _COUNTED_STEP = 3
@@ -111,8 +111,6 @@ def by_trainer(case: Case) -> tuple[Calls, list[Collective]]:
     """A step of `NTPSegTrainer`, counted and predicted."""
     size, ranks, steps = case.size(), dist.get_world_size(), _COUNTED_STEP + 2
     cpu = torch.device("cpu")
-    model: Any = size.model(cpu)
-    shape = ModelShape.of(model)  # before the ranks divide the weights
     ids, labels = size.batch_of(cpu)
     config = deepspeed_settings(case)
     options = TrafficOptions(
@@ -130,10 +128,15 @@ def by_trainer(case: Case) -> tuple[Calls, list[Collective]]:
         fields |= {"logging_steps": 1, "num_train_epochs": 1, "save_strategy": "no", "disable_tqdm": True}
         fields |= {"output_dir": folder, "dataloader_pin_memory": False, "ddp_find_unused_parameters": False}
         fields |= installed_names({"activation_checkpointing": bool(case.checkpointing)})
+        fields |= {"fsdp": True} if case.strategy == "fsdp2" else {}
+        args = TrainingArguments(**fields)
+        shards = shards_of_run(args) if case.strategy == "fsdp2" else None
+        model: Any = size.model(cpu) if shards is None else build_sharded(lambda: size.model(cpu), shards)
+        shape = ModelShape.of(model)  # before the ranks divide the weights
         step = _CountStep()
         trainer = NTPSegTrainer(
             model,
-            TrainingArguments(**fields),
+            args,
             train_dataset=samples,
             data_collator=Collator(size.sequence(), grid_ids=False),
             memory=HardTokenMemory(len(samples), _HARD_TOKENS),
@@ -143,44 +146,9 @@ def by_trainer(case: Case) -> tuple[Calls, list[Collective]]:
         trainer.train()
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     dist.barrier()
-    ours = [*training_collectives(shape.heads, shape.terms), *logged_gathers(ranks)]
-    return step.calls, [*step_traffic(shape, options), *ours]
-
-
-def by_fully_shard(case: Case) -> tuple[Calls, list[Collective]]:
-    """A step of a plain loop over FSDP2, counted and predicted."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    size, ranks, cpu = case.size(), dist.get_world_size(), torch.device("cpu")
-    model: Any = size.model(cpu).train()
-    shape = ModelShape.of(model)
-    if case.checkpointing:
-        model.activation_checkpointing_enable()
-    low = case.dtype == "bfloat16"
-    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (ranks,))}
-    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low else None)
-    for layer in model.backbone.layers:
-        fully_shard(layer, **options)
-    fully_shard(model.get_input_embeddings(), **options)
-    fully_shard(model.heads, reshard_after_forward=False, **options)
-    fully_shard(model, **options)
-    optimizer = torch.optim.AdamW(model.parameters())
-    ids, labels = size.batch_of(cpu)
-
-    def step() -> None:
-        for _ in range(case.accumulation):
-            model(input_ids=ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    with counted() as calls:
-        step()
-    traffic = TrafficOptions("fsdp2", ranks, case.accumulation, case.dtype, bool(case.checkpointing))
-    return calls, step_traffic(shape, traffic)
+    return step.calls, list(trainer_traffic(shape, options))
 
 
 def het() -> tuple[Calls, list[Collective]]:
@@ -228,7 +196,7 @@ def compare(name: str) -> dict[str, Any]:
         calls, predicted = {"het": het, "vocabulary": vocabulary}[name]()
     else:
         case = Case.parse(name)
-        calls, predicted = by_fully_shard(case) if case.strategy == "fsdp2" else by_trainer(case)
+        calls, predicted = by_trainer(case)
     expected: Calls = Counter()
     for each in predicted:
         expected[each.kind, each.payload] += each.calls

@@ -59,7 +59,9 @@ class Size:
             vocab_range=None,
         )
         torch.manual_seed(0)
-        return NTPSegModel(config).to(device)  # type: ignore[arg-type]  # transformers hides the signature of `to`
+        model = NTPSegModel(config)
+        # Placeholders of shards cannot be moved.
+        return model if device.type == "cpu" else model.to(device)  # type: ignore[arg-type]  # transformers hides it
 
     def batch_of(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Input ids and labels, ``[B, T]`` each."""

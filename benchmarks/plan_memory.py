@@ -1,8 +1,8 @@
 """``ntpseg plan``'s memory against that of real training steps on this machine.
 
-``python -m benchmarks.plan_memory --out FILE [--only CASE ...]``. Each case trains two steps in processes of its own:
-`NTPSegTrainer` with the arguments of ``ntpseg train`` (alone, or two gloo ranks under DeepSpeed), and for FSDP2, which
-the Trainer does not start on a CPU, a loop around the same model with ``fully_shard`` of each layer and of the root.
+``python -m benchmarks.plan_memory --out FILE [--only CASE ...]``; what the file holds of other cases stays, each with
+the commit that it was measured at. Each case trains two steps in processes of its own: `NTPSegTrainer` with the
+arguments of ``ntpseg train``, alone, or on two gloo ranks under DDP, DeepSpeed or FSDP2.
 
 What is measured is the peak of the bytes that PyTorch's CPU allocator has given out, from ``torch.profiler``'s record
 of every allocation: what ``torch.cuda.max_memory_allocated`` is on a GPU. The resident set would add what malloc keeps
@@ -29,8 +29,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback
 
-from benchmarks.harness.environment import ROOT, describe
+from benchmarks.harness.environment import ROOT, commit, describe
 from ntpseg.cluster.planning.memory import PHASES, Batch, MemoryPlan, memory_plan
 from ntpseg.cluster.planning.numerics import Numerics
 from ntpseg.cluster.sentences import TEXT_TOKENS
@@ -96,6 +97,7 @@ class Case:
         settings += [] if self.layers is None else [f"model.overrides={{num_hidden_layers: {self.layers}}}"]
         config = load_config(self.preset, settings)
         config.deepspeed = self.sharding if self.sharding.startswith("zero") else None
+        config.training |= {"fsdp": True} if self.sharding == "fsdp2" else {}
         return config
 
 
@@ -154,6 +156,7 @@ def compare(case: Case) -> dict[str, Any]:
         "error": round(plan.tensors / peak - 1, 4),
         "predicted_phases": plan.peaks,
         "measured_phases": measured,
+        "commit": commit(),
     }
 
 
@@ -186,8 +189,10 @@ def train(case: Case) -> dict[str, int]:
     """Two steps on this rank; peak bytes by phase of the second."""
     from ntpseg.memory import HardTokenMemory
     from ntpseg.models import NTPSegModel
-    from ntpseg.training import Collator, TokenDataset
+    from ntpseg.models.sharded_init import build_sharded
+    from ntpseg.training import Collator, NTPSegTrainer, TokenDataset
     from ntpseg.training.arguments import training_arguments
+    from ntpseg.training.sharded_weights import shards_of_run
 
     torch.set_num_threads(1)
     config, count = case.config(), _pairs(case)
@@ -198,36 +203,36 @@ def train(case: Case) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         made = model_config(config)
         made._attn_implementation = settings.attention or "causal_blocks"
-        model = NTPSegModel(made)
+        shards = shards_of_run(args) if case.sharding == "fsdp2" else None
+        model = NTPSegModel(made) if shards is None else build_sharded(lambda: NTPSegModel(made), shards)
         model.register_forward_pre_hook(lambda *a: mark("forward"))
         model.register_forward_hook(lambda *a: mark("backward"))
-        parts = {
-            "data": TokenDataset(Pairs(config, count), sequence),
-            "collate": Collator(sequence, grid_ids=settings.grid_positions),
-            "memory": HardTokenMemory(count, loss.hard_tokens),
-        }
-        if case.sharding == "fsdp2":
-            _train_fsdp(case, model, **parts)
-        else:
-            _train(case, model, args, **parts)
+        trainer = NTPSegTrainer(
+            model,
+            args,
+            train_dataset=TokenDataset(Pairs(config, count), sequence),
+            data_collator=Collator(sequence, grid_ids=settings.grid_positions),
+            memory=HardTokenMemory(count, loss.hard_tokens),
+            callbacks=[marks(case)],
+        )
+        trainer.train()
     folder.cleanup()
     return phase_peaks(profiler)
 
 
-def _train(case: Case, model: Any, args: Any, *, data: Any, collate: Any, memory: Any) -> None:
-    from transformers import TrainerCallback
-
-    from ntpseg.training import NTPSegTrainer
+def marks(case: Case) -> TrainerCallback:
+    """Marks the beginning and the end of the optimizer's step."""
+    in_engine = case.sharding.startswith("zero")
 
     class Marks(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            if not case.sharding.startswith("zero"):
+            if not in_engine:
                 mark("step")
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             mark("end")
 
-    if case.sharding.startswith("zero"):
+    if in_engine:
         from deepspeed.runtime.engine import DeepSpeedEngine
 
         whole = DeepSpeedEngine.step
@@ -237,39 +242,7 @@ def _train(case: Case, model: Any, args: Any, *, data: Any, collate: Any, memory
             return whole(self, *args, **kwargs)
 
         DeepSpeedEngine.step = step
-    trainer = NTPSegTrainer(model, args, train_dataset=data, data_collator=collate, memory=memory, callbacks=[Marks()])
-    trainer.train()
-
-
-def _train_fsdp(case: Case, model: Any, *, data: Any, collate: Any, memory: Any) -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    if not dist.is_initialized():  # `TrainingArguments` may have started it
-        dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model.train()
-    if case.checkpointing:
-        model.activation_checkpointing_enable()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.precision == "bfloat16" else None)
-    for layer in model.backbone.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for index in range(STEPS):
-        first = index * case.samples
-        batch = collate([data[first + sample] for sample in range(case.samples)])
-        ids, labels = batch.pop("sample_ids"), batch["labels"]
-        hard = memory.lookup(ids)
-        out = model(**batch, het_position=hard.position, het_token=hard.token)
-        memory.observe(ids, out, labels)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        mark("step")
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("end")
+    return Marks()
 
 
 def phase_peaks(profiler: profile) -> dict[str, int]:
@@ -362,29 +335,41 @@ def main() -> int:
     if args.worker:
         _worker(Case(**json.loads(args.worker)), args.out)
         return 0
-    chosen = [case for case in CASES if not args.only or case.name in args.only]
-    rows = []
-    for case in chosen:
-        rows.append(compare(case))
-        row = rows[-1]
+    unknown = sorted(set(args.only or ()) - {case.name for case in CASES})
+    if unknown:
+        options.error(f"--only must name cases of {', '.join(case.name for case in CASES)}, got {', '.join(unknown)}")
+    rows = json.loads(args.out.read_text())["cases"] if args.out.is_file() else []
+    for case in (case for case in CASES if not args.only or case.name in args.only):
+        row = compare(case)
+        rows = merged(rows, row)
         sizes = [row[name] / 2**20 for name in ("predicted_bytes", "measured_bytes")]
         print(f"{case.name:32} {sizes[0]:9.1f} {sizes[1]:9.1f} MiB {row['error']:+.1%}", flush=True)
         for phase, size in row["measured_phases"].items():
             planned = [f"{k} {v / 2**20:.1f}" for k, v in plan_phases(row, phase)]
             print(f"    {phase:10} {size / 2**20:9.1f}   {', '.join(planned)}", flush=True)
-        write_json(
-            args.out,
-            {
-                "benchmark": "plan_memory",
-                "command": "python -m benchmarks.plan_memory --out FILE",
-                "measure": "peak of the bytes given out by PyTorch's CPU allocator in the second step, fullest rank",
-                "goal": GOAL,
-                "missed": [row["case"] for row in rows if abs(row["error"]) > GOAL],
-                "cases": rows,
-                **describe(torch.device("cpu")),
-            },
-        )
-    return int(any(abs(row["error"]) > GOAL for row in rows))
+        write_json(args.out, result(rows))
+    return int(bool(result(rows)["missed"]))
+
+
+def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with that of a case anew, in the order of `CASES`."""
+    order = [case.name for case in CASES]
+    found = {each["case"]: each for each in (*rows, row)}
+    return sorted(found.values(), key=lambda each: order.index(each["case"]) if each["case"] in order else len(order))
+
+
+def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the file holds; its rows have commits of their own."""
+    machine = describe(torch.device("cpu"))
+    return {
+        "benchmark": "plan_memory",
+        "command": "python -m benchmarks.plan_memory --out FILE",
+        "measure": "peak of the bytes given out by PyTorch's CPU allocator in the second step, fullest rank",
+        "goal": GOAL,
+        "missed": [row["case"] for row in rows if abs(row["error"]) > GOAL],
+        "cases": rows,
+        **{name: value for name, value in machine.items() if name != "commit"},
+    }
 
 
 def plan_phases(row: dict[str, Any], phase: str) -> list[tuple[str, int]]:

@@ -98,12 +98,36 @@ def partition_zero3(model: nn.Module) -> None:
     delattr(model, SHARDS)
 
 
+def shard_units(model: Any, *, reshard_after_forward: bool = True, **options: Any) -> None:
+    """Divide a model into the units that FSDP2 gathers: every decoder layer, the embedding, the heads, all else.
+
+    The heads and all else, with which backward begins, stay gathered after forward; so does an embedding that is tied
+    to the heads, which is then of their unit. `ntpseg.cluster` counts memory and communication by these units.
+
+    Args:
+        model: an `NTPSegModel`.
+        reshard_after_forward: of layers and embedding.
+        **options: of ``torch.distributed.fsdp.fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    freed = {**options, "reshard_after_forward": reshard_after_forward}
+    for layer in model.backbone.layers:
+        fully_shard(layer, **freed)
+    embedding = model.get_input_embeddings()
+    if embedding.weight is model.heads.weight:
+        fully_shard([embedding, model.heads], reshard_after_forward=False, **options)
+    else:
+        fully_shard(embedding, **freed)
+        fully_shard(model.heads, reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+
+
 @torch.no_grad()
 def shard_fsdp2(model: Any, accelerator: Any) -> None:
     """Give the shards of a model from `build_sharded` to FSDP2 in place of its placeholders.
 
-    Every decoder layer, the embedding and the heads are gathered by themselves, what else there is with the whole
-    model. Accelerate, which divides a model when the Trainer prepares it, leaves one alone that is divided already.
+    Accelerate, which divides a model when the Trainer prepares it, leaves one alone that is divided already.
 
     Args:
         model: an `NTPSegModel`.
@@ -111,7 +135,7 @@ def shard_fsdp2(model: Any, accelerator: Any) -> None:
     """
     from accelerate.utils.fsdp_utils import fsdp2_apply_ac
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.tensor import DTensor
 
     shards: WeightShards = getattr(model, SHARDS)
@@ -130,17 +154,7 @@ def shard_fsdp2(model: Any, accelerator: Any) -> None:
         "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         "offload_policy": offload,
     }
-    freed = {**options, "reshard_after_forward": bool(plugin.reshard_after_forward)}
-    for layer in model.backbone.layers:
-        fully_shard(layer, **freed)
-    embedding = model.get_input_embeddings()
-    # What the forward pass ends with is what the backward pass begins with.
-    if embedding.weight is model.heads.weight:
-        fully_shard([embedding, model.heads], reshard_after_forward=False, **options)
-    else:
-        fully_shard(embedding, **freed)
-        fully_shard(model.heads, reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+    shard_units(model, reshard_after_forward=bool(plugin.reshard_after_forward), **options)
     where = torch.device("cpu") if isinstance(offload, CPUOffloadPolicy) else device
     made: dict[Any, nn.Parameter] = {}
     state = {}

@@ -3,7 +3,7 @@
 Weights, gradients and Adam's two moments take 16 bytes a parameter, divided by the ranks as far as a stage divides them
 (Rajbhandari et al., ZeRO, arXiv 1910.02054, section 3 and 5; Zhao et al., PyTorch FSDP, arXiv 2304.11277). What the
 engines add to that is of DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``) with the ready
-configurations ``ntpseg/configs/zero*.json`` and of PyTorch's ``fully_shard`` of every layer and of the root.
+configurations ``ntpseg/configs/zero*.json``, and of FSDP2 with the units of `ntpseg.training.sharded_weights`.
 """
 
 from __future__ import annotations
