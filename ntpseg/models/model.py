@@ -124,7 +124,6 @@ class NTPSegModel(PreTrainedModel):
             self.readout = PatchReadout(config.mask_range[1] - config.mask_range[0], config.patch_size)
         self.mask_training = MaskTraining(config)
         self.sequence_group: SequenceGroup | None = None
-        self._computing_attention: str | None = None
         self._no_split_modules = list(self.backbone._no_split_modules or [])
         self.post_init()
 
@@ -152,7 +151,7 @@ class NTPSegModel(PreTrainedModel):
             ValueError: the attention heads cannot be divided, or an option of the model needs whole sequences.
         """
         config, text = self.config, self.backbone.config
-        ranks = SequenceGroup(group)
+        ranks = SequenceGroup(group, text._attn_implementation)
         if text.num_attention_heads % ranks.size:
             raise ValueError(
                 f"sequence_parallel_size must divide the {text.num_attention_heads} attention heads, got {ranks.size}"
@@ -160,11 +159,10 @@ class NTPSegModel(PreTrainedModel):
         for name, used in {"prefix_lm": config.prefix_lm, "mask_inputs": config.mask_inputs is not None}.items():
             if used:
                 raise ValueError(f"{name} must be off with sequence_parallel_size above 1, got {ranks.size}")
-        self._computing_attention = text._attn_implementation
-        if self._computing_attention not in sequence_parallel.COMPUTING:
+        if ranks.attention not in sequence_parallel.COMPUTING:
             raise ValueError(
                 f"attention must be one of {', '.join(sequence_parallel.COMPUTING)} with sequence_parallel_size above "
-                f"1, got {self._computing_attention!r}"
+                f"1, got {ranks.attention!r}"
             )
         self.sequence_group = ranks
         text._attn_implementation = sequence_parallel.NAME
@@ -380,7 +378,7 @@ class NTPSegModel(PreTrainedModel):
                         "got one"
                     )
                 embeds, place = ranks.split(embeds)
-                fields |= sequence_arguments(ranks, place, cast(str, self._computing_attention))
+                fields |= sequence_arguments(ranks, place)
             decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
             if ranks is not None:
                 decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)

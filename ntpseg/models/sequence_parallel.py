@@ -30,13 +30,14 @@ class SequenceGroup:
 
     Args:
         group: them; their order is that of the sequence.
+        attention: the implementation that computes the attention of whole sequences, one of `COMPUTING`.
 
     Attributes:
         size, rank: of the group, and in it.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, attention: str) -> None:
+        self.group, self.attention = group, attention
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def split(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,15 +109,13 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     sequence_group: SequenceGroup,
-    sequence_attention: str,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Hugging Face's signature: ``[B, H, T / size, D]`` in, ``[B, T / size, H, D]`` out.
 
     Args:
         module, query, key, value, attention_mask: as Hugging Face gives them.
-        sequence_group: who has the other positions.
-        sequence_attention: the implementation that computes.
+        sequence_group: who has the other positions, and the implementation that computes.
         **kwargs: what that reads.
     """
     from transformers import AttentionInterface
@@ -130,28 +129,22 @@ def _attention(
     groups = getattr(module, "num_key_value_groups", 1)
     module.num_key_value_groups = query.shape[1] // key.shape[1]
     try:
-        out, _ = AttentionInterface()[sequence_attention](module, query, key, value, None, **kwargs)
+        out, _ = AttentionInterface()[sequence_group.attention](module, query, key, value, None, **kwargs)
     finally:
         module.num_key_value_groups = groups
     return _AllToAll.apply(out, sequence_group, 1, 2), None
 
 
-def sequence_arguments(ranks: SequenceGroup, position: Tensor, attention: str) -> dict[str, Any]:
+def sequence_arguments(ranks: SequenceGroup, position: Tensor) -> dict[str, Any]:
     """What a Hugging Face decoder whose implementation is `NAME` must be given.
 
     Args:
         ranks: the group.
         position: of this rank's tokens, ``[1, T / size]``.
-        attention: the implementation that computes.
     """
     # A mask of four dimensions is handed on as it is: none need be made where none is read.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=position.device)
-    return {
-        "position_ids": position,
-        "attention_mask": mask,
-        "sequence_group": ranks,
-        "sequence_attention": attention,
-    }
+    return {"position_ids": position, "attention_mask": mask, "sequence_group": ranks}
 
 
 def register() -> None:

@@ -148,7 +148,12 @@ def test_what_needs_whole_sequences_is_refused(setting: str, message: str) -> No
 
 def test_models_that_cannot_share_sequences_say_so(monkeypatch, tmp_path) -> None:
     ranks = SimpleNamespace(size=3)
-    monkeypatch.setattr("ntpseg.models.model.SequenceGroup", lambda group: ranks)
+
+    def grouped(group, attention):
+        ranks.attention = attention
+        return ranks
+
+    monkeypatch.setattr("ntpseg.models.model.SequenceGroup", grouped)
     model = NTPSegModel(configuration())
     with pytest.raises(ValueError, match="sequence_parallel_size must divide the 2 attention heads, got 3"):
         model.share_sequences(None)
