@@ -59,16 +59,18 @@ class NextKHeads(nn.Module):
     def init_weights(
         self,
         std: float = 0.02,
-        normal_: Callable[..., Any] = nn.init.normal_,
-        zeros_: Callable[..., Any] = nn.init.zeros_,
+        normal_: Callable[..., Any] | None = None,
+        zeros_: Callable[..., Any] | None = None,
     ) -> None:
         """Draws the output matrix from N(0, std) and zeroes the transforms.
 
         Args:
             std: standard deviation, ``config.initializer_range``.
             normal_, zeros_: a Hugging Face model's ``_init_weights`` passes ``transformers.initialization``'s own,
-                which leave alone what was loaded from a checkpoint.
+                which leave alone what was loaded from a checkpoint; PyTorch's by default.
         """
+        # Looked up now: transformers replaces them where weights are about to be loaded.
+        normal_, zeros_ = normal_ or nn.init.normal_, zeros_ or nn.init.zeros_
         normal_(self.weight, mean=0.0, std=std)
         if self.k > 1:
             zeros_(self.transform_weight)

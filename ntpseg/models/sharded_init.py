@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ntpseg.models.loading_report import check_report
 from ntpseg.models.sharded_files import WeightFiles
@@ -83,8 +84,7 @@ class WeightShards:
                 if weight is None or weight.is_meta:
                     continue
                 if id(weight) not in self._placeholders:
-                    placeholder = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
-                    placeholder.__dict__.update(weight.__dict__)
+                    placeholder = _empty(weight, "meta")
                     self.of[placeholder] = self.cut(weight)
                     # A weight that two modules share arrives twice, and its id must not be given to another before.
                     self._placeholders[id(weight)] = weight, placeholder
@@ -101,8 +101,7 @@ class WeightShards:
         for module in modules:
             for name, weight in module._parameters.items():
                 if weight is not None and weight in self.of:
-                    full = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
-                    full.__dict__.update(weight.__dict__)
+                    full = _empty(weight, "cpu")
                     module._parameters[name] = full
                     swapped.append((module, name, weight, full, full._version))
         try:
@@ -117,6 +116,13 @@ class WeightShards:
         """Drop shards of weights that are not the model's (any more), such as of a matrix that was tied to another."""
         used = set(model.parameters())
         self.of = {weight: shard for weight, shard in self.of.items() if weight in used}
+
+
+def _empty(weight: nn.Parameter, device: str) -> nn.Parameter:
+    """An uninitialised weight in the place of another, with the marks that transformers has left on that."""
+    made = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=device), weight.requires_grad)
+    made.__dict__.update(weight.__dict__)
+    return made
 
 
 @contextmanager
@@ -175,28 +181,27 @@ def load_sharded(
     """
     files = WeightFiles(path)
     start = torch.get_rng_state()
-    model = build_sharded(make, shards)
-    prefix = f"{model.base_model_prefix}."
-    saved = list(model.state_dict())
-    names = {name: name for name in saved}
-    if not any(name.startswith(prefix) for name in files.shapes):
-        # That of the base model alone, as in `from_pretrained`.
-        names = {name: name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
-    found = {name: source for name, source in names.items() if source in files.shapes}
-    own: dict[str, Tensor] = dict(model.named_parameters())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    missing = [name for name in (*own, *buffers) if name not in found]
+    # Those of the files are not drawn first.
+    with no_init_weights():
+        model = build_sharded(make, shards)
+    model.tie_weights()
+    shards.forget_unused(model)
+    found = _sources(model, files)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    own = {name: tensor for name, tensor in (*parameters.items(), *model.named_buffers()) if name in found}
+    missing = [name for name, source in found.items() if source is None and name in own]
     other: list[str] = []
-    for name, tensor in (*own.items(), *buffers.items()):
-        if name not in found:
+    for name, tensor in own.items():
+        source = found[name]
+        if source is None:
             continue
-        if files.shapes[found[name]] != tuple(tensor.shape):
+        if files.shapes[source] != tuple(tensor.shape):
             other.append(name)
-        elif name in own:
-            shards.of[tensor] = shards.read(files, found[name]).to(tensor.dtype)
+        elif name in parameters:
+            shards.of[tensor] = shards.read(files, source).to(tensor.dtype)
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         else:
-            tensor.copy_(files.whole(found[name]))
+            tensor.copy_(files.whole(source))
     # Releases of transformers before 4.32 saved the rotary tables.
     unexpected = [name for name in files.shapes if name not in found.values() and "rotary_emb.inv_freq" not in name]
     check_report(path, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": other}, optional)
@@ -208,3 +213,13 @@ def load_sharded(
         with _initialising(shards):
             model.initialize_weights()
     return model
+
+
+def _sources(model: Any, files: WeightFiles) -> dict[str, str | None]:
+    """For each weight and buffer of a model's state the name that it has in files; None where it is not in them."""
+    saved, prefix = list(model.state_dict()), f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in files.shapes):
+        return {name: name if name in files.shapes else None for name in saved}
+    # That of the base model alone, as in `from_pretrained`.
+    base = {name: name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+    return {name: base[name] if base.get(name) in files.shapes else None for name in saved}

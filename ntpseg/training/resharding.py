@@ -104,12 +104,7 @@ def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: 
     Returns:
         What ``model.load_state_dict`` returns; nothing is missing of a ZeRO-3 checkpoint without gathered weights.
     """
-    parts = sorted(checkpoint.glob("model*.safetensors"))
-    state: dict[str, Tensor] = {}
-    if saved.kind == "fsdp" and not parts:
-        state = _dcp(checkpoint, "pytorch_model_fsdp", "model", folder)
-    for part in parts:
-        state |= load_file(part)
+    state = _saved_weights(checkpoint, saved, folder)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     if not state and (other := sorted(set(model.state_dict()) - trained)):
         raise ValueError(
@@ -292,11 +287,7 @@ def _fsdp_states(checkpoint: Path, folder: Path) -> dict[str, dict[str, Tensor]]
 
 def _weights(checkpoint: Path, folder: Path, saved: Parallelism, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights by name; those that share one tensor are in a file under one of their names alone."""
-    state: dict[str, Tensor] = {}
-    for part in sorted(checkpoint.glob("model*.safetensors")):
-        state |= load_file(part)
-    if not state and saved.kind == "fsdp":
-        state = _dcp(checkpoint, "pytorch_model_fsdp", "model", folder)
+    state = _saved_weights(checkpoint, saved, folder)
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -304,6 +295,16 @@ def _weights(checkpoint: Path, folder: Path, saved: Parallelism, model: nn.Modul
         held = next((name for name in group if name in state), None)
         if held is not None:
             yield from ((name, state[held]) for name in group)
+
+
+def _saved_weights(checkpoint: Path, saved: Parallelism, folder: Path) -> dict[str, Tensor]:
+    """Weights and buffers by name: those in whole files, or in FSDP's shards; empty where ZeRO-3 gathered none."""
+    state: dict[str, Tensor] = {}
+    for part in sorted(checkpoint.glob("model*.safetensors")):
+        state |= load_file(part)
+    if not state and saved.kind == "fsdp":
+        state = _dcp(checkpoint, "pytorch_model_fsdp", "model", folder)
+    return state
 
 
 def _dcp(checkpoint: Path, name: str, key: str, folder: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ntpseg.models.sharded_init import SHARDS, WeightShards
 
@@ -176,25 +176,14 @@ def shard_fsdp2(model: Any, accelerator: Any) -> None:
     delattr(model, SHARDS)
 
 
-@torch.no_grad()
-def gather_fsdp2(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The whole weights and buffers on the CPU, gathered one at a time; all ranks must call it alike.
+def gather_fsdp2(model: nn.Module) -> dict[str, Any]:
+    """The whole weights and buffers in rank 0's memory, gathered one at a time; all ranks must call it alike.
 
-    Args:
-        model: has its weights in shards.
-        keep: this rank gets them; the others get nothing and never hold more than one.
+    Not ``Accelerator.get_state_dict``: accelerate knows of no FSDP2 on CPUs.
     """
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    found: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if isinstance(whole, AsyncCollectiveTensor):
-            whole = whole.wait()
-        if keep:
-            found[name] = whole.cpu()
-    return found
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def start_fsdp2_on_cpu(accelerator: Any, args: TrainingArguments) -> None:

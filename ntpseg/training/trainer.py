@@ -325,8 +325,7 @@ class NTPSegTrainer(StepTrainer):
             check_weights(cast(Any, self.model), "the model", world_size=self.args.world_size)
         if self.is_fsdp_enabled and not _internal_call:
             # The Trainer writes nothing where checkpoints are saved in shards.
-            whole = gather_fsdp2(cast(Any, self.model), keep=self.is_world_process_zero())
-            self._save(output_dir, state_dict=whole)
+            self._save(output_dir, state_dict=gather_fsdp2(cast(Any, self.model)))
         else:
             super().save_model(output_dir, _internal_call)
 

@@ -82,6 +82,22 @@ def test_shards_are_those_of_one_process(options, flat: bool, tmp_path) -> None:
         check(loaded, *result)
 
 
+def test_what_is_read_is_not_drawn_first(tmp_path, monkeypatch) -> None:
+    config = configuration()
+    saved = NTPSegModel(config)
+    saved.save_pretrained(tmp_path)
+
+    def drawn(tensor, *args, **kwargs):
+        raise AssertionError(f"{list(tensor.shape)} was drawn")
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, drawn)
+    shards = WeightShards(0, 1, flat=True)
+    model = load_sharded(lambda: NTPSegModel(config), shards, tmp_path)
+    for name, weight in model.named_parameters():
+        assert torch.equal(shards.of[weight].view(weight.shape), saved.get_parameter(name)), name
+
+
 def test_codebook_rows_reach_the_shards() -> None:
     config = configuration()
     codes = config.mask_range[1] - config.mask_range[0], config.image_range[1] - config.image_range[0]
