@@ -32,7 +32,7 @@ from ntpseg.training.checkpoint import (
 )
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.divergence import CURE, TrainingDiverged, check_weights
-from ntpseg.training.ema import WeightAverage
+from ntpseg.training.ema import WeightAverage, average_files
 from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.parallelism import Parallelism
@@ -83,9 +83,6 @@ class NTPSegTrainer(StepTrainer):
         self.optimizer_options = optimizer_options or OptimizerConfig()
         self.average: WeightAverage | None = None
         self._average_from: Path | None = None
-        if not self.shares_weights:
-            # Otherwise the weights may yet have to be divided, which the beginning of training does.
-            self.start_average()
         self.budget, self.generation_metrics = budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._evaluation_due = False
@@ -128,7 +125,7 @@ class NTPSegTrainer(StepTrainer):
             TrainingInterrupted: SIGTERM or SIGUSR1 came (to any rank); a checkpoint of the step then was saved.
         """
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
-        self._asked, self._saved, self._resharding = None, None, None
+        self._asked, self._saved, self._resharding, self._average_from = None, None, None, None
         self._means.reset()
         self.throughput.reset()
         checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -165,6 +162,8 @@ class NTPSegTrainer(StepTrainer):
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
         check_resumable(checkpoint, self.args.process_index)
+        if self.optimizer_options.ema:
+            average_files(checkpoint)
         self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
         if resharding.needed(self._saved, now):
             with weights_only():
@@ -181,16 +180,17 @@ class NTPSegTrainer(StepTrainer):
                 length=getattr(config.text_config, "max_position_embeddings", None),
             )
         self._average_from = checkpoint
-        if self.average is not None:
-            self.average.load(checkpoint)
         return checkpoint
 
     def start_average(self) -> None:
-        """Average the weights from now on, or on from the checkpoint of a resumed run, where that is asked for."""
+        """Average the weights from now on, or on from the checkpoint of a resumed run, where that is asked for.
+
+        The beginning of training calls it: before, DeepSpeed may yet have to divide the weights, or to move them.
+        """
         if self.average is None and self.optimizer_options.ema:
             self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
-            if self._average_from is not None:
-                self.average.load(self._average_from)
+        if self.average is not None and self._average_from is not None:
+            self.average.load(self._average_from)
 
     def _close_bars(self) -> None:
         # An open bar would swallow the first line of the message that follows.

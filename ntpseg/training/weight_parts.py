@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: of the weight.
-        tensor: its entries, which share the weight's memory.
+        tensor: its entries, detached, which share the weight's memory.
         start: of the first of them in the flattened weight.
         size: entries of the whole weight.
     """

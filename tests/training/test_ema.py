@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toy import make_toy, make_trainer
 
+from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.ema import WeightAverage
+from ntpseg.training.weight_parts import trained_parts
 
 
 def make() -> nn.Module:
@@ -58,6 +61,54 @@ def test_applied_and_restored() -> None:
     assert torch.equal(net[0].weight, average.weights[0]) and not torch.equal(net[0].weight, own["0.weight"])
     assert torch.equal(net[0].bias, own["0.bias"]), "what is frozen is not averaged"
     net(torch.randn(5, 3)).sum().backward()
+
+
+def test_weights_are_looked_up_where_they_may_have_moved(monkeypatch) -> None:
+    """Not in every step, but in the first, and after others were put in their place."""
+    net, looked = make(), []
+
+    def counted(model):
+        looked.append(model)
+        return trained_parts(model)
+
+    monkeypatch.setattr("ntpseg.training.ema.trained_parts", counted)
+    average = WeightAverage(net, 0.9)
+    # As a first forward pass under FSDP2.
+    net[0].weight.data = net[0].weight.data.clone()
+    looked.clear()
+
+    def follow(steps: int) -> None:
+        for _ in range(steps):
+            before = [weight.clone() for weight in average.weights]
+            move(net)
+            average.update(net)
+            decay = min(0.9, (1 + average.steps) / (10 + average.steps))
+            for old, new, part in zip(before, average.weights, trained_parts(net), strict=True):
+                torch.testing.assert_close(new, decay * old + (1 - decay) * part.tensor)
+
+    follow(3)
+    assert len(looked) == 1
+    with average.applied(net):
+        net[2].weight.data = net[2].weight.data.clone()
+    looked.clear()
+    follow(3)
+    assert len(looked) == 1
+
+
+def test_begins_with_training(tmp_path) -> None:
+    """DeepSpeed moves and divides a model when training begins, after the trainer was made."""
+    options = {"optimizer_options": OptimizerConfig(ema=0.5)}
+    trainer = make_trainer(make_toy(4), tmp_path, num_train_epochs=1, learning_rate=0.0, trainer_options=options)
+    assert trainer.average is None
+    model = trainer.model.to(torch.float64)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    trainer.train()
+    assert trainer.average.steps == trainer.state.global_step > 0
+    for part, weight in zip(trained_parts(model), trainer.average.weights, strict=True):
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, part.tensor, msg=part.name)
 
 
 def test_save_and_load(tmp_path) -> None:
