@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -127,8 +128,7 @@ class HangWatch(TrainerCallback):
             if now - written > min(30.0, self.seconds / 4):
                 written = now
                 self._write("heartbeat")
-            others = any(self._file("hang", rank).exists() for rank in range(self.ranks) if rank != self.rank)
-            if others or now - self._last >= self.seconds:
+            if self._ranks_with("hang") - {self.rank} or now - self._last >= self.seconds:
                 self._end()
         faulthandler.cancel_dump_traceback_later()
 
@@ -138,11 +138,9 @@ class HangWatch(TrainerCallback):
         faulthandler.dump_traceback(file=self._stacks)
         own = self._write("hang")
         deadline = time.monotonic() + min(_GRACE, max(self.seconds, 2.0))
-        reports = self._reports("hang")
-        while len(reports) < self.ranks and time.monotonic() < deadline:
+        while len(self._ranks_with("hang")) < self.ranks and time.monotonic() < deadline:
             time.sleep(self._interval)
-            reports = self._reports("hang")
-        reports[self.rank] = own
+        reports = self._reports("hang") | {self.rank: own}
         if self.rank == min(reports):
             print(self._message(reports), file=sys.stderr, flush=True)
         os._exit(HUNG)
@@ -164,13 +162,21 @@ class HangWatch(TrainerCallback):
             f"{report['step']}, past {report['doing']!r}, in {report['where']}; {ends}"
         )
 
+    def _ranks_with(self, kind: str) -> set[int]:
+        """Whose files there are: one listing, where hundreds of ranks would look for hundreds of files every second."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return set()
+        found = (re.fullmatch(rf"{kind}-rank-(\d+)\.json", name) for name in names)
+        return {int(match[1]) for match in found if match} & set(range(self.ranks))
+
     def _reports(self, kind: str) -> dict[int, dict[str, Any]]:
         found = {}
-        for rank in range(self.ranks):
-            try:
+        for rank in sorted(self._ranks_with(kind)):
+            # One that is just being written counts as none.
+            with suppress(OSError, ValueError):
                 found[rank] = json.loads(self._file(kind, rank).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
         return found
 
     def _write(self, kind: str) -> dict[str, Any]:

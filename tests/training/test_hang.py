@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,3 +118,35 @@ def test_a_process_that_was_suspended_gets_its_time_again(tmp_path: Path, monkey
             clock[0] += 1.0
             time.sleep(0.08)
         assert ended.wait(5)
+
+
+def test_each_look_lists_the_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of ranks look every second at a file system that they share."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    watch = HangWatch(tmp_path, 1000.0, rank=2, ranks=500)
+    monkeypatch.setattr("ntpseg.training.hang.dist.barrier", lambda: None)
+    ended, looks, listed = threading.Event(), [], []
+    monkeypatch.setattr(watch, "_end", ended.set)
+    watch._interval = 0.02
+    real, listing = Path.stat, os.listdir
+
+    def stat(path: Path, *args: Any, **kwargs: Any) -> os.stat_result:
+        if path.suffix == ".json":
+            looks.append(path)
+        return real(path, *args, **kwargs)
+
+    def listdir(path: Path) -> list[str]:
+        listed.append(path)
+        return listing(path)
+
+    with watch:
+        watch.on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
+        (watch.folder / "hang-rank-900.json").write_text("{}")  # of a larger launch before
+        monkeypatch.setattr(Path, "stat", stat)
+        monkeypatch.setattr("ntpseg.training.hang.os.listdir", listdir)
+        time.sleep(0.3)
+        monkeypatch.setattr(Path, "stat", real)
+        assert listed and not looks and not ended.is_set()
+        (watch.folder / "hang-rank-499.json").write_text("{}")
+        assert ended.wait(5), "another rank has found that all stand"
