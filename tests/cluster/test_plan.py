@@ -75,6 +75,18 @@ def test_parameters_are_the_models() -> None:
     assert preset("emu3-8b").parameters.total == pytest.approx(8.54e9, rel=0.01)
 
 
+def test_fsdp2_holds_what_its_units_pad_to() -> None:
+    """On 8 ranks the k - 1 transforms are gathered as 8, in one buffer and in their place; a tied embedding once."""
+    work = preset("emu3-8b")
+    (row,) = {p.numel // 3 for p in work.shape.parameters if p.name == "heads.transform_weight"}
+    three, eight = (states(work, Numerics("fsdp2"), ranks) for ranks in (3, 8))
+    bias = work.sizes.hidden
+    assert eight.forward.gathered - three.forward.gathered == 2 * 2 * (8 - 3) * (row + bias)
+    tied = replace(work, parameters=replace(work.parameters, head=0))
+    saved = 2 * work.parameters.embedding
+    assert states(tied, Numerics("fsdp2"), 8).backward_end.gathered == eight.backward_end.gathered - saved
+
+
 def test_hard_tokens_take_what_their_memory_does() -> None:
     memory = HardTokenMemory(50, 8)
     held = memory._store.rows.nbytes + memory._store.stamp.nbytes
@@ -92,7 +104,10 @@ def test_stages_divide_what_the_paper_says() -> None:
     assert kept["zero2"].backward_end.gradients == pytest.approx(2 * total / ranks)
     whole = kept["zero3"]
     assert whole.weights + whole.gradients + whole.optimizer == pytest.approx(16 * total / ranks)
-    assert kept["fsdp2"].weights + kept["fsdp2"].optimizer == pytest.approx(12 * total / ranks)
+    # FSDP2 divides the first dimension: of the k - 1 transforms the fullest rank holds one whole.
+    transforms, rows = work.parameters.transforms, work.heads - 1
+    fullest = (total - transforms) / ranks + transforms / rows
+    assert kept["fsdp2"].weights + kept["fsdp2"].optimizer == pytest.approx(12 * fullest)
     assert kept["ddp"].persistent >= 16 * total - 4 * total
 
 

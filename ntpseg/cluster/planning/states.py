@@ -178,11 +178,19 @@ def _zero_3(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -
 
 
 def _fsdp(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -> States:
-    """Float32 shards; a unit gathered at a time and the next one's buffer, the heads from forward into backward."""
+    """Float32 shards of rows, of the transforms ``[k - 1, D, D]`` whole ones; units gathered one after the other.
+
+    Heads and root stay gathered into backward. In the forward pass the buffer of the last all-gather, that of the
+    heads, lives until its end; in the heads' backward their gradient and the reduce-scatter's copy of it lie beside the
+    last layer, gathered ahead; in the first layer's two layers and two copies of gradients beside the embedding.
+    """
     size, parameters = numerics.product_bytes, work.parameters
-    part = -(-parameters.total // ranks)
-    head = parameters.head or parameters.embedding  # a tied embedding is of their unit
-    kept, layer = size * (parameters.other + head), size * parameters.layer
+    rows = max(work.heads - 1, 1)
+    own = parameters.transforms // rows * -(-rows // ranks)
+    part = -(-(parameters.total - parameters.transforms) // ranks) + own
+    # A tied embedding is of the heads' unit; dimensions that the ranks do not divide are padded.
+    heads = size * ((parameters.head or parameters.embedding) + own * ranks)
+    kept, layer = heads + size * (parameters.other - parameters.transforms), size * parameters.layer
     embedding = size * parameters.embedding if parameters.head else 0
     of_layers = 4 * -(-parameters.layer * parameters.layers // ranks)
     return States(
@@ -190,8 +198,8 @@ def _fsdp(work: Workload, numerics: Numerics, ranks: int, accumulated: bool) -> 
         gradients=0,
         optimizer=_MOMENTS * part,
         buffers=0,
-        forward=Moment(4 * part * accumulated, kept),
-        backward_start=Moment(4 * part * accumulated + size * head, kept + 2 * layer),
-        backward_end=Moment((4 * part if accumulated else of_layers), embedding + 4 * layer),
+        forward=Moment(4 * part * accumulated, kept + heads),
+        backward_start=Moment(4 * part * accumulated + 2 * heads, kept + layer),
+        backward_end=Moment(4 * part if accumulated else of_layers, embedding + 4 * layer),
         step=Moment(4 * part),
     )
