@@ -2,8 +2,8 @@
 
     python -m benchmarks.communication [--results FILE] [--cases CASE ...]
 
-Runs `benchmarks.communication_steps` under torchrun with 2 and 4 ranks; what the file holds of other cases stays. Exit
-code 1 where a number of calls or bytes is not the predicted one.
+Runs `benchmarks.communication_steps` under torchrun with 2 and 4 ranks; what the file holds of other cases stays, each
+with the commit that it was measured at. Exit code 1 where a number of calls or bytes is not the predicted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.environment import describe
+from benchmarks.harness.environment import commit, describe
 from benchmarks.harness.rows import RESULTS
 from ntpseg.utils.files import write_json
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for ranks in args.ranks:
         for row in run(ranks, args.cases):
             print(line(row), flush=True)
-            found[ranks, row["case"]] = row
+            found[ranks, row["case"]] = {**row, "commit": commit()}
     rows = list(found.values())
     missed = sum(not exact(row) for row in rows)
     print(f"{len(rows) - missed} of {len(rows)} steps as predicted, call by call and byte by byte")
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "source": "torch.profiler, record_shapes, gloo; see benchmarks/collectives.py",
         "exact": len(rows) - missed,
         "rows": rows,
-        **describe(torch.device("cpu")),
+        **{name: value for name, value in describe(torch.device("cpu")).items() if name != "commit"},
     }
     write_json(args.results, result)
     return 1 if missed else 0
