@@ -27,6 +27,7 @@ from ntpseg.cluster.workload import Workload, sequence_format
 from ntpseg.memory import HardTokenMemory
 from ntpseg.models import NTPSegModel, preset_config
 from ntpseg.training import load_config
+from ntpseg.training.arguments import training_arguments
 
 SMALL = ("model.overrides={hidden_size: 64, intermediate_size: 160, num_attention_heads: 4, num_key_value_heads: 2}",)
 
@@ -178,6 +179,17 @@ def test_command_ends_with_1_where_nothing_fits() -> None:
     done = run("--preset", "emu3-8b", "--gpu", "l4", "--zero", "none")
     assert done.exit_code == 1
     assert "does not fit" in done.output and "what would: " in done.output
+
+
+@pytest.mark.parametrize("zero", ["1", "3", "fsdp2"])
+def test_the_settings_carry_the_plan_out(zero: str, tmp_path: Path) -> None:
+    plan = make_plan(load_config("tiny"), gpu("l4"), PlanOptions(2, zero, samples=2, checkpointing=True))
+    settings = [argument for argument in plan.arguments if "=" in argument]
+    config = load_config("tiny", [*settings, "training.bf16=false"])
+    args, batch = training_arguments(config, tmp_path), plan.chosen.batch
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, batch.accumulation)
+    assert config.training["activation_checkpointing"] is True
+    assert plan.arguments[-2:] == ("--deepspeed", f"zero{zero}") or args.fsdp_plugin_args["fsdp_version"] == 2
 
 
 def test_measured_utilisation_replaces_the_predicted_one(tmp_path: Path) -> None:

@@ -167,5 +167,5 @@ def _arguments(chosen: Candidate) -> tuple[str, ...]:
         f"training.bf16={str(chosen.numerics.precision == 'bfloat16').lower()}",
     ]
     if sharding == "fsdp2":
-        settings += ["training.fsdp=full_shard", "training.fsdp_config={fsdp_version: 2}"]
+        settings.append("training.fsdp=true")
     return (*settings, *(("--deepspeed", sharding) if chosen.numerics.zero else ()))
