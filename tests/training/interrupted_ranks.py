@@ -1,6 +1,7 @@
-"""Two ranks train the toy; the last one alone gets SIGTERM: ``interrupted_ranks.py OUTPUT MODE STEP``.
+"""Two ranks train the toy, the last one alone gets SIGTERM, and two others go on: ``interrupted_ranks.py OUTPUT``.
 
-MODE is ddp or zero2. STEP 0 resumes and trains to the end. Every rank writes what it saw to OUTPUT/rank-N.json.
+Once under DDP and once under ZeRO-2. Every rank writes what it saw to OUTPUT/MODE-asked-N.json, and when it has gone on
+to OUTPUT/MODE-resumed-N.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
+from forked_ranks import start
 from toy import losses, make_toy, make_trainer
 from transformers import TrainerCallback
 
@@ -32,6 +34,7 @@ class Term(TrainerCallback):
 
 
 def main(output: Path, mode: str, step: int) -> None:
+    """Train to the signal in a step, or with step 0 from its checkpoint to the end."""
     torch.set_num_threads(1)
     prepare_deepspeed()
     fields = {"deepspeed": deepspeed_config(mode)} if mode != "ddp" else {}
@@ -45,9 +48,15 @@ def main(output: Path, mode: str, step: int) -> None:
         trainer.train(checkpoint)
     except TrainingInterrupted as stop:
         result = {"signal": stop.name, "step": stop.step}
-    (output / f"rank-{rank()}.json").write_text(json.dumps({**result, "losses": losses(trainer, "loss", "het")}))
+    (output / f"{mode}-{'asked' if step else 'resumed'}-{rank()}.json").write_text(
+        json.dumps({**result, "losses": losses(trainer, "loss", "het")})
+    )
     end_processes()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    import deepspeed  # noqa: F401  # so that the ranks, which are forked, need not each do it
+
+    for kind in ("ddp", "zero2"):
+        for at in (4, 0):
+            start(main, Path(sys.argv[1]), kind, at)

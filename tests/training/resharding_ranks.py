@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from forked_ranks import start
 from safetensors.torch import save_file
 from toy import make_toy, make_trainer
 from transformers import TrainerCallback
@@ -110,9 +109,7 @@ def forget() -> None:
 PAIRS = (("single", "zero2"), ("single", "ddp"), ("single", "fsdp"), ("zero2", "zero3"), ("zero3", "zero1"))
 
 
-def main(index: int, output: Path, port: int) -> None:
-    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+def main(output: Path) -> None:
     torch.set_num_threads(1)
     prepare_deepspeed()
     result = {}
@@ -132,7 +129,4 @@ def main(index: int, output: Path, port: int) -> None:
 if __name__ == "__main__":
     import deepspeed  # noqa: F401  # so that the ranks, which are forked, need not each do it
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
-    multiprocessing.start_processes(main, (Path(sys.argv[1]), address[1]), nprocs=2, start_method="fork")
+    start(main, Path(sys.argv[1]))

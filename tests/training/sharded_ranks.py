@@ -1,4 +1,4 @@
-"""Trains and builds models in shards on the ranks of torchrun: ``sharded_ranks.py OUTPUT MODE ...``.
+"""Trains and builds models in shards on two ranks: ``sharded_ranks.py OUTPUT MODE ...``.
 
 Each MODE is ddp, fsdp2, zero3 or a configuration that offloads; with ``+`` with activation checkpointing (with ``*``
 FSDP's own), with ``/`` with both ranks on each sequence. ``memory fsdp2`` and ``memory zero3`` measure a larger model's
@@ -20,6 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
+from forked_ranks import start
 from toy import SMALL, make_toy, make_trainer, sequence_of
 from transformers import TrainingArguments
 
@@ -228,4 +229,6 @@ def main(output: Path, modes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if any("zero3" in mode for mode in sys.argv[2:]):
+        import deepspeed  # noqa: F401  # so that the ranks, which are forked, need not each do it
+    start(main, Path(sys.argv[1]), sys.argv[2:])

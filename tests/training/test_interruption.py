@@ -6,13 +6,12 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run
 from test_pipeline import FAST, write_data
 from test_resume import figures
 from toy import losses, make_toy, make_trainer
@@ -23,8 +22,6 @@ from ntpseg.cli import app
 from ntpseg.training.callbacks import JsonLog
 from ntpseg.training.checkpoint import last_checkpoint
 from ntpseg.training.interruption import Interruption, TrainingInterrupted
-
-HERE = Path(__file__).parent
 
 
 class Send(TrainerCallback):
@@ -52,8 +49,8 @@ class Send(TrainerCallback):
 def test_the_run_goes_on_as_if_it_had_not_been_asked(event, step, number, saved, tmp_path) -> None:
     fields = {"num_train_epochs": 3, "gradient_accumulation_steps": 2}
     toy, whole, asked = make_toy(32), tmp_path / "whole", tmp_path / "asked"
-    for run in (whole, asked):
-        run.mkdir()
+    whole.mkdir()
+    asked.mkdir()
     expected = make_trainer(toy, whole, callbacks=[JsonLog(whole)], **fields)
     expected.train()
     before = signal.getsignal(number)
@@ -117,23 +114,26 @@ def test_the_command_ends_well_and_says_how_to_go_on(tmp_path, monkeypatch) -> N
     assert (output / "model").is_dir() and not (output / "stopped.json").exists()
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("ranks")
+    run("interrupted_ranks.py", str(output))
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("mode", ["ddp", "zero2"])
-def test_ranks_agree_when_one_of_them_is_asked(mode, tmp_path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(HERE / "interrupted_ranks.py"), str(tmp_path), mode]
-    seen = []
-    for step in ("4", "0"):
-        done = subprocess.run([*command, step], env=environment, capture_output=True, text=True, timeout=140)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        seen.append([json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)])
-    assert [(rank["signal"], rank["step"]) for rank in seen[0]] == [("SIGTERM", 5)] * 2
+def test_ranks_agree_when_one_of_them_is_asked(mode, ranks, tmp_path) -> None:
+    asked, resumed = (
+        [json.loads((ranks / f"{mode}-{kind}-{rank}.json").read_text()) for rank in (0, 1)]
+        for kind in ("asked", "resumed")
+    )
+    assert [(rank["signal"], rank["step"]) for rank in asked] == [("SIGTERM", 5)] * 2
     # the state of a checkpoint holds the log of the steps before it
     fields = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
     single = make_trainer(make_toy(16, variants=1), tmp_path / "single", k=3, **fields)
     single.train()
     expected = losses(single, "loss", "het")
-    assert len(seen[1][0]["losses"]) == len(expected) == 6
-    torch.testing.assert_close(torch.tensor(seen[1][0]["losses"]), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert len(resumed[0]["losses"]) == len(expected) == 6
+    torch.testing.assert_close(torch.tensor(resumed[0]["losses"]), torch.tensor(expected), rtol=1e-3, atol=1e-5)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -20,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 
-HERE = Path(__file__).parent
 PAIRS = (("single", "zero2"), ("single", "ddp"), ("single", "fsdp"), ("zero2", "zero3"), ("zero3", "zero1"))
 # The order of sums over ranks differs, and Adam divides by gradients that are nearly zero.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -36,11 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
     expected = [[line[n] for n in ranks.NAMES] for line in trainer.state.log_history if "loss" in line]
     average = dict(zip(trainer.average.names, trainer.average.weights))
     ranks.write(output / "single", "plain", 8, 1)
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "resharding_ranks.py"), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return output, np.array(expected), average, done.stderr
+    return output, np.array(expected), average, run("resharding_ranks.py", str(output))
 
 
 def same(figures: list[list[float]], expected: np.ndarray) -> None:

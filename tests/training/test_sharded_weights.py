@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run
 from toy import PATCH, SIDE, SMALL, make_toy, make_trainer, sequence_of
 
 from ntpseg.models import NTPSegModel, preset_config
@@ -20,7 +17,6 @@ from ntpseg.models.bundle import load_whole
 from ntpseg.models.sharded_init import WeightShards, build_sharded, load_sharded
 from ntpseg.training import load_config
 
-HERE = Path(__file__).parent
 OPTIONAL = ("heads.", "grid.", "front_end.", "readout.")
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -181,17 +177,6 @@ def test_models_that_cannot_share_sequences_say_so(monkeypatch, tmp_path) -> Non
         make_trainer(make_toy(4), tmp_path, trainer_options={"sequence_parallel_size": 2})
 
 
-def torchrun(output: Path, *arguments: str) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    # What is freed goes back to the system, so that memory in use is what is measured.
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(HERE / "sharded_ranks.py"), str(output), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((output / "result.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The losses, evaluations and average of one process, and its checkpoint of step 3."""
@@ -222,7 +207,9 @@ def ranks(tmp_path_factory):
         stage, modes = ("zero3", ZERO) if mode.startswith("zero") else ("fsdp2", FSDP)
         if stage not in done:
             output = tmp_path_factory.mktemp(stage)
-            done[stage] = torchrun(output, f"memory {stage}", *modes), output
+            # What is freed goes back to the system, so that memory in use is what is measured.
+            run("sharded_ranks.py", str(output), f"memory {stage}", *modes, MALLOC_MMAP_THRESHOLD_="65536")
+            done[stage] = json.loads((output / "result.json").read_text()), output
         return done[stage]
 
     return of

@@ -1,4 +1,4 @@
-"""Trains on numbers of samples that no batch divides: ``uneven_ranks.py OUTPUT MODE ...``, alone or under torchrun.
+"""Trains on numbers of samples that no batch divides, on two ranks: ``uneven_ranks.py OUTPUT MODE ...``, or alone.
 
 Each MODE is ddp, dense (with losses on pixels), nan, zero2 or zero3; in the last three one sample has a NaN for its
 loss. The global batch is four samples, twice accumulated, however many processes there are.
@@ -16,6 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from forked_ranks import start
 from toy import make_toy, make_trainer
 
 from ntpseg.training.distributed import deepspeed_config, end_processes, prepare_deepspeed, rank
@@ -32,8 +33,7 @@ def run(mode: str, pairs: int, output: Path) -> dict[str, Any]:
     """Every log line, the weights and the hard tokens at the end."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     fields: dict[str, Any] = {}
-    # One process stands for every mode: DeepSpeed is to change nothing either.
-    if mode.startswith("zero") and world > 1:
+    if mode.startswith("zero"):
         fields["deepspeed"] = deepspeed_config(mode)
         if mode == "zero3":
             fields["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -92,23 +92,37 @@ def break_sample(model: Any) -> None:
     model.forward = broken
 
 
+def alone(output: Path, modes: list[str]) -> dict[Any, Any]:
+    """What one process does in each mode; one run stands for nan, zero2 and zero3, since DeepSpeed changes nothing."""
+    result: dict[Any, Any] = {}
+    for mode in modes:
+        for pairs in SIZES[mode]:
+            same = "nan" if mode.startswith("zero") else mode
+            if (same, pairs) not in result:
+                result[same, pairs] = run(same, pairs, output / f"{same}-{pairs}")
+            result[mode, pairs] = result[same, pairs]
+    return result
+
+
 def main(output: Path, modes: list[str]) -> None:
     torch.set_num_threads(1)
-    several = "WORLD_SIZE" in os.environ
-    if several and any(mode.startswith("zero") for mode in modes):
+    if any(mode.startswith("zero") for mode in modes):
         prepare_deepspeed()
+    else:
+        dist.init_process_group("gloo")
     result = {}
     for mode in modes:
         for pairs in SIZES[mode]:
             result[mode, pairs] = run(mode, pairs, output / f"{mode}-{pairs}")
             AcceleratorState._reset_state()
             GradientState._reset_state()
-            if several:
-                dist.barrier()
+            dist.barrier()
     if rank() == 0:
         torch.save(result, output / "result.pt")
     end_processes()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if any(mode.startswith("zero") for mode in sys.argv[2:]):
+        import deepspeed  # noqa: F401  # so that the ranks, which are forked, need not each do it
+    start(main, Path(sys.argv[1]), sys.argv[2:])
