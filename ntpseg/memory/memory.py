@@ -14,7 +14,7 @@ from torch import Tensor
 from ntpseg.memory import deviation as deviations
 from ntpseg.memory import snapshot, state, storage
 from ntpseg.memory.background import Background, served_rows
-from ntpseg.memory.changes import UNSAVED, mark, mark_merged, mark_recorded, recorded_flags
+from ntpseg.memory.changes import mark_merged, mark_recorded
 from ntpseg.memory.exchange import Traffic, exchange
 from ntpseg.memory.overlap import Overlap
 from ntpseg.ops import merge_entries, record_errors, topn_errors
@@ -43,9 +43,9 @@ class HardTokens:
 class HardTokenMemory:
     """The up to n hardest errors of every sample, recorded in one epoch and served in the next.
 
-    It takes ``24 N n`` bytes: two epochs of deviation, position and token. In each step `lookup` what the loss is to
-    read, then `observe` its output (which works out the deviation of the memory's kind) or `record` a deviation of your
-    own; at the end of the epoch `sync` ranks and `advance`.
+    It takes ``(24 n + 10) N`` bytes: two epochs of deviation, position and token, and of each row its stamp and flags.
+    In each step `lookup` what the loss is to read, then `observe` its output (which works out the deviation of the
+    memory's kind) or `record` a deviation of your own; at the end of the epoch `sync` ranks and `advance`.
 
     Args:
         num_samples: number of samples N in the data set; sample ids are 0 .. N-1.
@@ -279,10 +279,11 @@ class HardTokenMemory:
         store = self._store
         store.clear()
         self._control.zero_()
+        self._largest_token.zero_()
+        # What was saved so far is of the state that goes; new ones write all first, whatever is flagged.
+        self._snapshots = snapshot.Snapshots(store)
         state.unpack(saved["served"], store.rows, store.stamp, epoch - 1)
         state.unpack(saved["recording"], store.rows, store.stamp, epoch)
-        for name, current in (("served", epoch - 1), ("recording", epoch)):
-            mark(store, current, saved[name]["sample"].to(store.rows.device), recorded_flags(store) & UNSAVED)
         store.strange = True
         self._epoch.fill_(epoch)
         self._write_header()
