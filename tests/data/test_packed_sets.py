@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dataset_files import picture, save, square, table
 from packed_files import damage, folder_of, packed, same
+from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.data import MaskOptions, check_records, load_records, read_image, read_truth
-from ntpseg.data.shards import ShardError, open_packed
+from ntpseg.data.shards import PackedSplit, ShardError, open_packed, reading, storage
 from ntpseg.data.shards.storage import MAX_OPEN, LocalStorage, dataset_url
 from ntpseg.data.shards.writing import PackOptions, pack_dataset
 
@@ -179,10 +182,74 @@ def test_few_shards_are_open_and_little_is_held(tmp_path: Path) -> None:
     assert isinstance(split.storage, LocalStorage) and len(split.manifest.shards) == len(split) == 2 * MAX_OPEN
     split.read(0, "image")
     before = len(os.listdir("/proc/self/fd"))
-    split._recent.clear()
+    split._process.get().recent.clear()
     for row in range(len(split)):
         split.read(row, "image")
     assert split.storage.open_files == MAX_OPEN and len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
+
+
+@pytest.mark.parametrize("place", ["index", "shard"])
+def test_a_forked_loader_reads_while_its_parent_opens_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A thread of the parent holds the lock when the workers are forked, and never lets go of it in them."""
+    split = open_packed(packed(tmp_path)).splits["train"]
+    expected = [split.read(row, "image") for row in range(len(split))]
+    split = open_packed(tmp_path / "set").splits["train"]
+    module, name = {"index": (reading, "open_index"), "shard": (storage, "FileIO")}[place]
+    original, parent = getattr(module, name), os.getpid()
+    holding, free = threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        if os.getpid() == parent:
+            holding.set()
+            assert free.wait(60)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, slow)
+    thread = threading.Thread(target=split.read, args=(0, "image"))
+    thread.start()
+    try:
+        assert holding.wait(60)
+        images = Images(split)
+        context = multiprocessing.get_context("fork")
+        loader = DataLoader(images, 2, num_workers=2, collate_fn=list, multiprocessing_context=context, timeout=30)
+        assert [image for batch in loader for image in batch] == expected
+    finally:
+        free.set()
+        thread.join()
+    assert split.read(0, "image") == expected[0]
+
+
+class Images(Dataset):
+    def __init__(self, split: PackedSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.split.read(row, "image")
+
+
+def test_a_worker_leaves_the_copies_of_its_parent(tmp_path: Path) -> None:
+    split = open_packed(packed(tmp_path, pairs=40)).splits["train"]
+    mine = os.fspath(split[0].image)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        theirs = pool.apply(_copies, (split, 20))
+        assert Path(mine).read_bytes() == split[0].image.read_bytes()
+    assert mine not in theirs and len(set(theirs)) == 20
+
+
+def _copies(split: PackedSplit, number: int) -> list[str]:
+    return [os.fspath(split[row].image) for row in range(number)]
+
+
+def test_sets_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    out = packed(tmp_path)
+    content = json.loads((out / "packed.json").read_text())
+    (out / "packed.json").write_text(json.dumps({**content, "layout": "manifest"}))
+    assert len(load_records(out)) == 12
 
 
 def test_urls_survive_path_libraries(tmp_path: Path) -> None:

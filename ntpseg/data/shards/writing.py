@@ -20,6 +20,7 @@ from ntpseg.data.shards.manifest import PACKED, TOKENIZERS, PackedManifest, Spli
 from ntpseg.data.shards.storage import RemoteStorage, open_storage
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_folder
+from ntpseg.utils.manifest import file_digest, write_manifest
 
 _NO_HASH = bytes(32)
 
@@ -123,8 +124,9 @@ def pack_dataset(
         layout = None
         if tokenizer is not None:
             tokenizer.save(place.folder / TOKENIZERS)
+            write_manifest(place.folder / TOKENIZERS)
             layout = _with_files(tokenizer.layout, place)
-        manifest = PackedManifest(options.format, splits, layout, options.layout)
+        manifest = PackedManifest(options.format, splits, layout)
         place.write(PACKED, manifest.to_json().encode())
     return Packed(manifest, left_out)
 
@@ -142,15 +144,12 @@ class _Place:
 
     def close(self, name: str) -> tuple[int, str]:
         """Size and SHA-256 of a file that is complete; one for elsewhere is sent and removed."""
-        path, digest = self.folder / name, hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-        size = path.stat().st_size
+        path = self.folder / name
+        size, digest = path.stat().st_size, file_digest(path)
         if self._remote is not None:
             self._remote.put(path, name)
             path.unlink()
-        return size, digest.hexdigest()
+        return size, digest
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
