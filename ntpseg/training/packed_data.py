@@ -37,8 +37,14 @@ def check_packed(config: RunConfig, packed: PackedSet) -> None:
     """Refuse a packed set that a run cannot train on.
 
     Raises:
-        ValueError: it has no training pair, or cases without a finding, which the run does not keep.
+        ValueError: it has no training pair, cases without a finding, which the run does not keep, or the run names a
+            class of label maps, which packing has settled.
     """
+    if config.data.mask_value:
+        raise ValueError(
+            f"data.mask_value must be empty for the packed set {packed.root}, whose pairs have named their class since "
+            f"they were packed, got {config.data.mask_value!r}; pack with --mask-value {config.data.mask_value}"
+        )
     if "train" not in packed.splits:
         raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
     empty = sum(s.manifest.empty for name, s in packed.splits.items() if name != "test")
