@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import json
 import multiprocessing
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -238,6 +240,33 @@ def test_http(tmp_path: Path, ranges: bool, client: str) -> None:
         assert [r.mask.read_bytes() for r in after] == [r.mask.read_bytes() for r in before]
         with pytest.raises(ShardError, match=r"/none must be a packed data set, got no packed\.json"):
             load_records(f"{url}/none")
+
+
+@pytest.mark.parametrize("client", ["plainhttp", "http"])
+def test_the_doctor_looks_at_a_url(tmp_path: Path, client: str) -> None:
+    if client == "http":
+        pytest.importorskip("aiohttp", reason='pip install "ntpseg[streaming]"')
+    out = packed(tmp_path / "one")
+    packed(tmp_path / "two", pairs=13)
+    with served(tmp_path) as (address, _):
+
+        def doctor(path: str) -> Any:
+            return CliRunner().invoke(app, ["doctor", "--data", f"{client}://{address}/{path}", "--json"])
+
+        one, two = doctor("one/set"), doctor("two/set")
+        assert one.exit_code == two.exit_code == 0, (one.output, one.exception)
+        digests = [json.loads(each.output)["ranks"][0]["data"] for each in (one, doctor("one/set/"), two)]
+        assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 16
+        shard = next(out.glob("val-*.parquet"))
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-5])
+        for path, words in {
+            "one/set": f"{shard.name} must have {len(whole)} bytes, got {len(whole) - 5} (cut off); copy it again",
+            "one/folder": "/one/folder must be a packed data set, got no packed.json in it",
+        }.items():
+            message = str(doctor(path).exception)
+            assert message.startswith(f"data must be a packed data set on every rank, got on {socket.gethostname()}: ")
+            assert words in message and "\n" not in message
 
 
 def test_processes_copy_an_index_once_and_check_it(tmp_path: Path) -> None:
