@@ -80,6 +80,27 @@ def test_hugging_face_datasets_reads_the_shards(tmp_path: Path, kind: str) -> No
         assert same(np.asarray(row[names[1]]) > 0, read_truth(record))
 
 
+def test_all_shards_of_a_split_declare_the_same_columns(tmp_path: Path) -> None:
+    """Pictures alone in the first shards, a medical file in the last: `datasets` reads them as one table or none."""
+    nibabel = pytest.importorskip("nibabel")
+    import pyarrow.parquet as pq
+
+    folder = folder_of(tmp_path / "folder")
+    pixels = np.zeros((16, 16, 1), np.float32)
+    pixels[:4] = 100
+    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), folder / "img" / "last.nii.gz")
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    last = lines[2].replace("p1.png", "last.nii.gz", 1).replace("s1", "s99")
+    (folder / "manifest.csv").write_text("\n".join([*lines, last]) + "\n")
+    calls: list[tuple[str, int, int]] = []
+    pack_dataset(folder, tmp_path / "set", PackOptions(shard_bytes=900), progress=lambda *call: calls.append(call))
+    assert calls == [("packing", done + 1, 13) for done in range(13)]
+    schemas = [pq.read_schema(path) for path in sorted((tmp_path / "set").glob("train-*.parquet"))]
+    assert len(schemas) > 2 and all(schema.equals(schemas[0], check_metadata=True) for schema in schemas)
+    assert b'"Image"' not in schemas[0].metadata[b"huggingface"]
+    assert b'"Image"' in pq.read_schema(tmp_path / "set" / "val-00000.parquet").metadata[b"huggingface"]
+
+
 def test_an_image_of_several_sentences_is_stored_once_in_parquet(tmp_path: Path) -> None:
     save(tmp_path / "a.png", picture(64))
     rows = []
