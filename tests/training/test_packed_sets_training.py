@@ -248,6 +248,25 @@ def test_training_on_tokens_of_shards_is_that_on_the_folder(
     assert "\n" not in str(caught.value)
 
 
+def test_tokenizers_of_a_url_are_copied_and_checked(folder: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    plain = run(folder, tmp_path / "run", "training.max_steps=1")
+    for name in ("whole", "damaged"):
+        pack_dataset(folder, f"memory://tokenizers/{name}", tokenizer=PackTokenizer.load(plain))
+    memory = fsspec.filesystem("memory")
+    try:
+        copy = open_packed("memory://tokenizers/whole").tokenizers()
+        names = ("vision/model.safetensors", "text/tokenizer.json")
+        assert all((copy / n).read_bytes() == (plain / "tokenizers" / n).read_bytes() for n in names)
+        path = f"/tokenizers/damaged/tokenizers/{names[0]}"
+        memory.pipe_file(path, bytes(len(memory.cat_file(path))))
+        message = f"memory://tokenizers/damaged/tokenizers must be what was packed, got a folder where {names[0]}"
+        with pytest.raises(ShardError, match=message):
+            open_packed("memory://tokenizers/damaged").tokenizers()
+    finally:
+        memory.store.clear()
+
+
 def test_a_batch_is_announced_in_one_go(shards: Path, folder: Path, tmp_path: Path) -> None:
     plain = run(folder, tmp_path / "run", "training.max_steps=1")
     pack_dataset(folder, tmp_path / "set", tokenizer=PackTokenizer.load(plain))
