@@ -14,9 +14,10 @@ import argparse
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from ntpseg.utils.manifest import linked_hashes, write_manifest
 _LENGTH = 256  # positions of a sample
 
 
-def main() -> None:
-    """Prints each part's figures and writes them all."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints each part's figures when it is done and writes all so far: what breaks off leaves what it measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--entries", type=int, default=64)
@@ -43,44 +44,55 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=200, help="batches of an epoch that are timed")
     parser.add_argument("--folder", type=Path, help="where the files lie; a temporary folder by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "het_scale.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.het_scale", *(sys.argv[1:] if arguments is None else arguments)]),
+        "environment": describe(torch.device("cpu")),
+        **{name: getattr(args, name) for name in ("samples", "entries", "batch", "measured")},
+        "length": _LENGTH,
+    }
+
+    def say(name: str, figures: Any) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(name, rounded(figures), f"(peak RSS {peak >> 10} MiB)", flush=True)
+        result[name] = figures
+        write_json(args.out, rounded(result))
+
     folder = Path(tempfile.mkdtemp(prefix="het-scale-", dir=args.folder))
     try:
-        rows = measure(args.samples, args.entries, args.batch, args.measured, folder)
+        measure(args.samples, args.entries, args.batch, args.measured, folder, say)
     finally:
         shutil.rmtree(folder)
-    write_json(args.out, rounded({"environment": describe(torch.device("cpu")), **rows}))
     print(args.out)
 
 
-def measure(samples: int, entries: int, batch: int, measured: int, folder: Path) -> dict[str, Any]:
-    """The whole measurement in an empty folder; see the module's page."""
-    result: dict[str, Any] = {"samples": samples, "entries": entries, "batch": batch, "length": _LENGTH}
+def measure(
+    samples: int, entries: int, batch: int, measured: int, folder: Path, say: Callable[[str, Any], None]
+) -> None:
+    """The whole measurement in an empty folder, see the module's page; `say` gets the name and figures of each part."""
     start = resident()
-    result["index"] = say("index", index_figures(samples, batch, folder / "index"))
+    say("index", index_figures(samples, batch, folder / "index"))
     memory = HardTokenMemory(samples, entries, storage="mapped", path=folder / "memory")
     step = small_step()
-    result["small_step"] = say("small_step", {"sequences": 1, **timed([step] * 5)})
+    step_times = timed([step] * 5)
+    say("small_step", {"sequences": 1, **step_times})
     del step
     peak = [0, 0]
-    result["fill"] = say("fill", fill(memory, batch, peak))
-    result["disk_bytes"] = say("disk_bytes", {p.name: 512 * p.stat().st_blocks for p in (folder / "memory").iterdir()})
-    result["advance"] = say("advance", wall(memory.advance))
-    result["epoch_2"] = say("epoch_2", visits(memory, batch, measured, peak))
-    result["checkpoint"] = say("checkpoint", checkpoints(memory, batch, folder, peak))
+    say("fill", fill(memory, batch, peak))
+    say("disk_bytes", {p.name: 512 * p.stat().st_blocks for p in (folder / "memory").iterdir()})
+    say("advance", wall(memory.advance))
+    second = visits(memory, batch, measured, peak)
+    say("epoch_2", second)
+    say("checkpoint", checkpoints(memory, batch, folder, peak))
     memory.advance()
-    result["epoch_3"] = say("epoch_3", visits(memory, batch, measured, peak))
-    names = ("anonymous", "file")
-    result["resident_bytes"] = {
-        **{f"{name}_at_start": value for name, value in zip(names, start)},
-        **{f"{name}_peak": value for name, value in zip(names, peak)},
-    }
-    say("resident_bytes", result["resident_bytes"])
-    microseconds = result["epoch_2"]["update"]["cpu_us"] + result["epoch_2"]["lookup"]["cpu_us"]
-    result["share_of_small_step"] = microseconds / result["small_step"]["cpu_us"]
-    say("share_of_small_step", result["share_of_small_step"])
-    return result
+    say("epoch_3", visits(memory, batch, measured, peak))
+    moments = {"at_start": start, "peak": peak}
+    say(
+        "resident_bytes",
+        {f"{kind}_{when}": sizes[i] for when, sizes in moments.items() for i, kind in enumerate(("anonymous", "file"))},
+    )
+    say("share_of_small_step", (second["update"]["cpu_us"] + second["lookup"]["cpu_us"]) / step_times["cpu_us"])
 
 
 def index_figures(samples: int, batch: int, folder: Path) -> dict[str, Any]:
@@ -210,13 +222,6 @@ def resident() -> list[int]:
 def disk(folder: Path) -> int:
     """Bytes on the disk under a folder, linked files once."""
     return sum({s.st_ino: 512 * s.st_blocks for s in (p.stat() for p in folder.rglob("*") if p.is_file())}.values())
-
-
-def say(name: str, figures: Any) -> Any:
-    """Print a part's figures and return them."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(name, rounded(figures), f"(peak RSS {peak >> 10} MiB)", flush=True)
-    return figures
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,9 @@ class Pairs:
     def text_ids(self, index: int, variant: int = 0) -> list[int]:
         """Ids of a sentence."""
         return self.text[index].tolist()
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Nothing: all is here."""
 
 
 def mark(name: str) -> None:

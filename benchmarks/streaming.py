@@ -71,8 +71,9 @@ def from_shards(split: PackedSplit, order: Sequence[int], step: int = 16) -> Non
 
 def forget_contents(split: PackedSplit) -> None:
     """Nothing of an earlier round may be at hand."""
-    split._recent.clear()
-    split._held = 0
+    held = split._process.get()
+    held.recent.clear()
+    held.size = 0
 
 
 def from_files(records: Sequence[Record], order: Sequence[int]) -> None:

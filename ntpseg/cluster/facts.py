@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ntpseg.data.shards import dataset_url, open_packed
+
 _PACKAGES = ("transformers", "accelerate", "deepspeed", "triton", "numpy", "safetensors", "tokenizers")
 _ENDS = 1 << 16  # bytes from the start and the end of each file of a data set that enter its digest
 
@@ -55,14 +57,13 @@ def rank_facts(rank: int, device: torch.device, data: Path | None, output: Path)
     Args:
         rank: of this process.
         device: that it will train on.
-        data: folder of the data set, or None.
+        data: folder of the data set, or URL of a packed one; None: there is none.
         output: folder that runs are written to; its nearest parent that exists is looked at.
 
     Raises:
-        ValueError: `data` is no folder here.
+        ValueError: `data` is no folder here, or no packed data set can be read at the URL.
     """
-    if data is not None and not data.is_dir():
-        raise ValueError(f"data must be a folder on every rank, got {data}, which is none on {socket.gethostname()}")
+    found = "" if data is None else data_digest(data)
     while not output.exists():
         output = output.parent
     return RankFacts(
@@ -70,7 +71,7 @@ def rank_facts(rank: int, device: torch.device, data: Path | None, output: Path)
         host=socket.gethostname(),
         versions=versions(),
         code=code_digest(),
-        data="" if data is None else data_digest(data),
+        data=found,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         free_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory(),
         free_disk=shutil.disk_usage(output).free,
@@ -114,7 +115,23 @@ def data_digest(folder: Path) -> str:
     """Of names, sizes, and the first and last 64 KiB of every file: it sees another copy, not every changed pixel.
 
     Training itself compares whole contents; here a set of a million files must be looked at in minutes, by all ranks.
+    Of a packed data set at a URL it is that of its manifest, which holds the hash of every shard; shards are asked for
+    their sizes.
+
+    Raises:
+        ValueError: this host finds no folder there, or no packed data set that it can read; names the host.
     """
+    host = socket.gethostname()
+    if (url := dataset_url(folder)) is not None:
+        try:
+            packed = open_packed(url)
+            for split in packed.splits.values():
+                split.check_shards()
+        except ValueError as error:
+            raise ValueError(f"data must be a packed data set on every rank, got on {host}: {error}") from error
+        return hashlib.sha256(packed.manifest.to_json().encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        raise ValueError(f"data must be a folder on every rank, got {folder}, which is none on {host}")
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         size = path.stat().st_size

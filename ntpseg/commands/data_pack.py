@@ -31,7 +31,7 @@ def pack(
     """Check a data set and write it as shards that training streams, from a disk or over a network."""
     from ntpseg.data import MaskOptions
     from ntpseg.data.shards.writing import PackOptions, pack_dataset
-    from ntpseg.utils.progress import progress_bar
+    from ntpseg.utils.progress import stage_progress
 
     options = PackOptions(format, _bytes(shard_size), layout, MaskOptions(keep_empty, mask_value), skip_bad)
     tokenizer = None
@@ -39,7 +39,8 @@ def pack(
         from ntpseg.tokenizers.pack_tokens import PackTokenizer
 
         tokenizer = PackTokenizer.load(tokenizers)
-    done = pack_dataset(folder, out, options, tokenizer=tokenizer, progress=progress_bar)
+    with stage_progress() as progress:
+        done = pack_dataset(folder, out, options, tokenizer=tokenizer, progress=progress)
     for line in done.left_out:
         typer.secho(f"left out: {line}", fg="yellow", err=True)
     for name, split in done.manifest.splits.items():

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    data: Annotated[Path | None, typer.Option(help="Data set that every rank must see alike.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set that every rank must see alike: a folder, or a packed set's URL.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder that runs are written to.")] = Path(),
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds to wait for a rank at each step.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -64,9 +64,9 @@ class Link:
         """``[W, *shape]`` on the CPU of one tensor of each rank, alike in shape."""
         start = time.perf_counter()
         mine = tensor.to(self.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(gathered, mine, self.group)
-        result = torch.stack(gathered).cpu()
+        gathered = mine.new_empty(self.world_size, *mine.shape)
+        dist.all_gather(list(gathered), mine, self.group)
+        result = gathered.cpu()
         self._count(mine, start)
         return result
 
@@ -158,27 +158,36 @@ def rounds(
         sample, block = part if part is not None else (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, 0).int())
         n = block.shape[2]
         count, entry = state.compact(block)
-        payload = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in (sample, count, entry)])
         sizes = link.all_gather(torch.tensor([sample.numel(), entry.shape[0], n])).tolist()
         longest = max(12 * (samples + entries) for samples, entries, _ in sizes)
         if not longest:
             return
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: payload.numel()] = payload
-        received = link.all_gather(padded)
+        received = link.all_gather(_message(sample, count, entry, longest))
         traffic = link.traffic
         traffic.rounds += 1
         traffic.rows_sent += sample.numel()
-        traffic.payload_bytes += payload.numel()
+        traffic.payload_bytes += 12 * (sample.numel() + entry.shape[0])
         for rank, (samples, entries, width) in enumerate(sizes):
             if rank == link.rank or not samples:
                 continue
             mine = received[rank, : 12 * (samples + entries)]
+            # Copied, since 8 bytes at a time must lie at a multiple of 8; the entries, most of it, are used in place.
             ids = mine[: 8 * samples].clone().view(torch.int64)
-            counts = mine[8 * samples : 12 * samples].clone().view(torch.int32)
-            entry = mine[12 * samples :].clone().view(torch.int32).view(-1, 3)
+            counts = mine[8 * samples : 12 * samples].view(torch.int32)
+            entry = mine[12 * samples :].view(torch.int32).view(-1, 3)
             traffic.rows_received += samples
             take(epoch, ids, state.expand(counts, entry, width))
+
+
+def _message(sample: Tensor, count: Tensor, entry: Tensor, size: int) -> Tensor:
+    """``[size]`` uint8 of the sample ids, counts and entries one after another, and zeros."""
+    message, start = torch.empty(size, dtype=torch.uint8), 0
+    for tensor in (sample, count, entry):
+        part = message[start : start + tensor.nbytes]
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        start += tensor.nbytes
+    message[start:] = 0
+    return message
 
 
 def merge(storage: Storage, control: Tensor, epoch: int, sample_ids: Tensor, block: Tensor) -> None:

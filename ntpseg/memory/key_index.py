@@ -17,6 +17,7 @@ from ntpseg.utils.checks import check_integer
 from ntpseg.utils.files import write_json
 
 _SLOTS_PER_KEY = 2
+_BLOCK = 1 << 22  # slots that are looked through at once
 _HEADER = "keys.json"
 
 
@@ -40,7 +41,8 @@ class KeyIndex:
     without a loop over their samples.
 
     Args:
-        folder: of the files. One that is there already is opened.
+        folder: of the files. One that is there already is opened as it was flushed last: what a process that ended
+            before its `flush` left behind is taken back, so no other process may be adding to it.
         capacity: the most keys; needed for a new one, that of the folder otherwise.
 
     Raises:
@@ -64,6 +66,8 @@ class KeyIndex:
         self._slots = _map(self._folder / "slots", slot, (_SLOTS_PER_KEY * self.capacity,), new)
         if new:
             self.flush()
+        else:
+            self._clear_unflushed()
 
     def __len__(self) -> int:
         """N, the number of keys."""
@@ -111,8 +115,7 @@ class KeyIndex:
         while len(open_):
             held = self._slots[slot[open_]].astype(np.int64) - 1
             open_, held = open_[held >= 0], held[held >= 0]
-            # Slots of keys that were added and never flushed may be left by a process that was killed.
-            same = (self._keys[held] == keys[open_]).all(axis=1) & (held < self._size)
+            same = (self._keys[held] == keys[open_]).all(axis=1)
             result[open_[same]] = held[same]
             open_ = open_[~same]
             slot[open_] = (slot[open_] + 1) % len(self._slots)
@@ -130,6 +133,17 @@ class KeyIndex:
         self._slots.flush()
         header = {"format": "ntpseg.key_index", "capacity": self.capacity, "size": self._size}
         write_json(self._folder / _HEADER, header)
+
+    def _clear_unflushed(self) -> None:
+        """Empty the slots of ids from N on. Those below were in their places before, so no search passes these.
+
+        Left there they would add up over killed processes until no slot is free, and no search ends.
+        """
+        path, slots = self._folder / "slots", self._slots
+        for start in range(0, len(slots), _BLOCK):
+            # Read, not mapped: the index has only what is looked up resident.
+            block = np.fromfile(path, slots.dtype, min(_BLOCK, len(slots) - start), offset=start * slots.itemsize)
+            slots[start + (block > self._size).nonzero()[0]] = 0
 
     def _start(self, keys: np.ndarray) -> np.ndarray:
         return (keys[:, 0] % np.uint64(len(self._slots))).astype(np.int64)

@@ -13,18 +13,16 @@ from torch import Tensor
 
 from ntpseg.memory import deviation as deviations
 from ntpseg.memory import snapshot, state, storage
+from ntpseg.memory.arguments import MAX_TOKEN, check_largest, check_options, check_real, usable_device
 from ntpseg.memory.background import Background, served_rows
-from ntpseg.memory.changes import UNSAVED, mark, mark_merged, mark_recorded, recorded_flags
+from ntpseg.memory.changes import mark_merged, mark_recorded
 from ntpseg.memory.exchange import Traffic, exchange
 from ntpseg.memory.overlap import Overlap
 from ntpseg.ops import merge_entries, record_errors, topn_errors
 from ntpseg.ops.record import check_record, pack_entries
-from ntpseg.ops.topn import MAX_N
-from ntpseg.utils.checks import brief, check_choice, check_integer
 from ntpseg.utils.tensor_checks import check_tensor, readable
 
 _LOCKS = 4096
-_MAX_TOKEN = 2**31 - 1  # entries are int32
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class HardTokens:
 class HardTokenMemory:
     """The up to n hardest errors of every sample, recorded in one epoch and served in the next.
 
-    It takes ``24 N n`` bytes: two epochs of deviation, position and token. In each step `lookup` what the loss is to
-    read, then `observe` its output (which works out the deviation of the memory's kind) or `record` a deviation of your
-    own; at the end of the epoch `sync` ranks and `advance`.
+    It takes ``(24 n + 10) N`` bytes: two epochs of deviation, position and token, and of each row its stamp and flags.
+    In each step `lookup` what the loss is to read, then `observe` its output (which works out the deviation of the
+    memory's kind) or `record` a deviation of your own; at the end of the epoch `sync` ranks and `advance`.
 
     Args:
         num_samples: number of samples N in the data set; sample ids are 0 .. N-1.
@@ -80,9 +78,9 @@ class HardTokenMemory:
         deviation: str = "margin",
         ignore_index: int = -100,
     ) -> None:
-        _check_options(num_samples, n, storage, path, deviation, ignore_index)
+        check_options(num_samples, n, storage, path, deviation, ignore_index)
         self.num_samples, self.n = num_samples, n
-        self.device = _device(device)
+        self.device = usable_device(device)
         self.storage, self.key, self.deviation, self.ignore_index = storage, key, deviation, ignore_index
         home = self.device if storage == "device" else torch.device("cpu")
         self._control = torch.zeros(1 + _LOCKS, dtype=torch.int32, device=home)
@@ -121,10 +119,10 @@ class HardTokenMemory:
         self._check_ids(sample_ids)
         check_record(sample_ids, prediction, labels, deviation)
         for name, tensor in (("prediction", prediction), ("labels", labels), ("deviation", deviation)):
-            _check_real(name, tensor)
+            check_real(name, tensor)
         if readable(prediction):
             if prediction.numel():
-                _check_largest(int(prediction.amax()))
+                check_largest(int(prediction.amax()))
         elif prediction.numel():
             torch.maximum(self._largest_token, prediction.amax().to(self.device), out=self._largest_token)
         inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
@@ -169,9 +167,9 @@ class HardTokenMemory:
         """
         self._settle()
         largest = int(self._largest_token)
-        if largest > _MAX_TOKEN:
+        if largest > MAX_TOKEN:
             self._largest_token.zero_()
-            _check_largest(largest)
+            check_largest(largest)
         skipped = int(self._control[0])
         if skipped:
             self._control[0] = 0
@@ -279,10 +277,11 @@ class HardTokenMemory:
         store = self._store
         store.clear()
         self._control.zero_()
+        self._largest_token.zero_()
+        # What was saved so far is of the state that goes; new ones write all first, whatever is flagged.
+        self._snapshots = snapshot.Snapshots(store)
         state.unpack(saved["served"], store.rows, store.stamp, epoch - 1)
         state.unpack(saved["recording"], store.rows, store.stamp, epoch)
-        for name, current in (("served", epoch - 1), ("recording", epoch)):
-            mark(store, current, saved[name]["sample"].to(store.rows.device), recorded_flags(store) & UNSAVED)
         store.strange = True
         self._epoch.fill_(epoch)
         self._write_header()
@@ -396,41 +395,8 @@ class HardTokenMemory:
 
     def _check_ids(self, sample_ids: Tensor) -> None:
         check_tensor("sample_ids", sample_ids, "int64", ("B",))
-        _check_real("sample_ids", sample_ids)
+        check_real("sample_ids", sample_ids)
         if sample_ids.device.type == "cpu" and sample_ids.numel():
             low, high = int(sample_ids.min()), int(sample_ids.max())
             if low < 0 or high >= self.num_samples:
                 raise ValueError(f"sample_ids must be in [0, {self.num_samples}), the data set, got {low} .. {high}")
-
-
-def _check_real(name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "meta":
-        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-
-
-def _check_largest(token: int) -> None:
-    if token > _MAX_TOKEN:
-        raise ValueError(f"prediction must be below 2**31, got {token}")
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=chosen)  # one that is named well may still not be here
-    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device must be one that PyTorch can use here, got {brief(device)}") from error
-    if chosen.type == "meta":
-        raise ValueError("device must be one that holds data, got 'meta'")
-    return chosen
-
-
-def _check_options(
-    num_samples: int, n: int, kind: str, path: str | Path | None, deviation: str, ignore_index: int
-) -> None:
-    check_integer("num_samples", num_samples, 1)
-    check_integer("n", n, 1, MAX_N)
-    check_integer("ignore_index", ignore_index, -(2**63))
-    check_choice("storage", kind, storage.KINDS)
-    check_choice("deviation", deviation, deviations.KINDS)
-    if not (isinstance(path, str | Path) if kind == "mapped" else path is None):
-        raise ValueError(f"path must be a folder for storage 'mapped' and None for any other, got {brief(path)}")

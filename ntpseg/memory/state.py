@@ -77,10 +77,10 @@ def compact(block: Tensor) -> tuple[Tensor, Tensor]:
 
 def expand(count: Tensor, entry: Tensor, n: int) -> Tensor:
     """The rows ``[S, 3, n]`` int32 that `compact` was given."""
-    block = torch.full((count.numel(), n, 3), -1, dtype=torch.int32, device=entry.device)
-    block[:, :, 0] = _NO_DEVIATION
-    block[torch.arange(n, device=entry.device) < count.unsqueeze(1)] = entry
-    return block.transpose(1, 2)
+    block = torch.full((count.numel(), 3, n), -1, dtype=torch.int32, device=entry.device)
+    block[:, 0] = _NO_DEVIATION
+    block.transpose(1, 2)[torch.arange(n, device=entry.device) < count.unsqueeze(1)] = entry
+    return block
 
 
 def check_epoch(epoch: Any) -> int:

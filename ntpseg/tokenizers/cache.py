@@ -67,6 +67,9 @@ class TokenCache:
         row = index * (1 + self.variants) + variant
         return self._text_ids[self._text_offsets[row] : self._text_offsets[row + 1]].tolist()
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Nothing: the system reads a memory map ahead."""
+
     def __reduce__(self) -> tuple[Any, tuple[Path, str]]:
         # A memory map would be pickled with its content: a data loader's worker opens the file instead, which its
         # parent has checked.

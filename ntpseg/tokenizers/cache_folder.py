@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ntpseg.data.shards.files import PackedFile
 from ntpseg.tokenizers.preprocess import parallel_map
 from ntpseg.utils.files import atomic_folder, remove_folder, remove_stale_folders
-from ntpseg.utils.manifest import damage, write_manifest
+from ntpseg.utils.manifest import damage, file_digest, write_manifest
 
 if TYPE_CHECKING:
     from ntpseg.data import Record
@@ -93,7 +93,7 @@ def _record_digest(record: Record) -> bytes:
     for path in (record.image, record.mask):
         # File by file, so that no byte can move from one to the other unnoticed.
         known = path.sha256 if isinstance(path, PackedFile) else None
-        digest.update(known or hashlib.sha256(path.read_bytes() if path else b"").digest())
+        digest.update(known or (bytes.fromhex(file_digest(path)) if path else hashlib.sha256().digest()))
     digest.update(record.text.encode())
     # The class of a label map, and how pixels are read: a cache of an older reading must not be taken for this one's.
     digest.update(f"{_READING} {record.mask_value}".encode())

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ntpseg.models.packing import PackedRows
-from ntpseg.tokenizers.packed import PackedTokens
 from ntpseg.tokenizers.sequence import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ class CodeSource(Protocol):
 
     def text_ids(self, index: int, variant: int = 0) -> list[int]:
         """Ids of a sentence, without special tokens."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Told which records will be asked for next."""
 
 
 class SampleIndex(int):
@@ -79,8 +81,12 @@ class EpochDataset(Dataset, ABC):
         """Choose the epoch, from 0 on."""
         self.epoch = epoch
 
+    def prefetch(self, indices: Sequence[int]) -> None:  # most have nothing to do
+        """Told which samples will be asked for next."""
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch; this is what a ``DataLoader`` calls."""
+        self.prefetch([int(index) for index in indices])
         samples = []
         for index in indices:
             # Workers that outlive an epoch hold a copy of the data set, which nothing else tells of the next one.
@@ -122,10 +128,8 @@ class TokenDataset(EpochDataset):
     def __len__(self) -> int:
         return len(self.cache.image_codes)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        if isinstance(self.cache, PackedTokens):
-            self.cache.prefetch([int(index) for index in indices])
-        return super().__getitems__(indices)
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.cache.prefetch(indices)
 
     def variant(self, index: int) -> int:
         """The variant of pair `index` in this epoch; 0 is the original."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,20 @@ from ntpseg.tokenizers.packed import PackedPixels, PackedTokens
 from ntpseg.tokenizers.text import load_text_tokenizer, text_fingerprint
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.training.config import RunConfig
+from ntpseg.training.run_data import RunData, Tokenizers
+from ntpseg.training.sampling import write_sampling_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ntpseg.data import Record
 
 
 def packed_of(config: RunConfig) -> PackedSet | None:
     """The packed set that a run reads; None where its data set is none.
 
     Raises:
-        ValueError: it is not complete, or holds cases without a finding, which the run does not keep.
+        ValueError: it is not complete.
     """
     path = config.data.path
     if path is None or config.data.layout not in ("auto", "packed"):
@@ -33,68 +38,84 @@ def packed_of(config: RunConfig) -> PackedSet | None:
     return open_packed(path)
 
 
-def check_packed(config: RunConfig, packed: PackedSet) -> None:
-    """Refuse a packed set that a run cannot train on.
+class PackedData(RunData):
+    """The pairs of a packed set.
 
-    Raises:
-        ValueError: it has no training pair, or cases without a finding, which the run does not keep.
+    Args:
+        config: the run's.
+        packed: the set.
     """
-    if "train" not in packed.splits:
-        raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
-    empty = sum(s.manifest.empty for name, s in packed.splits.items() if name != "test")
-    if empty and not config.data.keep_empty:
-        raise ValueError(
-            f"data.keep_empty must be true for {packed.root}, of which {empty} pairs hold no finding, got false; or "
-            "pack without --keep-empty"
-        )
-    if empty:
-        print(f"{empty} pairs hold no finding and are kept", file=sys.stderr)
 
+    def __init__(self, config: RunConfig, packed: PackedSet) -> None:
+        self._config, self._packed = config, packed
 
-def packed_tokenizers(
-    config: RunConfig, packed: PackedSet
-) -> tuple[PreTrainedTokenizerBase | None, VisionTokenizer | None]:
-    """The tokenizers that a set was packed with, each None where the run names its own or reads no image tokens.
+    def pairs(self, split: str) -> Sequence[Record]:
+        return self._packed.splits.get(split, [])
 
-    Raises:
-        ValueError: the run's images have another size or other channels.
-    """
-    tokens = packed.manifest.tokens
-    if tokens is None or config.model.front_end != "codes":
-        return None, None
-    own = config.text.path is not None, config.vision.get("path") is not None
-    if all(own):
-        return None, None
-    folder = packed.tokenizers()
-    if own[1]:
-        return load_text_tokenizer(folder / "text"), None
-    if (config.data.size, config.data.channels) != (tokens.image_size, tokens.channels):
-        raise ValueError(
-            f"data.size and data.channels must be {tokens.image_size} and {tokens.channels}, those of the tokenizers "
-            f"of {packed.root}, got {config.data.size} and {config.data.channels}; or pack without --tokenizers"
-        )
-    print(f"the tokenizers are those of {packed.root}", file=sys.stderr)
-    vision = load_vision_tokenizer(folder / "vision")
-    return None if own[0] else load_text_tokenizer(folder / "text"), vision
+    def check(self) -> None:
+        """Refuse a class of label maps, which packing has settled, and pairs that the run does not keep."""
+        data, packed = self._config.data, self._packed
+        if data.mask_value:
+            raise ValueError(
+                f"data.mask_value must be empty for the packed set {packed.root}, whose pairs have named their class "
+                f"since they were packed, got {data.mask_value!r}; pack with --mask-value {data.mask_value}"
+            )
+        empty = sum(s.manifest.empty for name, s in packed.splits.items() if name != "test")
+        if empty and not data.keep_empty:
+            raise ValueError(
+                f"data.keep_empty must be true for {packed.root}, of which {empty} pairs hold no finding, got false; "
+                "or pack without --keep-empty"
+            )
+        if empty:
+            print(f"{empty} pairs hold no finding and are kept", file=sys.stderr)
 
+    def tokenizers(self) -> Tokenizers:
+        """Those that the set was packed with; None where the run names its own or reads no image tokens."""
+        config, packed = self._config, self._packed
+        tokens = packed.manifest.tokens
+        if tokens is None or config.model.front_end != "codes":
+            return None, None
+        own = config.text.path is not None, config.vision.get("path") is not None
+        if all(own):
+            return None, None
+        folder = packed.tokenizers()
+        if own[1]:
+            return load_text_tokenizer(folder / "text"), None
+        if (config.data.size, config.data.channels) != (tokens.image_size, tokens.channels):
+            raise ValueError(
+                f"data.size and data.channels must be {tokens.image_size} and {tokens.channels}, those of the "
+                f"tokenizers of {packed.root}, got {config.data.size} and {config.data.channels}; or pack without "
+                "--tokenizers"
+            )
+        print(f"the tokenizers are those of {packed.root}", file=sys.stderr)
+        vision = load_vision_tokenizer(folder / "vision")
+        return None if own[0] else load_text_tokenizer(folder / "text"), vision
 
-def streamed(
-    config: RunConfig,
-    packed: PackedSet,
-    name: str,
-    vision: VisionTokenizer,
-    text: PreTrainedTokenizerBase,
-) -> PackedPixels | PackedTokens | None:
-    """A split as it is streamed; None where its pairs must be tokenised first."""
-    split = packed.splits[name]
-    if config.model.front_end != "codes":
-        return PackedPixels(split, config.data.size, config.data.channels)
-    tokens = packed.manifest.tokens
-    if tokens is None or (config.data.variants and name == "train"):
-        return None
-    if (tokens.vision, tokens.text) != (vision.fingerprint(), text_fingerprint(text)):
-        return None
-    return PackedTokens(split, tokens)
+    def streamed(
+        self, split: str, vision: VisionTokenizer, text: PreTrainedTokenizerBase
+    ) -> PackedPixels | PackedTokens | None:
+        """Pixels always; the tokens that are packed where they are those that the run would make."""
+        config, found = self._config, self._packed.splits.get(split)
+        if found is None:
+            return None
+        if config.model.front_end != "codes":
+            return PackedPixels(found, config.data.size, config.data.channels)
+        tokens = self._packed.manifest.tokens
+        if tokens is None or (config.data.variants and split == "train"):
+            return None
+        if (tokens.vision, tokens.text) != (vision.fingerprint(), text_fingerprint(text)):
+            return None
+        return PackedTokens(found, tokens)
+
+    def texts(self) -> Iterable[str]:
+        return self._packed.splits["train"].texts()
+
+    def views(self) -> Iterable[tuple[str, str]]:
+        return self._packed.splits["train"].manifest.views
+
+    def write_sampling(self, run: Path) -> None:
+        split = self._packed.splits["train"]
+        write_sampling_rows(run, split.empty(), split.volumes())
 
 
 def data_rows(packed: PackedSet) -> list[dict[str, str]]:

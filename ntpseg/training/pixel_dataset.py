@@ -36,9 +36,8 @@ class PixelDataset(EpochDataset):
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        self.cache.prefetch([int(index) for index in indices])
-        return super().__getitems__(indices)
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.cache.prefetch(indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, mask, text = self.cache.pair(index)

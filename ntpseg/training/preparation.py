@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ntpseg.data import Augmentation, MaskOptions, Record, inspect_dataset, problem_table
-from ntpseg.data.checks import Checked
-from ntpseg.data.loading import require_usable
-from ntpseg.data.problems import Problem, summary
-from ntpseg.data.records import check_mask_value
-from ntpseg.data.shards import PackedSplit
+from ntpseg.data import Augmentation, Record
 from ntpseg.models.volume_input import VolumeInput
 from ntpseg.tokenizers.auto import load_vision_tokenizer
 from ntpseg.tokenizers.cache import TokenCache
@@ -28,17 +23,18 @@ from ntpseg.tokenizers.sequence import SequenceFormat
 from ntpseg.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ntpseg.tokenizers.vision import VisionTokenizer
 from ntpseg.training.config import RunConfig
+from ntpseg.training.folder_data import FolderData
 from ntpseg.training.model_config import prompt_has_codes, sequence_format
-from ntpseg.training.packed_data import check_packed, packed_of, packed_tokenizers, streamed
-from ntpseg.training.same_data import in_stored_order, write_data
-from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling, write_sampling, write_sampling_rows
-from ntpseg.utils.files import write_json, write_jsonl
+from ntpseg.training.packed_data import PackedData, packed_of
+from ntpseg.training.run_data import RunData
+from ntpseg.training.same_data import write_data
+from ntpseg.training.sampling import SamplingOptions, SliceSampling, read_sampling
+from ntpseg.utils.files import write_json
 from ntpseg.utils.manifest import check_folder, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ntpseg.data.shards import PackedSet
     from ntpseg.volumes import Axis
 
 PREPARED = "prepared.json"
@@ -84,31 +80,22 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     if done.is_file():
         return _open(config, run, _read_keys(done), progress)
     write_data(config, run)
-    packed = packed_of(config)
-    training: Sequence[Record]
-    validation: Sequence[Record]
-    text: PreTrainedTokenizerBase | None = None
-    vision: VisionTokenizer | None = None
-    if packed is not None:
-        check_packed(config, packed)
-        training, validation = packed.splits["train"], packed.splits.get("val", [])
-        text, vision = packed_tokenizers(config, packed)
-    else:
-        records = _records(config, run)
-        training = [r for r in records if r.split == "train"]
-        validation = [r for r in records if r.split == "val"]
+    data = _data(config, run)
+    data.check()
+    training, validation = data.pairs("train"), data.pairs("val")
     if not training:
         raise ValueError(f"data.path must hold a pair of the training split, got none in {config.data.path!r}")
+    text, vision = data.tokenizers()
     augmentation = augmentation_of(config)
-    text = _text(config, training) if text is None else text
+    text = _text(config, data) if text is None else text
     text.save_pretrained(str(run / "tokenizers" / "text"))
     vision = _vision(config, training, augmentation, progress) if vision is None else vision
     vision.save_pretrained(run / "tokenizers" / "vision")
-    first = _source(config, run, "train", training, packed, vision, text, progress)
-    second = _source(config, run, "val", validation, packed, vision, text, progress) if validation else None
+    first = _source(config, run, "train", data, vision, text, progress)
+    second = _source(config, run, "val", data, vision, text, progress) if validation else None
     sequence = sequence_format(config, vision, text)
     write_manifest(run / "tokenizers")
-    volume = volume_input(training) if packed is None else _common(packed.splits["train"].manifest.views)
+    volume = volume_input(data.views())
     keys = {
         "training": first.key,
         "validation": None if second is None else second.key,
@@ -117,10 +104,7 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
         "volume": dataclasses.asdict(volume),
     }
     if sampling_of(config):
-        if packed is None:
-            write_sampling(run, training)
-        else:
-            write_sampling_rows(run, packed.splits["train"].empty(), packed.splits["train"].volumes())
+        data.write_sampling(run)
     sampling = _sampling(config, run, len(training))
     if sampling is not None and progress:
         print(sampling, file=sys.stderr)
@@ -128,21 +112,25 @@ def prepare_run(config: RunConfig, run: Path, *, progress: bool = True) -> Prepa
     return Prepared(text, vision, sequence, first, second, sampling, volume)
 
 
+def _data(config: RunConfig, run: Path, *, again: bool = False) -> RunData:
+    packed = packed_of(config)
+    return FolderData(config, run, again=again) if packed is None else PackedData(config, packed)
+
+
 def _source(
     config: RunConfig,
     run: Path,
     split: str,
-    records: Sequence[Record],
-    packed: PackedSet | None,
+    data: RunData,
     vision: VisionTokenizer,
     text: PreTrainedTokenizerBase,
     progress: bool,
 ) -> Source:
     """Where a split is read from; a cache is built, or opened where it holds exactly this."""
-    found = None if packed is None else streamed(config, packed, split, vision, text)
+    found = data.streamed(split, vision, text)
     if found is not None:
         return found
-    folder, training = _cache_folder(config, run), split == "train"
+    folder, records, training = _cache_folder(config, run), data.pairs(split), split == "train"
     if config.model.front_end != "codes":
         return PixelCache.build(folder, records, config.data.size, config.data.channels, progress=progress)
     return TokenCache.build(
@@ -167,12 +155,8 @@ def _sampling(config: RunConfig, run: Path, pairs: int) -> SliceSampling | None:
     return read_sampling(run, pairs, options) if options else None
 
 
-def volume_input(records: Sequence[Record]) -> VolumeInput:
-    """The axis and the window that all records share; what differs, or is not known of one, is None."""
-    return _common([("", "") if r.place is None else (r.place.axis, r.place.window) for r in records])
-
-
-def _common(views: Iterable[tuple[str, str]]) -> VolumeInput:
+def volume_input(views: Iterable[tuple[str, str]]) -> VolumeInput:
+    """The axis and the window that all pairs share; what differs, or is "" (unknown) of one, is None."""
     axes, windows = (set(values) for values in zip(*((axis or None, window or None) for axis, window in views)))
     axis = cast("Axis | None", axes.pop() if len(axes) == 1 else None)
     return VolumeInput(axis, windows.pop() if len(windows) == 1 else None)
@@ -195,13 +179,10 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
     text = load_text_tokenizer(run / "tokenizers" / "text")
     vision = load_vision_tokenizer(run / "tokenizers" / "vision")
     folder = _cache_folder(config, run)
-
-    packed = packed_of(config)
+    data = _data(config, run, again=True)
 
     def cache(split: str, key: str) -> Source:
-        found: Source | None = None
-        if packed is not None and split in packed.splits:
-            found = streamed(config, packed, split, vision, text)
+        found: Source | None = data.streamed(split, vision, text)
         if found is None:
             kind = TokenCache if config.model.front_end == "codes" else PixelCache
             try:
@@ -209,12 +190,7 @@ def _open(config: RunConfig, run: Path, keys: dict[str, Any], progress: bool) ->
             except ValueError:
                 if not (folder / key).is_dir():
                     print(f"building the cache {folder / key} again: it is gone", file=sys.stderr)
-            records: Sequence[Record]
-            if packed is None:
-                records = in_stored_order([r for r in _records(config, run) if r.split == split], run)
-            else:
-                records = packed.splits.get(split, [])
-            found = _source(config, run, split, records, packed, vision, text, progress)
+            found = _source(config, run, split, data, vision, text, progress)
         if found.key != key:
             raise ValueError(
                 f"the cache {key} of the run must be built from the data that it was made of, got other data in "
@@ -238,36 +214,6 @@ def _cache_folder(config: RunConfig, run: Path) -> Path:
     return run / "cache" if config.data.cache is None else Path(config.data.cache).expanduser()
 
 
-def _records(config: RunConfig, run: Path) -> list[Record]:
-    if config.data.path is None:
-        raise ValueError("data.path must be the folder of a data set, got null")
-    check_mask_value("data.mask_value", config.data.mask_value or "")
-    masks = MaskOptions(config.data.keep_empty, config.data.mask_value or "")
-    checked = inspect_dataset(config.data.path, config.data.layout, masks=masks)
-    require_usable(checked, config.data.path, skip_bad=config.data.skip_bad)
-    _report_notes(checked)
-    records = checked.records
-    if checked.problems:
-        _report_left_out(checked.problems, run)
-    return [r for r in records if r.mask is not None]
-
-
-def _report_notes(checked: Checked) -> None:
-    """Say on standard error what `ntpseg data check` lists."""
-    if checked.negatives:
-        print(f"{checked.negatives} of {len(checked.records)} pairs hold no finding and are kept", file=sys.stderr)
-    if checked.notes:
-        print(f"{summary(checked.notes, 'note')} (ntpseg data check lists them)", file=sys.stderr)
-
-
-def _report_left_out(problems: Sequence[Problem], run: Path) -> None:
-    """Print what was left out, and write all of it to ``run/left_out.jsonl``."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.print(problem_table(problems, title="Left out", limit=50))
-    console.print(summary(problems), highlight=False)
-    write_jsonl(run / "left_out.jsonl", [dataclasses.asdict(p) for p in problems])
 
 
 def augmentation_of(config: RunConfig) -> Augmentation | None:
@@ -284,11 +230,10 @@ def augmentation_of(config: RunConfig) -> Augmentation | None:
     return augmentation if augmented else None
 
 
-def _text(config: RunConfig, training: Sequence[Record]) -> PreTrainedTokenizerBase:
+def _text(config: RunConfig, data: RunData) -> PreTrainedTokenizerBase:
     if config.text.path is not None:
         return load_text_tokenizer(Path(config.text.path).expanduser())
-    texts = training.texts() if isinstance(training, PackedSplit) else (r.text for r in training)
-    return train_text_tokenizer(list(texts), config.text.vocab_size)
+    return train_text_tokenizer(list(data.texts()), config.text.vocab_size)
 
 
 def _vision(

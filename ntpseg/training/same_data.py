@@ -19,11 +19,13 @@ from ntpseg.tokenizers.preprocess import parallel_map
 from ntpseg.training.config import RunConfig
 from ntpseg.training.packed_data import data_rows, packed_of
 from ntpseg.utils.files import write_jsonl
+from ntpseg.utils.manifest import file_digest
 
 DATA = "data.jsonl"
 # Of a row, in the words of a message.
 _PARTS = {"image": "image", "mask": "mask", "text": "caption", "other": "row"}
 _NAMED = 3
+_DIGITS = 32
 
 
 def write_data(config: RunConfig, run: Path) -> None:
@@ -104,13 +106,13 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _file_digest(path: Path | None) -> str:
     try:
-        return _digest(path.read_bytes() if path else b"")
+        return file_digest(path)[:_DIGITS] if path else _digest(b"")
     except OSError:
         return "unreadable"  # the check of the data set says so
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+    return hashlib.sha256(data).hexdigest()[:_DIGITS]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A lock of one process on a folder, which the operating system releases when the process ends, however it ends."""
+"""Locks between processes, which the operating system releases when a process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
     finally:
         _held.discard(path)
         # Closing any handle of the file gives the lock up: this is the only one.
+        os.close(handle)
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Run the block in one thread of one process at a time; the others wait. The file is made, and stays.
+
+    Where the file system has no locks, the block runs: it must stay correct, if not economical, when two are in it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
         os.close(handle)
 
 

@@ -26,6 +26,12 @@ _HASH = "sha256"
 _THREADS = 8
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits; it is read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _HASH).hexdigest()
+
+
 def write_manifest(folder: Path, name: str = MANIFEST, *, known: Mapping[str, str] | None = None) -> None:
     """Flush every file of `folder` to the disk, and then write the manifest of all of them to its file `name`.
 
@@ -92,7 +98,7 @@ def damage(folder: Path, name: str = MANIFEST, *, ignore: Iterable[str] = ()) ->
     if hashes is None:
         return None
     with ThreadPoolExecutor(_threads()) as pool:
-        for file, digest in zip(wanted, pool.map(_digest, (folder / file for file in wanted))):
+        for file, digest in zip(wanted, pool.map(file_digest, (folder / file for file in wanted))):
             if digest != hashes[file]:
                 return f"{file} is not what was written (its {_HASH} differs)"
     return None
@@ -147,14 +153,9 @@ def _threads() -> int:
     return min(_THREADS, os.cpu_count() or 1)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, _HASH).hexdigest()
-
-
 def _flushed_digest(path: Path) -> str:
     fsync_path(path)
-    return _digest(path)
+    return file_digest(path)
 
 
 def write_json_member(folder: Path, file: str, value: Any, name: str = MANIFEST) -> None:

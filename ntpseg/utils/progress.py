@@ -18,7 +18,7 @@ def stage_progress(console: Console | None = None, *, enabled: bool = True) -> I
     """Show one bar for each stage that ``callback(stage, done, total)`` names, while the block runs.
 
     Args:
-        console: where to draw; stderr by default.
+        console: where to draw, if that is a terminal or a notebook: a log gains nothing by bars; stderr by default.
         enabled: False draws nothing.
     """
     from rich.console import Console
@@ -34,7 +34,8 @@ def stage_progress(console: Console | None = None, *, enabled: bool = True) -> I
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = console or Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not enabled) as bars:
+    drawn = enabled and (console.is_terminal or console.is_jupyter)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not drawn) as bars:
         tasks: dict[str, TaskID] = {}
 
         def callback(stage: str, done: int, total: int) -> None:

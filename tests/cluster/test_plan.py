@@ -90,7 +90,7 @@ def test_fsdp2_holds_what_its_units_pad_to() -> None:
 
 def test_hard_tokens_take_what_their_memory_does() -> None:
     memory = HardTokenMemory(50, 8)
-    held = memory._store.rows.nbytes + memory._store.stamp.nbytes
+    held = sum(tensor.nbytes for tensor in (memory._store.rows, memory._store.stamp, memory._store.flags))
     assert hard_token_bytes(50, 8) == held
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dataset_files import picture, save, square, table
 from packed_files import damage, folder_of, packed, same
+from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.data import MaskOptions, check_records, load_records, read_image, read_truth
-from ntpseg.data.shards import ShardError, open_packed
+from ntpseg.data.shards import PackedSplit, ShardError, open_packed, reading, storage
 from ntpseg.data.shards.storage import MAX_OPEN, LocalStorage, dataset_url
 from ntpseg.data.shards.writing import PackOptions, pack_dataset
 
@@ -75,6 +78,27 @@ def test_hugging_face_datasets_reads_the_shards(tmp_path: Path, kind: str) -> No
     for row, record in zip(rows, records):
         assert same(np.asarray(row[names[0]]), read_image(record.image))
         assert same(np.asarray(row[names[1]]) > 0, read_truth(record))
+
+
+def test_all_shards_of_a_split_declare_the_same_columns(tmp_path: Path) -> None:
+    """Pictures alone in the first shards, a medical file in the last: `datasets` reads them as one table or none."""
+    nibabel = pytest.importorskip("nibabel")
+    import pyarrow.parquet as pq
+
+    folder = folder_of(tmp_path / "folder")
+    pixels = np.zeros((16, 16, 1), np.float32)
+    pixels[:4] = 100
+    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), folder / "img" / "last.nii.gz")
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    last = lines[2].replace("p1.png", "last.nii.gz", 1).replace("s1", "s99")
+    (folder / "manifest.csv").write_text("\n".join([*lines, last]) + "\n")
+    calls: list[tuple[str, int, int]] = []
+    pack_dataset(folder, tmp_path / "set", PackOptions(shard_bytes=900), progress=lambda *call: calls.append(call))
+    assert calls == [("packing", done + 1, 13) for done in range(13)]
+    schemas = [pq.read_schema(path) for path in sorted((tmp_path / "set").glob("train-*.parquet"))]
+    assert len(schemas) > 2 and all(schema.equals(schemas[0], check_metadata=True) for schema in schemas)
+    assert b'"Image"' not in schemas[0].metadata[b"huggingface"]
+    assert b'"Image"' in pq.read_schema(tmp_path / "set" / "val-00000.parquet").metadata[b"huggingface"]
 
 
 def test_an_image_of_several_sentences_is_stored_once_in_parquet(tmp_path: Path) -> None:
@@ -179,10 +203,74 @@ def test_few_shards_are_open_and_little_is_held(tmp_path: Path) -> None:
     assert isinstance(split.storage, LocalStorage) and len(split.manifest.shards) == len(split) == 2 * MAX_OPEN
     split.read(0, "image")
     before = len(os.listdir("/proc/self/fd"))
-    split._recent.clear()
+    split._process.get().recent.clear()
     for row in range(len(split)):
         split.read(row, "image")
     assert split.storage.open_files == MAX_OPEN and len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN
+
+
+@pytest.mark.parametrize("place", ["index", "shard"])
+def test_a_forked_loader_reads_while_its_parent_opens_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A thread of the parent holds the lock when the workers are forked, and never lets go of it in them."""
+    split = open_packed(packed(tmp_path)).splits["train"]
+    expected = [split.read(row, "image") for row in range(len(split))]
+    split = open_packed(tmp_path / "set").splits["train"]
+    module, name = {"index": (reading, "open_index"), "shard": (storage, "FileIO")}[place]
+    original, parent = getattr(module, name), os.getpid()
+    holding, free = threading.Event(), threading.Event()
+
+    def slow(*args: object) -> object:
+        if os.getpid() == parent:
+            holding.set()
+            assert free.wait(60)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, slow)
+    thread = threading.Thread(target=split.read, args=(0, "image"))
+    thread.start()
+    try:
+        assert holding.wait(60)
+        images = Images(split)
+        context = multiprocessing.get_context("fork")
+        loader = DataLoader(images, 2, num_workers=2, collate_fn=list, multiprocessing_context=context, timeout=30)
+        assert [image for batch in loader for image in batch] == expected
+    finally:
+        free.set()
+        thread.join()
+    assert split.read(0, "image") == expected[0]
+
+
+class Images(Dataset):
+    def __init__(self, split: PackedSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.split.read(row, "image")
+
+
+def test_a_worker_leaves_the_copies_of_its_parent(tmp_path: Path) -> None:
+    split = open_packed(packed(tmp_path, pairs=40)).splits["train"]
+    mine = os.fspath(split[0].image)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        theirs = pool.apply(_copies, (split, 20))
+        assert Path(mine).read_bytes() == split[0].image.read_bytes()
+    assert mine not in theirs and len(set(theirs)) == 20
+
+
+def _copies(split: PackedSplit, number: int) -> list[str]:
+    return [os.fspath(split[row].image) for row in range(number)]
+
+
+def test_sets_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    out = packed(tmp_path)
+    content = json.loads((out / "packed.json").read_text())
+    (out / "packed.json").write_text(json.dumps({**content, "layout": "manifest"}))
+    assert len(load_records(out)) == 12
 
 
 def test_urls_survive_path_libraries(tmp_path: Path) -> None:

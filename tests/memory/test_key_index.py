@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,19 @@ def test_an_index_is_opened_as_it_was_flushed(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text("{")
     with pytest.raises(ValueError, match=r"keys.json must be the header of an index, got another file"):
         KeyIndex(tmp_path)
+
+
+def test_what_killed_processes_left_is_taken_back(tmp_path: Path) -> None:
+    index, folder, capacity = build_index(tmp_path / "0", [names(0)], 4), tmp_path / "0", 4
+    for killed in range(1, 5):  # each leaves three of eight slots: without an end no slot would be free
+        index.add(sample_keys(names(*range(10 * killed, 10 * killed + 3))))
+        folder = Path(shutil.copytree(folder, tmp_path / str(killed)))  # what the disk has if it dies here
+        index = KeyIndex(folder)
+        slots = np.fromfile(folder / "slots", "<u4")
+        assert sorted(slots) == [0] * (2 * capacity - 1) + [1]
+    assert index.ids(sample_keys(names(0, 10, 20, 99))).tolist() == [0, -1, -1, -1]
+    assert index.add(sample_keys(names(99, 41, 10))).tolist() == [1, 2, 3]
+    assert index.ids(sample_keys(names(10, 41, 0, 42))).tolist() == [3, 2, 0, -1]
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:

@@ -113,6 +113,25 @@ def test_after_a_failed_save_all_is_written(
     assert equal(other.state_dict(), memory.state_dict())
 
 
+def test_after_a_load_nothing_of_the_replaced_state_is_saved(memory: HardTokenMemory, tmp_path: Path) -> None:
+    loaded = HardTokenMemory(SAMPLES, N)
+    loaded.record(*batch(5))
+    memory.record(*batch(0))
+    memory.save(tmp_path / "a" / NAME)
+    memory.load_state_dict(loaded.state_dict())  # of the same epoch, so that rows of both could be merged
+    for each in (memory, loaded):
+        each.record(*batch(6))
+    memory.save(tmp_path / "b" / NAME)
+    assert not parts(tmp_path / "a").keys() & parts(tmp_path / "b").keys()
+    memory.record(*batch(7))
+    loaded.record(*batch(7))
+    memory.save(tmp_path / "c" / NAME)  # and from there on by what changed
+    assert parts(tmp_path / "b").items() < parts(tmp_path / "c").items()
+    other = HardTokenMemory(SAMPLES, N)
+    other.load(tmp_path / "c" / NAME)
+    assert equal(other.state_dict(), loaded.state_dict())
+
+
 def test_links_where_there_are_none_are_copies(
     memory: HardTokenMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

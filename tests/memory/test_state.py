@@ -143,3 +143,12 @@ def test_contents_that_no_memory_can_hold_are_refused(field: str, value: object,
         with pytest.raises(ValueError, match=message):
             read(saved, vocab_size=5, length=20)
     assert other.epoch == 2 and equal(memory, other), "the memory is unchanged"
+
+
+def test_what_the_replaced_state_did_wrong_is_forgotten() -> None:
+    memory = HardTokenMemory(10, 6)
+    memory._largest_token.fill_(2**31)  # what a GPU has seen, and `advance` would say
+    memory._control[0] = 1
+    memory.load_state_dict(HardTokenMemory(10, 6).state_dict())
+    memory.advance()
+    assert memory.epoch == 2

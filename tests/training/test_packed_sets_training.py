@@ -190,7 +190,7 @@ def _read_all(path: Path) -> tuple[int, int]:
     for row in range(len(split)):
         split.read(row, "image")
     unit = 1 if sys.platform == "darwin" else 1024
-    return split._held, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return split._process.get().size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
 def losses(run: Path) -> list[tuple]:
@@ -237,6 +237,55 @@ def test_training_on_tokens_of_shards_is_that_on_the_folder(
     assert losses(run(tmp_path / "bare", tmp_path / "c")) == losses(plain)
     with pytest.raises(ValueError, match=r"data.size and data.channels must be 16 and 1, .* got 32 and 1"):
         run(tmp_path / "set", tmp_path / "d", "data.size=32")
+    # Tokenizers that are not what was packed, though of the same size, would read its tokens wrongly.
+    weights = tmp_path / "set" / "tokenizers" / "vision" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    message = r"set/tokenizers must be what was packed, got a folder where vision/model.safetensors is not what was"
+    with pytest.raises(ShardError, match=message) as caught:
+        run(tmp_path / "set", tmp_path / "e")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizers_of_a_url_are_copied_and_checked(folder: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    plain = run(folder, tmp_path / "run", "training.max_steps=1")
+    for name in ("whole", "damaged"):
+        pack_dataset(folder, f"memory://tokenizers/{name}", tokenizer=PackTokenizer.load(plain))
+    memory = fsspec.filesystem("memory")
+    try:
+        copy = open_packed("memory://tokenizers/whole").tokenizers()
+        names = ("vision/model.safetensors", "text/tokenizer.json")
+        assert all((copy / n).read_bytes() == (plain / "tokenizers" / n).read_bytes() for n in names)
+        path = f"/tokenizers/damaged/tokenizers/{names[0]}"
+        memory.pipe_file(path, bytes(len(memory.cat_file(path))))
+        message = f"memory://tokenizers/damaged/tokenizers must be what was packed, got a folder where {names[0]}"
+        with pytest.raises(ShardError, match=message):
+            open_packed("memory://tokenizers/damaged").tokenizers()
+    finally:
+        memory.store.clear()
+
+
+def test_a_batch_is_announced_in_one_go(shards: Path, folder: Path, tmp_path: Path) -> None:
+    plain = run(folder, tmp_path / "run", "training.max_steps=1")
+    pack_dataset(folder, tmp_path / "set", tokenizer=PackTokenizer.load(plain))
+    found = open_packed(tmp_path / "set")
+    assert found.manifest.tokens is not None
+    tokens = PackedTokens(found.splits["train"], found.manifest.tokens)
+    sequence = prepare_run(load_config(plain), plain, progress=False).sequence
+    for dataset in (pixels(shards), TokenDataset(tokens, sequence)):
+        split, calls = dataset.cache.split, []  # type: ignore[attr-defined]
+        split._fetch = lambda keys, fetch=split._fetch, calls=calls: calls.append(len(keys)) or fetch(keys)
+        assert len(dataset.__getitems__([4, 9, 2])) == 3
+        assert calls == [6 if isinstance(dataset, PixelDataset) else 3]
+
+
+def test_a_class_of_label_maps_is_that_of_packing(shards: Path, tmp_path: Path) -> None:
+    message = r"data.mask_value must be empty for the packed set .*, got '255'; pack with --mask-value 255"
+    with pytest.raises(ValueError, match=message) as caught:
+        run(shards, tmp_path / "run", "data.mask_value='255'")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_refuses_other_pairs_and_empty_masks(folder: Path, shards: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ntpseg.generation import Segmenter
 from ntpseg.models import Bundle
 from ntpseg.models.volume_input import VolumeInput
 from ntpseg.training import load_config, train
+from ntpseg.training.folder_data import views_of
 from ntpseg.training.preparation import prepare_run, volume_input
 
 
@@ -37,7 +38,7 @@ def place(axis: str = "axial", window: str = "lung") -> SlicePlace:
     ],
 )
 def test_only_what_all_records_share_is_a_default(places: list[SlicePlace | None], known: VolumeInput) -> None:
-    assert volume_input([record(p) for p in places]) == known
+    assert volume_input(views_of(record(p) for p in places)) == known
 
 
 def test_training_on_slices_gives_a_model_that_remembers(tmp_path: Path) -> None:

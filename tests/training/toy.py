@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class Toy:
     def text_ids(self, index: int, variant: int = 0) -> list[int]:
         """One id per byte."""
         return list(self.texts[index][variant].encode())
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Nothing."""
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Masks [N, SIDE, SIDE] of codes [N, GRID, GRID]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from ntpseg.utils import manifest
 from ntpseg.utils.files import write_json
-from ntpseg.utils.manifest import MANIFEST, check_folder, damage, write_json_member, write_manifest
+from ntpseg.utils.manifest import MANIFEST, check_folder, damage, file_digest, write_json_member, write_manifest
 
 
 @pytest.fixture
@@ -27,6 +28,11 @@ def test_a_whole_folder_is_whole_whatever_lies_beside(folder: Path) -> None:
     assert json.loads((folder / MANIFEST).read_text())["bytes"] == {"a.bin": 1024, "deep/b.bin": 1024, "empty": 0}
     (folder / "note.txt").write_text("mine")
     assert damage(folder) is None
+
+
+def test_the_digest_is_sha256(folder: Path) -> None:
+    assert file_digest(folder / "a.bin") == hashlib.sha256(bytes(range(256)) * 4).hexdigest()
+    assert file_digest(folder / "a.bin") == json.loads((folder / MANIFEST).read_text())["sha256"]["a.bin"]
 
 
 @pytest.mark.parametrize("name", ["a.bin", "deep/b.bin"])

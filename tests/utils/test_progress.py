@@ -31,3 +31,10 @@ def test_a_disabled_bar_draws_nothing() -> None:
     with stage_progress(Console(file=stream, force_terminal=True), enabled=False) as progress:
         progress("reading", 1, 2)
     assert stream.getvalue().strip() == ""
+
+
+def test_a_log_has_no_bars() -> None:
+    stream = io.StringIO()
+    with stage_progress(Console(file=stream)) as progress:
+        progress("reading", 1, 2)
+    assert stream.getvalue() == ""

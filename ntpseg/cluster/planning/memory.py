@@ -118,5 +118,5 @@ def memory_plan(
 
 
 def hard_token_bytes(pairs: int, entries: int) -> int:
-    """Bytes of `ntpseg.HardTokenMemory`: two epochs of deviation, position and token, and a stamp, int32 each."""
-    return 2 * pairs * (3 * entries + 1) * 4 if entries else 0
+    """Bytes of `ntpseg.HardTokenMemory`: two epochs of deviation, position, token and stamp (int32 each) and flags."""
+    return 2 * pairs * ((3 * entries + 1) * 4 + 1) if entries else 0

@@ -11,13 +11,22 @@ from multiprocessing import util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ntpseg.utils.per_process import PerProcess
+
 if TYPE_CHECKING:
     from ntpseg.data.shards.reading import PackedSplit
 
 # Copies for libraries that open files by name, of which the latest are kept.
 _COPIES = 16
-_copies: OrderedDict[str, Path] = OrderedDict()
-_copies_lock = threading.Lock()
+
+
+class _Copies:
+    def __init__(self) -> None:
+        self.paths: OrderedDict[str, Path] = OrderedDict()
+        self.lock = threading.Lock()
+
+
+_copies = PerProcess(_Copies)
 
 
 class PackedFile(type(Path())):  # type: ignore[misc]  # the path class of this system
@@ -101,16 +110,17 @@ class PackedFile(type(Path())):  # type: ignore[misc]  # the path class of this 
         assert self._place is not None
         split, row, part = self._place
         key = f"{os.getpid()}/{split.sha256(row, part).hex()}/{self.name}"
-        with _copies_lock:
-            path = _copies.get(key)
+        copies = _copies.get()
+        with copies.lock:
+            path = copies.paths.get(key)
             if path is None or not path.exists():
                 path = Path(util.get_temp_dir(), *key.split("/"))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self.read_bytes())
-                _copies[key] = path
-                while len(_copies) > _COPIES:
-                    _copies.popitem(last=False)[1].unlink(missing_ok=True)
-            _copies.move_to_end(key)
+                copies.paths[key] = path
+                while len(copies.paths) > _COPIES:
+                    copies.paths.popitem(last=False)[1].unlink(missing_ok=True)
+            copies.paths.move_to_end(key)
             return path
 
 

@@ -34,19 +34,36 @@ class Bytes(NamedTuple):
     name: str
 
 
+class PairKind(NamedTuple):
+    """What all pairs of a split have in common; its shards must declare the same columns.
+
+    Attributes:
+        tokens: they have tokens.
+        pictures: images and masks are all of formats that `datasets` shows as pictures.
+    """
+
+    tokens: bool
+    pictures: bool
+
+    @classmethod
+    def of(cls, names: Iterable[str], tokens: bool) -> PairKind:
+        """That of pairs with images and masks of these names."""
+        return cls(tokens, all(name.lower().endswith(_PICTURES) for name in names))
+
+
 class ShardWriter(ABC):
     """Writes a shard.
 
     Args:
         path: the file.
-        tokens: pairs have tokens.
+        kind: of the pairs of its split.
 
     Attributes:
         size: bytes that were written, about.
     """
 
-    def __init__(self, path: Path, tokens: bool) -> None:
-        self.path, self.tokens, self.size = path, tokens, 0
+    def __init__(self, path: Path, kind: PairKind) -> None:
+        self.path, self.kind, self.size = path, kind, 0
 
     @abstractmethod
     def add(self, number: int, row: dict[str, Any], parts: dict[str, Bytes]) -> None:
@@ -64,8 +81,8 @@ class ParquetShard(ShardWriter):
     several times in a row group, as the image of several sentences, is stored once (a dictionary page).
     """
 
-    def __init__(self, path: Path, tokens: bool) -> None:
-        super().__init__(path, tokens)
+    def __init__(self, path: Path, kind: PairKind) -> None:
+        super().__init__(path, kind)
         self._file = path.open("w+b")
         self._writer: Any = None
         self._rows: list[dict[str, Any]] = []
@@ -126,18 +143,18 @@ class ParquetShard(ShardWriter):
         }
         for name in ("text", "case", "subject", "mask_value", "place"):
             columns[name] = pa.array([row[name] for row in self._rows], pa.string())
-        if self.tokens:
+        if self.kind.tokens:
             columns["tokens"] = pa.array([p["tokens"].data for p in self._parts], pa.binary())
         table = pa.table(columns)
-        pictures = all(_is_picture(p[part].name) for p in self._parts for part in ("image", "mask"))
-        return table.replace_schema_metadata({"huggingface": json.dumps(_features(table.column_names, pictures))})
+        features = _features(table.column_names, self.kind.pictures)
+        return table.replace_schema_metadata({"huggingface": json.dumps(features)})
 
 
 class TarShard(ShardWriter):
     """Of pair 7 the members 000000007.png, 000000007.mask.png, .txt, .json and, with tokens, .tokens.bin."""
 
-    def __init__(self, path: Path, tokens: bool) -> None:
-        super().__init__(path, tokens)
+    def __init__(self, path: Path, kind: PairKind) -> None:
+        super().__init__(path, kind)
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  # closed by `close`
         self._ranges: list[Ranges] = []
 
@@ -145,7 +162,7 @@ class TarShard(ShardWriter):
         key = f"{number:09d}"
         names = {"image": _suffix(parts["image"].name), "mask": f".mask{_suffix(parts['mask'].name)}"}
         found = {part: self._member(key + name, parts[part].data) for part, name in names.items()}
-        if self.tokens:
+        if self.kind.tokens:
             found["tokens"] = self._member(f"{key}.tokens.bin", parts["tokens"].data)
         self._member(f"{key}.txt", row["text"].encode())
         described = {name: row[name] for name in ("case", "subject", "mask_value", "place")}
@@ -165,7 +182,7 @@ class TarShard(ShardWriter):
         return self._tar.offset - blocks * tarfile.BLOCKSIZE, len(content)
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path, bool], ShardWriter]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Path, PairKind], ShardWriter]]] = {
     "parquet": (".parquet", ParquetShard),
     "webdataset": (".tar", TarShard),
 }
@@ -189,10 +206,6 @@ def _find(written: bytes, start: int, pairs: Iterable[dict[str, Bytes]]) -> list
                 seen[value], cursor = place, place + len(value)
             ranges[part] = (start + seen[value], len(value))
     return found
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(_PICTURES)
 
 
 def _suffix(name: str) -> str:

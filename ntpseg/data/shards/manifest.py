@@ -97,13 +97,11 @@ class PackedManifest:
         format: "parquet" or "webdataset".
         splits: by name; those that have pairs.
         tokens: how tokens are stored; None where there are none.
-        layout: of the data set that was packed.
     """
 
     format: str
     splits: dict[str, SplitManifest]
     tokens: TokenLayout | None = None
-    layout: str = ""
 
     def to_json(self) -> str:
         """The content of ``packed.json``."""
@@ -129,6 +127,7 @@ class PackedManifest:
             if set(splits) - set(SPLITS):
                 raise ValueError(f"splits {', '.join(splits)}")
             tokens = content.pop("tokens")
+            content.pop("layout", None)  # which earlier sets name and nothing reads
             return cls(splits=splits, tokens=None if tokens is None else _tokens(tokens), **content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ShardError(

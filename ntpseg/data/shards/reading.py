@@ -19,12 +19,35 @@ from ntpseg.data.records import Record, SlicePlace
 from ntpseg.data.shards.errors import ShardError
 from ntpseg.data.shards.files import PackedFile
 from ntpseg.data.shards.index import open_index
-from ntpseg.data.shards.manifest import PACKED, TOKENIZERS, PackedManifest, SplitManifest, TokenLayout
+from ntpseg.data.shards.manifest import PACKED, TOKENIZERS, PackedManifest, SplitManifest
 from ntpseg.data.shards.storage import LocalStorage, Range, Storage, open_storage
+from ntpseg.utils.manifest import MANIFEST, damage
+from ntpseg.utils.per_process import PerProcess
 
-# Bytes that were read last, which checks and decoders ask for more than once.
+# Bytes that were read last, which checks and decoders ask for more than once, and bytes that are asked for at once:
+# more would have to be given up before it is used.
 _RECENT = 2**26
 Key = tuple[int, str]
+
+
+class _Held:
+    """What one process has open and in memory of a split.
+
+    Attributes:
+        reader, batches: of the index.
+        recent: the parts that were read last, and `size`, their bytes.
+        asked: parts that were announced and not read yet, in order.
+        sized: shards whose size was compared.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reader: Any = None
+        self.batches: dict[int, Any] = {}
+        self.recent: OrderedDict[Key, bytes] = OrderedDict()
+        self.size = 0
+        self.asked: list[Key] = []
+        self.sized: set[int] = set()
 
 
 class PackedSplit(Sequence[Record]):
@@ -34,17 +57,13 @@ class PackedSplit(Sequence[Record]):
         storage: of the set.
         name: "train", "val" or "test".
         manifest: of the split.
-        tokens: how tokens are stored; None where there are none.
     """
 
-    def __init__(self, storage: Storage, name: str, manifest: SplitManifest, tokens: TokenLayout | None) -> None:
-        self.storage, self.name, self.manifest, self.tokens = storage, name, manifest, tokens
+    def __init__(self, storage: Storage, name: str, manifest: SplitManifest) -> None:
+        self.storage, self.name, self.manifest = storage, name, manifest
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        self._reader: Any = None
-        self._batches: dict[int, Any] = {}
-        self._recent: OrderedDict[Key, bytes] = OrderedDict()
-        self._held, self._lock = 0, threading.Lock()
-        self._sized: set[int] = set()
+        self._index: Path | None = None  # once it was checked
+        self._process = PerProcess(_Held)
 
     @property
     def key(self) -> str:
@@ -126,16 +145,22 @@ class PackedSplit(Sequence[Record]):
         Raises:
             ShardError: the shard is missing, cut off or changed, or cannot be reached.
         """
-        with self._lock:
-            content = self._recent.get((row, part))
-        return self._fetch([(row, part)])[0] if content is None else content
+        held, key = self._process.get(), (row, part)
+        with held.lock:
+            content = held.recent.get(key)
+        return self._fetch(self._together(key))[0] if content is None else content
 
     def prefetch(self, rows: Sequence[int], parts: Sequence[str]) -> None:
-        """Read what is not at hand of several pairs, in one go; errors as of `read`."""
-        with self._lock:
-            missing = [(row, part) for row in rows for part in parts if (row, part) not in self._recent]
-        if missing:
-            self._fetch(missing)
+        """Say which parts of several pairs will be read next, in that order; errors as of `read`.
+
+        The first 64 MiB of those that are not at hand are read in one go, and the next whenever one of them is wanted.
+        """
+        held = self._process.get()
+        with held.lock:
+            held.asked = [(row, part) for row in rows for part in parts if (row, part) not in held.recent]
+            first = held.asked[:1]
+        for key in first:
+            self._fetch(self._together(key))
 
     def check_shards(self, *, digests: bool = False) -> None:
         """Raise a `ShardError` unless every file has its size and, if asked, its SHA-256."""
@@ -144,25 +169,44 @@ class PackedSplit(Sequence[Record]):
             if digests:
                 self.storage.check_digest(file.name, file.sha256, file.bytes)
 
+    def _together(self, key: Key) -> list[Key]:
+        """A part, and what was announced with it, as far as it may be read at once."""
+        held = self._process.get()
+        with held.lock:
+            asked = [each for each in held.asked if each not in held.recent]
+        if key not in asked:
+            return [key]
+        chosen, size = [key], self.size(*key)
+        for other in asked:
+            if other != key:
+                size += self.size(*other)
+                if size > _RECENT:
+                    break
+                chosen.append(other)
+        with held.lock:
+            held.asked = [each for each in asked if each not in set(chosen)]
+        return chosen
+
     def _fetch(self, keys: Sequence[Key]) -> list[bytes]:
+        held = self._process.get()
         ranges = []
         for row, part in keys:
             shard = self._place(row)[0]
             file = self.manifest.shards[shard]
-            if shard not in self._sized:
+            if shard not in held.sized:
                 self.storage.check_size(file.name, file.bytes)
-                self._sized.add(shard)
+                held.sized.add(shard)
             ranges.append(Range(file.name, int(self._value(row, f"{part}_offset")), self.size(row, part)))
         contents = self.storage.read_many(ranges)
         for key, wanted, content in zip(keys, ranges, contents):
             self._check(key, wanted, content)
-        with self._lock:
+        with held.lock:
             for key, content in zip(keys, contents):
-                if key not in self._recent:
-                    self._recent[key] = content
-                    self._held += len(content)
-            while self._held > _RECENT and len(self._recent) > 1:
-                self._held -= len(self._recent.popitem(last=False)[1])
+                if key not in held.recent:
+                    held.recent[key] = content
+                    held.size += len(content)
+            while held.size > _RECENT and len(held.recent) > 1:
+                held.size -= len(held.recent.popitem(last=False)[1])
         return contents
 
     def _check(self, key: Key, wanted: Range, content: bytes) -> None:
@@ -187,23 +231,25 @@ class PackedSplit(Sequence[Record]):
         return self._batch(shard).column(column)[place].as_py()
 
     def _batch(self, shard: int) -> Any:
-        if shard not in self._batches:
+        batches = self._process.get().batches
+        if shard not in batches:
             batch = self._open().get_batch(shard)
             if batch.num_rows != self.manifest.shards[shard].samples:
                 where = self.storage.where(self.manifest.index.name)
                 raise ShardError(f"{where} must have the pairs that {PACKED} says, got others; copy it again")
-            self._batches[shard] = batch
-        return self._batches[shard]
+            batches[shard] = batch
+        return batches[shard]
 
     def _open(self) -> Any:
-        with self._lock:
-            if self._reader is None:
-                file = self.manifest.index
-                self.storage.check_size(file.name, file.bytes)
-                self.storage.check_digest(file.name, file.sha256, file.bytes)
-                path = self.storage.local(file.name, lambda: _copy_folder(self.root))
-                self._reader = open_index(path, len(self.manifest.shards), self.storage.where(file.name))
-            return self._reader
+        held, file = self._process.get(), self.manifest.index
+        with held.lock:
+            if held.reader is None:
+                if self._index is None:
+                    self._index = self.storage.local(
+                        file.name, file.bytes, file.sha256, lambda: _copy_folder(self.root)
+                    )
+                held.reader = open_index(self._index, len(self.manifest.shards), self.storage.where(file.name))
+            return held.reader
 
 
 class PackedSet:
@@ -219,9 +265,7 @@ class PackedSet:
 
     def __init__(self, storage: Storage, manifest: PackedManifest) -> None:
         self.storage, self.manifest = storage, manifest
-        self.splits = {
-            name: PackedSplit(storage, name, split, manifest.tokens) for name, split in manifest.splits.items()
-        }
+        self.splits = {name: PackedSplit(storage, name, split) for name, split in manifest.splits.items()}
 
     @property
     def root(self) -> str:
@@ -237,16 +281,19 @@ class PackedSet:
         """The folder with ``text`` and ``vision``; of a set elsewhere a copy that is removed with this process.
 
         Raises:
-            ShardError: a file is missing or has another size.
+            ShardError: a file is missing, or not what was packed.
         """
         tokens = self.manifest.tokens
         assert tokens is not None
-        path = Path()
+        folder = Path()
         for name, size in tokens.files.items():
-            self.storage.check_size(f"{TOKENIZERS}/{name}", size)
-            path = self.storage.local(f"{TOKENIZERS}/{name}", lambda: _copy_folder(self.root))
-            path = path.parents[name.count("/")]
-        return path
+            path = self.storage.local(f"{TOKENIZERS}/{name}", size, None, lambda: _copy_folder(self.root))
+            folder = path.parents[name.count("/")]
+        if MANIFEST in tokens.files and (wrong := damage(folder)) is not None:
+            raise ShardError(
+                f"{self.storage.where(TOKENIZERS)} must be what was packed, got a folder where {wrong}; copy it again"
+            )
+        return folder
 
 
 def open_packed(path: str | PathLike[str]) -> PackedSet:
@@ -263,6 +310,9 @@ def open_packed(path: str | PathLike[str]) -> PackedSet:
     if isinstance(storage, LocalStorage):
         for split in found.splits.values():
             split.check_shards()
+    else:
+        # Made now, it is that of the processes that this one starts too, which then copy an index once together.
+        util.get_temp_dir()
     return found
 
 

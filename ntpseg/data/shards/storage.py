@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from ntpseg.data.shards.errors import MissingFile, ShardError
 from ntpseg.data.shards.manifest import PACKED
+from ntpseg.utils.files import atomic_open
+from ntpseg.utils.lock import waiting_lock
+from ntpseg.utils.manifest import file_digest
+from ntpseg.utils.per_process import PerProcess
 
 Result = TypeVar("Result")
 
@@ -103,24 +107,38 @@ class Storage(ABC):
 
     def check_digest(self, name: str, expected: str, size: int) -> None:
         """Raise a `ShardError` unless the file of `size` bytes has this SHA-256; all of it is read, piece by piece."""
-        digest = hashlib.sha256()
-        for start in range(0, size, _CHUNK):
-            digest.update(self.read_many([Range(name, start, min(_CHUNK, size - start))])[0])
-        if digest.hexdigest() != expected:
-            raise ShardError(f"{self.where(name)} must be what was packed, got another SHA-256; {_RENEW}")
+        if self._digest(name, size) != expected:
+            raise self._changed(name)
 
-    def local(self, name: str, folder: Callable[[], Path]) -> Path:
-        """A file of this machine with the same content; `folder` gives the place for a copy where there is none."""
-        target = folder() / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = self.size(name)
-        with target.open("wb") as file:
-            for start in range(0, size, _CHUNK):
-                file.write(self.read_many([Range(name, start, min(_CHUNK, size - start))])[0])
-        return target
+    @abstractmethod
+    def local(self, name: str, size: int, sha256: str | None, folder: Callable[[], Path]) -> Path:
+        """A file of this machine with the same content.
+
+        Args:
+            name: of the file.
+            size: bytes that it must have.
+            sha256: hash that it must have; None: it is not known.
+            folder: gives the place of a copy, where one is needed. Processes may share it: one of them copies.
+
+        Raises:
+            ShardError: the file has another size or hash, or cannot be read.
+        """
+
+    @abstractmethod
+    def _digest(self, name: str, size: int) -> str:
+        """SHA-256 of a file, hexadecimal."""
+
+    def _changed(self, name: str) -> ShardError:
+        return ShardError(f"{self.where(name)} must be what was packed, got another SHA-256; {_RENEW}")
 
     def _missing(self, name: str) -> MissingFile:
         return MissingFile(f"{self.where(name)} must be a file of the packed data set, got no such file; {_RENEW}")
+
+
+class _OpenFiles:
+    def __init__(self) -> None:
+        self.files: OrderedDict[str, FileIO] = OrderedDict()
+        self.lock = threading.Lock()
 
 
 class LocalStorage(Storage):
@@ -132,13 +150,12 @@ class LocalStorage(Storage):
 
     def __init__(self, folder: Path) -> None:
         self.root, self._folder = str(folder), folder
-        self._open: OrderedDict[str, FileIO] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opened = PerProcess(_OpenFiles)
 
     @property
     def open_files(self) -> int:
         """Files that are held open."""
-        return len(self._open)
+        return len(self._opened.get().files)
 
     def exists(self, name: str) -> bool:
         return (self._folder / name).is_file()
@@ -153,8 +170,14 @@ class LocalStorage(Storage):
                 self._named(wanted.name, lambda r=wanted: self._announce(r))  # type: ignore[misc]
         return [self._named(r.name, lambda r=r: self._read(r)) for r in ranges]  # type: ignore[misc]
 
-    def local(self, name: str, folder: Callable[[], Path]) -> Path:
+    def local(self, name: str, size: int, sha256: str | None, folder: Callable[[], Path]) -> Path:
+        self.check_size(name, size)
+        if sha256 is not None:
+            self.check_digest(name, sha256, size)
         return self._folder / name
+
+    def _digest(self, name: str, size: int) -> str:
+        return self._named(name, lambda: file_digest(self._folder / name))
 
     def _announce(self, wanted: Range) -> None:
         file = self._file(wanted.name)
@@ -170,14 +193,15 @@ class LocalStorage(Storage):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _file(self, name: str) -> FileIO:
-        with self._lock:
-            if name not in self._open:
-                self._open[name] = FileIO(self._folder / name)
-                if len(self._open) > MAX_OPEN:
+        opened = self._opened.get()
+        with opened.lock:
+            if name not in opened.files:
+                opened.files[name] = FileIO(self._folder / name)
+                if len(opened.files) > MAX_OPEN:
                     # Not closed: another thread may be reading from it, and whoever lets go of it last closes it.
-                    self._open.popitem(last=False)
-            self._open.move_to_end(name)
-            return self._open[name]
+                    opened.files.popitem(last=False)
+            opened.files.move_to_end(name)
+            return opened.files[name]
 
     def _named(self, name: str, action: Callable[[], Result]) -> Result:
         try:
@@ -199,7 +223,7 @@ class RemoteStorage(Storage):
 
     def __init__(self, url: str) -> None:
         self.root = url
-        self._made: tuple[int, Any, str] | None = None
+        self._connection = PerProcess(self._connect)
 
     def exists(self, name: str) -> bool:
         fs, root = self._system()
@@ -250,6 +274,22 @@ class RemoteStorage(Storage):
                 time.sleep(wait)
         raise self._failed(ranges[left[0]].name, results[left[0]])
 
+    def local(self, name: str, size: int, sha256: str | None, folder: Callable[[], Path]) -> Path:
+        target = folder() / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(target.with_name(f"{target.name}.lock")):
+            if not target.is_file() or target.stat().st_size != size or sha256 not in (None, file_digest(target)):
+                self.check_size(name, size)
+                digest, written = hashlib.sha256(), 0
+                # Under another name until it is whole and checked: a process may have the old one mapped.
+                with atomic_open(target) as file:
+                    for piece in self._pieces(name, size):
+                        digest.update(piece)
+                        written += file.write(piece)
+                    if written != size or sha256 not in (None, digest.hexdigest()):
+                        raise self._changed(name)
+        return target
+
     def put(self, source: Path, name: str) -> None:
         """Write a file under a name."""
         fs, root = self._system()
@@ -261,22 +301,33 @@ class RemoteStorage(Storage):
         self._tried(name, write)
 
     def _system(self) -> tuple[Any, str]:
-        """The file system and the path in it; a forked process makes its own, since connections cannot be shared."""
-        if self._made is None or self._made[0] != os.getpid():
-            try:
-                import fsspec
+        """The file system and the path in it."""
+        return self._connection.get()
 
-                fs, root = fsspec.core.url_to_fs(self.root)
-            except ImportError as error:
-                reason = " ".join(str(error).split())
-                raise ShardError(
-                    f"{self.root} must be read by a package that is not installed ({reason}); "
-                    'run: pip install "ntpseg[streaming]", for s3:// and gs:// also s3fs or gcsfs'
-                ) from error
-            except ValueError as error:
-                raise ShardError(f"{self.root} must have a protocol that fsspec knows, got: {error}") from error
-            self._made = os.getpid(), fs, str(root).rstrip("/")
-        return self._made[1:]
+    def _connect(self) -> tuple[Any, str]:
+        try:
+            import fsspec
+
+            fs, root = fsspec.core.url_to_fs(self.root)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise ShardError(
+                f"{self.root} must be read by a package that is not installed ({reason}); "
+                'run: pip install "ntpseg[streaming]", for s3:// and gs:// also s3fs or gcsfs'
+            ) from error
+        except ValueError as error:
+            raise ShardError(f"{self.root} must have a protocol that fsspec knows, got: {error}") from error
+        return fs, str(root).rstrip("/")
+
+    def _pieces(self, name: str, size: int) -> Iterator[bytes]:
+        for start in range(0, size, _CHUNK):
+            yield self.read_many([Range(name, start, min(_CHUNK, size - start))])[0]
+
+    def _digest(self, name: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for piece in self._pieces(name, size):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def _tried(self, name: str, action: Callable[[], Result]) -> Result:
         for wait in (*WAITS, None):

@@ -7,19 +7,21 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ntpseg.data.records import SPLITS, MaskOptions, Record
 from ntpseg.data.shards.errors import ShardError
-from ntpseg.data.shards.formats import WRITERS, Bytes, ShardWriter
+from ntpseg.data.shards.formats import WRITERS, Bytes, PairKind, ShardWriter
 from ntpseg.data.shards.index import PARTS, pyarrow, schema
 from ntpseg.data.shards.manifest import PACKED, TOKENIZERS, PackedManifest, SplitManifest, StoredFile, TokenLayout
 from ntpseg.data.shards.storage import RemoteStorage, open_storage
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_folder
+from ntpseg.utils.manifest import file_digest, write_manifest
+from ntpseg.utils.progress import StageCallback, counter
 
 _NO_HASH = bytes(32)
 
@@ -81,7 +83,7 @@ def pack_dataset(
     options: PackOptions | None = None,
     *,
     tokenizer: PairTokenizer | None = None,
-    progress: Callable[[str, int], Any] | None = None,
+    progress: StageCallback | None = None,
 ) -> Packed:
     """Check a data set and pack it, files as they are.
 
@@ -93,7 +95,7 @@ def pack_dataset(
         out: a new folder, or an fsspec URL that can be written to.
         options: see `PackOptions`.
         tokenizer: makes tokens; None: there are none.
-        progress: given a title and a number of pairs, a context whose value is called with 1 for each of them.
+        progress: called as ``progress("packing", done, total)`` after every pair.
 
     Raises:
         ntpseg.data.DataProblems: the data set is not in order.
@@ -112,19 +114,20 @@ def pack_dataset(
     empty = {id(record) for record in checked.empty}
     left_out = [f"{problem.name}: {problem.kind} ({problem.detail})" for problem in checked.problems]
     left_out += [f"{record.case}: no mask" for record in checked.records if record.mask is None]
-    with _place(out) as place, ExitStack() as stack:
+    pairs = [record for record in checked.records if record.mask is not None]
+    advance = counter(progress or (lambda stage, done, total: None), "packing", len(pairs))
+    with _place(out) as place:
         splits = {}
         for name in SPLITS:
-            records = [record for record in checked.records if record.split == name and record.mask is not None]
-            if records:
-                bar = stack.enter_context(progress(f"packing {name}", len(records))) if progress else lambda _: None
+            if records := [record for record in pairs if record.split == name]:
                 split = _Split(place, name, records, listing.patients, empty, options, tokenizer)
-                splits[name] = split.write(bar)
+                splits[name] = split.write(advance)
         layout = None
         if tokenizer is not None:
             tokenizer.save(place.folder / TOKENIZERS)
+            write_manifest(place.folder / TOKENIZERS)
             layout = _with_files(tokenizer.layout, place)
-        manifest = PackedManifest(options.format, splits, layout, options.layout)
+        manifest = PackedManifest(options.format, splits, layout)
         place.write(PACKED, manifest.to_json().encode())
     return Packed(manifest, left_out)
 
@@ -142,15 +145,12 @@ class _Place:
 
     def close(self, name: str) -> tuple[int, str]:
         """Size and SHA-256 of a file that is complete; one for elsewhere is sent and removed."""
-        path, digest = self.folder / name, hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-        size = path.stat().st_size
+        path = self.folder / name
+        size, digest = path.stat().st_size, file_digest(path)
         if self._remote is not None:
             self._remote.put(path, name)
             path.unlink()
-        return size, digest.hexdigest()
+        return size, digest
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
@@ -171,6 +171,8 @@ class _Split:
     ) -> None:
         self.place, self.name, self.records, self.options = place, name, records, options
         self.patients, self.empty, self.tokenizer = patients, empty, tokenizer
+        names = (path.name for record in records for path in (record.image, record.mask) if path is not None)
+        self.kind = PairKind.of(names, tokenizer is not None)
         self.shards: list[StoredFile] = []
         self.digest = hashlib.sha256()
 
@@ -209,8 +211,7 @@ class _Split:
 
     def _open(self) -> ShardWriter:
         suffix, make = WRITERS[self.options.format]
-        tokens = self.tokenizer is not None
-        return make(self.place.folder / f"{self.name}-{len(self.shards):05d}{suffix}", tokens)
+        return make(self.place.folder / f"{self.name}-{len(self.shards):05d}{suffix}", self.kind)
 
     def _close(self, writer: ShardWriter, rows: list[dict[str, Any]], index: Any) -> None:
         for row, ranges in zip(rows, writer.close(), strict=True):
