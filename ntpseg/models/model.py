@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
 from ntpseg.models import causal_blocks, sequence_parallel, xformers_attention
+from ntpseg.models.code_embeddings import code_embeddings
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
@@ -151,22 +152,10 @@ class NTPSegModel(PreTrainedModel):
         Raises:
             ValueError: the attention heads cannot be divided, or an option of the model needs whole sequences.
         """
-        config, text = self.config, self.backbone.config
+        text = self.backbone.config
         ranks = SequenceGroup(group)
-        if text.num_attention_heads % ranks.size:
-            raise ValueError(
-                f"sequence_parallel_size must divide the {text.num_attention_heads} attention heads, got {ranks.size}"
-            )
-        for name, used in {"prefix_lm": config.prefix_lm, "mask_inputs": config.mask_inputs is not None}.items():
-            if used:
-                raise ValueError(f"{name} must be off with sequence_parallel_size above 1, got {ranks.size}")
-        self._computing_attention = text._attn_implementation
-        if self._computing_attention not in sequence_parallel.COMPUTING:
-            raise ValueError(
-                f"attention must be one of {', '.join(sequence_parallel.COMPUTING)} with sequence_parallel_size above "
-                f"1, got {self._computing_attention!r}"
-            )
-        self.sequence_group = ranks
+        sequence_parallel.check_shareable(self.config, text, ranks.size)
+        self.sequence_group, self._computing_attention = ranks, text._attn_implementation
         text._attn_implementation = sequence_parallel.NAME
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -199,10 +188,7 @@ class NTPSegModel(PreTrainedModel):
     def init_visual_embeddings(
         self, image_codebook: Tensor | None, mask_codebook: Tensor, generator: torch.Generator | None = None
     ) -> None:
-        """Start the embeddings of the visual codes from the codebooks, so that codes that look alike start alike.
-
-        Each codebook is standardised, projected to D by a random Gaussian matrix and scaled to the initialiser's
-        standard deviation.
+        """Start the embeddings of the visual codes from the codebooks, see `code_embeddings`.
 
         Args:
             image_codebook, mask_codebook: ``[codes, e]`` float, as a vision tokenizer gives them; None without image
@@ -212,28 +198,12 @@ class NTPSegModel(PreTrainedModel):
         Raises:
             ValueError: the configuration has no ranges of codes, or a codebook of another size.
         """
-        weight = self.get_input_embeddings().weight
-        shards = getattr(self, SHARDS, None)
-        for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
-            if codebook is None:
-                continue
-            span = getattr(self.config, f"{name}_range")
-            if span is None:
-                raise ValueError(f"{name}_range of the configuration must be set to place the {name} codes, got None")
-            if codebook.dim() != 2 or codebook.shape[0] != span[1] - span[0]:
-                raise ValueError(
-                    f"{name}_codebook must be [{span[1] - span[0]}, e], as in {name}_range, got {list(codebook.shape)}"
-                )
-            code = codebook.detach().float().cpu()
-            code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
-            projection = torch.randn(code.shape[1], weight.shape[1], generator=generator) / code.shape[1] ** 0.5
-            rows = code @ projection * self.config.initializer_range
+        weight, shards = self.get_input_embeddings().weight, getattr(self, SHARDS, None)
+        for first, rows in code_embeddings(self.config, weight.shape[1], image_codebook, mask_codebook, generator):
             if shards is None:
-                weight[span[0] : span[1]] = rows.to(weight)
+                weight[first : first + len(rows)] = rows.to(weight)
             else:
-                shards.write_rows(weight, span[0], rows)
-            if name == "image" and list(span) == self.config.mask_range:
-                return
+                shards.write_rows(weight, first, rows)
 
     @property
     def image_cells(self) -> int:
