@@ -198,7 +198,7 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    from ntpseg.models.prefix import prefix_mask
+    from ntpseg.models.prefix import prefix_arguments
     from ntpseg.utils.transformers_compat import CACHE
 
     config: Any = LlamaConfig(
@@ -226,18 +226,17 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
     inputs = random(use.heads), random(use.kv_heads or use.heads), random(use.kv_heads or use.heads)
     upstream = random(use.heads).detach().transpose(1, 2)
     embeds = torch.zeros(rows, length, 1, dtype=use.dtype, device=use.device)
-    mask: Any = None
+    arguments: dict[str, Any] = {"attention_mask": None}
     if use.prefix:
         prompts = torch.full((use.batch,), use.length // 2, device=use.device)
-        mask = prefix_mask(config, embeds, None, prompts, packed)
-    arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": None}
-    if packed is not None:
-        arguments = packed_arguments(packed, name, mask)
+        arguments = prefix_arguments(config, embeds, None, prompts, packed)
+    elif packed is not None:
+        arguments = packed_arguments(packed, name, None)
     arguments["attention_mask"] = create_causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=arguments["attention_mask"],
-        position_ids=arguments["position_ids"],
+        position_ids=arguments.setdefault("position_ids", None),
         **{CACHE: None},
     )
     dropout = use.dropout if use.training else 0.0

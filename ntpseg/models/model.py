@@ -28,7 +28,7 @@ from ntpseg.models.heads import NextKHeads
 from ntpseg.models.image_encoder import CaptionModulation, Convolution
 from ntpseg.models.mask_training import MaskTraining
 from ntpseg.models.packing import PackedRows, packed_arguments
-from ntpseg.models.prefix import prefix_mask, prompt_lengths
+from ntpseg.models.prefix import prefix_arguments, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
 from ntpseg.models.rotary import replace_rotary
@@ -331,17 +331,18 @@ class NTPSegModel(PreTrainedModel):
             assert embeds is not None
             if packed is not None:
                 embeds = packed.pack(embeds)
-            mask: Any = attention_mask
+            attention = self.backbone.config
+            fields: dict[str, Any] = {"attention_mask": attention_mask}
             if self.config.prefix_lm and past_key_values is None:
                 wanted = embeds.shape[:2] if packed is None else packed.place.shape
                 if grid_ids is None or grid_ids.shape != wanted:
                     shape = None if grid_ids is None else list(grid_ids.shape)
                     raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
                 lengths = prompt_lengths(grid_ids, self.image_cells)
-                mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths, packed)
-            fields: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, **kwargs}
-            if packed is not None:
-                fields |= packed_arguments(packed, self.backbone.config._attn_implementation, mask)
+                fields = prefix_arguments(attention, embeds, attention_mask, lengths, packed)
+            elif packed is not None:
+                fields = packed_arguments(packed, attention._attn_implementation, None)
+            fields = {"position_ids": position_ids, **kwargs, **fields}
             length, ranks = embeds.shape[1], self.sequence_group
             if ranks is not None:
                 if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
