@@ -191,8 +191,20 @@ class _Layer(nn.Module):
         self.train(use.training)
 
 
-def _call(name: str, use: AttentionUse) -> Callable[[], None]:
-    """One call of Hugging Face's implementation `name`, mask and backward included."""
+def attention_function(
+    name: str, use: AttentionUse, packed: PackedRows | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Hugging Face's implementation `name` as a decoder calls it, with its mask made once.
+
+    Args:
+        name: Hugging Face's.
+        use: where and for what; a prompt is half a sequence long.
+        packed: the rows, with ``use.packing``; on the same device.
+
+    Returns:
+        A function of queries ``[B, H, T, D]`` and of keys and values with their heads, which may be differentiated;
+        its result is ``[B, T, H, D]``. Of packed rows B and T are R and L.
+    """
     from transformers import LlamaConfig
     from transformers.masking_utils import create_causal_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -211,20 +223,7 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
     config._attn_implementation = name
     layer = _Layer(config, use)
     function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    packed = None
-    rows, length = use.batch, use.length
-    if use.packing is not None:
-        plan = PackedRows.plan([use.length] * use.batch, use.packing)
-        packed = PackedRows(**{key: value.to(use.device) for key, value in plan.tensors().items()})
-        rows, length = packed.source.shape
-    generator = torch.Generator(use.device).manual_seed(0)
-
-    def random(heads: int) -> Tensor:
-        made = torch.randn(rows, heads, length, use.width, generator=generator, device=use.device)
-        return made.to(use.dtype).requires_grad_(use.training)
-
-    inputs = random(use.heads), random(use.kv_heads or use.heads), random(use.kv_heads or use.heads)
-    upstream = random(use.heads).detach().transpose(1, 2)
+    rows, length = (use.batch, use.length) if packed is None else packed.source.shape
     embeds = torch.zeros(rows, length, 1, dtype=use.dtype, device=use.device)
     arguments: dict[str, Any] = {"attention_mask": None}
     if use.prefix:
@@ -241,9 +240,33 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
     )
     dropout = use.dropout if use.training else 0.0
 
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return function(layer, query, key, value, scaling=use.width**-0.5, dropout=dropout, **arguments)[0]
+
+    return attend
+
+
+def _call(name: str, use: AttentionUse) -> Callable[[], None]:
+    """One call of Hugging Face's implementation `name`, mask and backward included."""
+    packed = None
+    rows, length = use.batch, use.length
+    if use.packing is not None:
+        plan = PackedRows.plan([use.length] * use.batch, use.packing)
+        packed = PackedRows(**{key: value.to(use.device) for key, value in plan.tensors().items()})
+        rows, length = packed.source.shape
+    generator = torch.Generator(use.device).manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        made = torch.randn(rows, heads, length, use.width, generator=generator, device=use.device)
+        return made.to(use.dtype).requires_grad_(use.training)
+
+    inputs = random(use.heads), random(use.kv_heads or use.heads), random(use.kv_heads or use.heads)
+    upstream = random(use.heads).detach().transpose(1, 2)
+    attend = attention_function(name, use, packed)
+
     def call() -> None:
         with torch.set_grad_enabled(use.training):
-            out = function(layer, *inputs, scaling=use.width**-0.5, dropout=dropout, **arguments)[0]
+            out = attend(*inputs)
             if use.training:
                 torch.autograd.grad(out, inputs, upstream)
 
