@@ -155,7 +155,11 @@ class NTPSegTrainer(CheckpointTrainer):
         return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, or Muon."""
+        """The Trainer's optimizer, or Muon.
+
+        Raises:
+            ValueError: Muon is asked for, and FSDP divides the matrices.
+        """
         options = self.optimizer_options
         if options.name == "adamw" or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
