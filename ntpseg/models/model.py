@@ -329,37 +329,16 @@ class NTPSegModel(PreTrainedModel):
             if ids is not None:
                 embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
             assert embeds is not None
-            if packed is not None:
-                embeds = packed.pack(embeds)
-            attention = self.backbone.config
-            fields: dict[str, Any] = {"attention_mask": attention_mask}
-            if self.config.prefix_lm and past_key_values is None:
-                wanted = embeds.shape[:2] if packed is None else packed.place.shape
-                if grid_ids is None or grid_ids.shape != wanted:
-                    shape = None if grid_ids is None else list(grid_ids.shape)
-                    raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
-                lengths = prompt_lengths(grid_ids, self.image_cells)
-                fields = prefix_arguments(attention, embeds, attention_mask, lengths, packed)
-            elif packed is not None:
-                fields = packed_arguments(packed, attention._attn_implementation, None)
-            fields = {"position_ids": position_ids, **kwargs, **fields}
-            length, ranks = embeds.shape[1], self.sequence_group
-            if ranks is not None:
-                if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
-                    raise ValueError(
-                        "packing, attention_mask, position_ids and the cache must be left out with shared sequences, "
-                        "got one"
-                    )
-                embeds, place = ranks.split(embeds)
-                fields |= sequence_arguments(ranks, place, cast(str, self._computing_attention))
-            decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
-            if ranks is not None:
-                decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)
-            if packed is not None:
-                decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
-                if decoded.hidden_states is not None:
-                    decoded.hidden_states = tuple(map(packed.unpack, decoded.hidden_states))
-            return decoded
+            return self._decode(
+                embeds,
+                grid_ids,
+                attention_mask,
+                packed,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
         extra = self.mask_training
         if labels is not None and self.training and extra.inputs is not None:
@@ -382,6 +361,51 @@ class NTPSegModel(PreTrainedModel):
             attentions=decoded.attentions,
         )
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _decode(
+        self,
+        embeds: Tensor,
+        grid_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        packed: PackedRows | None,
+        *,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        use_cache: bool,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's output of ``[B, T, D]``, in that form also where it reads packed rows or shared sequences."""
+        if packed is not None:
+            embeds = packed.pack(embeds)
+        attention = self.backbone.config
+        fields: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.config.prefix_lm and past_key_values is None:
+            wanted = embeds.shape[:2] if packed is None else packed.place.shape
+            if grid_ids is None or grid_ids.shape != wanted:
+                shape = None if grid_ids is None else list(grid_ids.shape)
+                raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
+            lengths = prompt_lengths(grid_ids, self.image_cells)
+            fields = prefix_arguments(attention, embeds, attention_mask, lengths, packed)
+        elif packed is not None:
+            fields = packed_arguments(packed, attention._attn_implementation, None)
+        fields = {"position_ids": position_ids, **kwargs, **fields}
+        length, ranks = embeds.shape[1], self.sequence_group
+        if ranks is not None:
+            if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
+                raise ValueError(
+                    "packing, attention_mask, position_ids and the cache must be left out with shared sequences, "
+                    "got one"
+                )
+            embeds, place = ranks.split(embeds)
+            fields |= sequence_arguments(ranks, place, cast(str, self._computing_attention))
+        decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
+        if ranks is not None:
+            decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)
+        if packed is not None:
+            decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
+            if decoded.hidden_states is not None:
+                decoded.hidden_states = tuple(map(packed.unpack, decoded.hidden_states))
+        return decoded
 
     def _loss(
         self,
