@@ -8,26 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from benchmarks import packed_attention
+from benchmarks.attention_steps import LIMITS, PARTS, products, truth_of
 from benchmarks.harness import Case, Comparison, Grid, Provider, Settings, check_errors, relative_error
 from benchmarks.peers import attention as peers
 from benchmarks.peers import import_error
 from ntpseg.models.causal_blocks import MAX_TOKENS, causal_blocks
 
-LIMITS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
-_PARTS = ("out", "d_query", "d_key", "d_value")
-
 
 # B, H, T, D and dtype. A prompt, 784 image and 784 mask tokens make T = 1,664; Emu3's at 512 x 512 pixels 8,320.
 GRIDS = {
@@ -42,10 +40,14 @@ GRIDS = {
 
 
 def cases(device: torch.device, grid: Grid) -> Iterator[Case]:
-    """Batches of sequences."""
+    """Batches of sequences, on a CPU also packed into rows."""
     for *shape, dtype in GRIDS[device.type, grid]:
         parameters = dict(zip(("B", "H", "T", "D"), shape, strict=True)) | {"dtype": dtype}
         yield Case("attention", parameters, partial(_comparison, tuple(shape), dtype, grid == "quick"))
+    for packed in packed_attention.GRIDS.get(grid, []) if device.type == "cpu" else []:
+        lengths = f"packed {packed.low} to {packed.high}"
+        parameters = {"B": packed.sequences, "H": packed.heads, "T": lengths, "D": packed.width, "dtype": "float32"}
+        yield Case("attention", parameters, partial(packed_attention.comparison, packed, "float32"))
 
 
 def _comparison(shape: tuple[int, ...], name: str, quick: bool, settings: Settings) -> Comparison:
@@ -67,9 +69,9 @@ def _comparison(shape: tuple[int, ...], name: str, quick: bool, settings: Settin
 
     def check(step: Callable[[], tuple[Tensor, ...]]) -> dict[str, float]:
         if not truth:
-            truth.append(_truth(query, key, value, upstream))
-        errors = {part: relative_error(*pair) for part, *pair in zip(_PARTS, step(), truth[0], strict=True)}
-        return check_errors(errors, dict.fromkeys(_PARTS, LIMITS[name]))
+            truth.append(truth_of(query, key, value, upstream))
+        errors = {part: relative_error(*pair) for part, *pair in zip(PARTS, step(), truth[0], strict=True)}
+        return check_errors(errors, dict.fromkeys(PARTS, LIMITS[name]))
 
     def provider(load: Callable[[], peers.Attention], unavailable: str | None = None) -> Provider:
         return Provider(lambda: step_of(load()), check, unavailable, "causal attention")
@@ -100,31 +102,3 @@ def _comparison(shape: tuple[int, ...], name: str, quick: bool, settings: Settin
         graphs=False,
         dtype=dtype,
     )
-
-
-def products(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> Callable[[], Any]:
-    """The six batched products of attention, forward and backward."""
-    query, key, value = (x.detach() for x in (query, key, value))
-    scores = query @ key.transpose(-1, -2)
-    out, d_scores = torch.empty_like(query), torch.empty_like(scores)
-
-    def step() -> None:
-        torch.matmul(query, key.transpose(-1, -2), out=scores)
-        torch.matmul(scores, value, out=out)
-        torch.matmul(scores.transpose(-1, -2), upstream, out=out)
-        torch.matmul(upstream, value.transpose(-1, -2), out=d_scores)
-        torch.matmul(d_scores, key, out=out)
-        torch.matmul(d_scores.transpose(-1, -2), query, out=out)
-
-    return step
-
-
-def _truth(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Float64, one sample and head at a time: long sequences' scores are large."""
-    parts = []
-    flat = [x.detach().flatten(0, 1) for x in (query, key, value, upstream)]
-    for *inputs, d_out in zip(*flat, strict=True):
-        leaves = [x.double().requires_grad_() for x in inputs]
-        out = peers.eager(*leaves)
-        parts.append((out.detach(), *torch.autograd.grad(out, leaves, d_out.double())))
-    return tuple(torch.stack(part).view(query.shape) for part in zip(*parts, strict=True))

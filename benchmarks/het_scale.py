@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +25,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness.environment import describe
+from benchmarks.harness.memory import status_bytes
 from benchmarks.harness.rows import RESULTS, rounded
+from benchmarks.harness.timing import quartiles
 from benchmarks.models import Size
 from ntpseg.memory import HardTokenMemory, KeyIndex
 from ntpseg.utils.files import write_json
@@ -198,8 +199,13 @@ def timed(calls: list[Callable[[], Any]]) -> dict[str, float]:
 def summary(times: list[tuple[float, float]]) -> dict[str, float]:
     """Median and quartiles of processor time, and the median of wall time, in microseconds."""
     cpu, real = ([1e6 * t for t in column] for column in zip(*times))
-    low, middle, high = statistics.quantiles(cpu, n=4)
-    return {"cpu_us": middle, "cpu_us_low": low, "cpu_us_high": high, "wall_us": statistics.median(real)}
+    found = quartiles(cpu)
+    return {
+        "cpu_us": found["median"],
+        "cpu_us_low": found["p25"],
+        "cpu_us_high": found["p75"],
+        "wall_us": quartiles(real)["median"],
+    }
 
 
 def per_sample(times: dict[str, float], batch: int) -> dict[str, float]:
@@ -215,8 +221,7 @@ def wall(call: Callable[[], Any]) -> dict[str, float]:
 
 def resident() -> list[int]:
     """Bytes of this process that no file backs, and bytes of files that it maps."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return [1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")]
+    return [status_bytes(name) for name in ("RssAnon", "RssFile")]
 
 
 def disk(folder: Path) -> int:

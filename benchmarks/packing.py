@@ -7,7 +7,6 @@ processor time, ratios are taken within each round. Useful tokens are those of t
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.environment import describe
+from benchmarks.harness.timing import quartiles
 from benchmarks.models import Size
 from ntpseg.models import NTPSegModel
 from ntpseg.training.dataset import Collator
@@ -66,10 +66,10 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
     return times
 
 
-def quartiles(values: list[float]) -> dict[str, Any]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and quartiles, as they stand in the result files."""
+    found = {name: round(value, 4) for name, value in quartiles(values).items()}
+    return {"median": found["median"], "quartiles": [found["p25"], found["p75"]]}
 
 
 def packing(lengths: str, attention: str, rounds: int) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def packing(lengths: str, attention: str, rounds: int) -> dict[str, Any]:
     if fields["packed_batches"]:
         times = take_turns({name: step_of(model, batch) for name, batch in batches.items()}, rounds)
         fields["useful_tokens_per_second"] = {
-            name: quartiles([sum(every) / seconds for seconds in values]) for name, values in times.items()
+            name: spread([sum(every) / seconds for seconds in values]) for name, values in times.items()
         }
-        fields["speed_ratio"] = quartiles([a / b for a, b in zip(times["padded"], times["packed"], strict=True)])
+        fields["speed_ratio"] = spread([a / b for a, b in zip(times["padded"], times["packed"], strict=True)])
     return fields
 
 
@@ -139,7 +139,7 @@ def checkpointing(preset: str, rounds: int) -> dict[str, Any]:
         "batch": list(ids.shape),
         "kept_bytes": kept,
         "memory_ratio": round(kept["on"] / kept["off"], 4),
-        "time_ratio": quartiles([a / b for a, b in zip(times["on"], times["off"], strict=True)]),
+        "time_ratio": spread([a / b for a, b in zip(times["on"], times["off"], strict=True)]),
     }
 
 

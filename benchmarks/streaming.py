@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from benchmarks.harness.environment import describe
-from benchmarks.packing import quartiles, take_turns
+from benchmarks.packing import spread, take_turns
 from ntpseg.data import Record, load_records
 from ntpseg.data.shards import PackedSplit, open_packed
 from ntpseg.data.shards.writing import PackOptions, pack_dataset
@@ -109,8 +109,8 @@ def summary(times: dict[str, list[float]], amount: float, unit: str, base: str) 
     """Rates, and times as multiples of those of `base`."""
     return {
         name: {
-            unit: quartiles([amount / seconds for seconds in values]),
-            f"time_over_{base}": quartiles([a / b for a, b in zip(values, times[base], strict=True)]),
+            unit: spread([amount / seconds for seconds in values]),
+            f"time_over_{base}": spread([a / b for a, b in zip(values, times[base], strict=True)]),
         }
         for name, values in times.items()
     }

@@ -38,14 +38,19 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> dict[str, Any]
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the allocator still holds would hide in `before`
         _CLEAR.write_text("5")
-        before = _resident("VmRSS")
+        before = status_bytes("VmRSS")
         call()
-        peak = _resident("VmHWM")
+        peak = status_bytes("VmHWM")
     except (OSError, AttributeError):
         return None
     return {"delta": max(peak - before, 0), "absolute": peak, "method": "resident set"}
 
 
-def _resident(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+def status_bytes(field: str) -> int:
+    """A size of this process in bytes, by its name in Linux's ``/proc/self/status``, such as VmRSS.
+
+    Raises:
+        OSError: the system has no such file.
+    """
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -24,6 +24,8 @@ from ntpseg.commands.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ntpseg.generation import Segmenter
+    from ntpseg.generation.outputs import Target
     from ntpseg.generation.writing import Written
 
 VOLUMES = "Volumes"
@@ -121,14 +123,12 @@ def predict(
     from ntpseg.commands.predict_volumes import VolumeRequest, find, predict_volumes
     from ntpseg.data.tables import is_sentence
     from ntpseg.generation import PostProcessing, Segmenter
-    from ntpseg.generation.folder import Job, folder_jobs
-    from ntpseg.generation.outputs import file_target, folder_targets
     from ntpseg.generation.volume_writing import VolumeSettings
     from ntpseg.generation.writing import write_predictions
     from ntpseg.models.bundle import bundle_files
     from ntpseg.utils.device import usable_device
     from ntpseg.utils.outputs import check_path
-    from ntpseg.utils.progress import counter, disable_loading_bars, stage_progress
+    from ntpseg.utils.progress import disable_loading_bars
 
     decoding: dict[str, Any] = {
         "batch_size": batch_size,
@@ -178,23 +178,54 @@ def predict(
     if text is not None and len(text) > 1:
         raise ValueError(f"--text must be given once for images, got it {len(text)} times; list them in --texts")
     sentence = text[0] if text else None
-    if image.is_dir():
-        targets = folder_targets(
-            folder_jobs(image, sentence, texts), image, out, overlay, read, maps=save_probabilities
-        )
-    elif texts is not None:
-        raise ValueError(f"--texts must be given for a folder of images, got {texts} for the image {image}")
-    elif sentence is None:
-        raise ValueError("text must be the sentence that says what to segment, got none")
-    else:
-        targets = [file_target(Job(image, sentence, image.stem), out, overlay, read, maps=save_probabilities)]
+    targets = _targets(image, sentence, texts, out, overlay, read, maps=save_probabilities)
     segmenter = load()
-    if not image.is_dir():
-        written = write_predictions(segmenter, targets)
-        for _, reason in written.failed:
-            raise ValueError(reason)
-        _describe(console, targets[0].mask, written)
+    if image.is_dir():
+        _write_folder(console, segmenter, targets, out)
         return
+    written = write_predictions(segmenter, targets)
+    for _, reason in written.failed:
+        raise ValueError(reason)
+    _describe(console, targets[0].mask, written)
+
+
+def _targets(
+    image: Path,
+    sentence: str | None,
+    texts: Path | None,
+    out: Path,
+    overlay: Path | None,
+    read: list[Path],
+    *,
+    maps: bool,
+) -> list[Target]:
+    """What is written for an image, or for each of a folder, checked before anything is loaded.
+
+    Args:
+        image, sentence, texts, out, overlay: the options.
+        read: files that must not be overwritten.
+        maps: probabilities and uncertainty are written too.
+
+    Raises:
+        ValueError: there is no sentence, a table is given for one image, or a file cannot be written.
+    """
+    from ntpseg.generation.folder import Job, folder_jobs
+    from ntpseg.generation.outputs import file_target, folder_targets
+
+    if image.is_dir():
+        return folder_targets(folder_jobs(image, sentence, texts), image, out, overlay, read, maps=maps)
+    if texts is not None:
+        raise ValueError(f"--texts must be given for a folder of images, got {texts} for the image {image}")
+    if sentence is None:
+        raise ValueError("text must be the sentence that says what to segment, got none")
+    return [file_target(Job(image, sentence, image.stem), out, overlay, read, maps=maps)]
+
+
+def _write_folder(console: Console, segmenter: Segmenter, targets: list[Target], out: Path) -> None:
+    """Write the masks of a folder and say how many; ends with exit status 1 where an image could not be read."""
+    from ntpseg.generation.writing import write_predictions
+    from ntpseg.utils.progress import counter, stage_progress
+
     with stage_progress(console) as progress:
         written = write_predictions(segmenter, targets, counter(progress, "decoding", len(targets)), table=out)
     if written.rows:

@@ -198,9 +198,7 @@ class NTPLoss(nn.Module):
             raise ValueError(f"options must be given without further keywords, got {', '.join(sorted(keywords))}")
         unknown = sorted(set(keywords) - set(LossOptions.__dataclass_fields__))
         if unknown:
-            raise ValueError(
-                f"unknown option {unknown[0]!r}, expected one of {', '.join(LossOptions.__dataclass_fields__)}"
-            )
+            raise ValueError(f"options must be among {', '.join(LossOptions.__dataclass_fields__)}, got {unknown[0]!r}")
         if options is not None and not isinstance(options, LossOptions):
             raise ValueError(f"options must be a LossOptions, got {shown(options)}")
         self.options = options or LossOptions(**keywords)

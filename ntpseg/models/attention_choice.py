@@ -191,14 +191,26 @@ class _Layer(nn.Module):
         self.train(use.training)
 
 
-def _call(name: str, use: AttentionUse) -> Callable[[], None]:
-    """One call of Hugging Face's implementation `name`, mask and backward included."""
+def attention_function(
+    name: str, use: AttentionUse, packed: PackedRows | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Hugging Face's implementation `name` as a decoder calls it, with its mask made once.
+
+    Args:
+        name: Hugging Face's.
+        use: where and for what; a prompt is half a sequence long.
+        packed: the rows, with ``use.packing``; on the same device.
+
+    Returns:
+        A function of queries ``[B, H, T, D]`` and of keys and values with their heads, which may be differentiated;
+        its result is ``[B, T, H, D]``. Of packed rows B and T are R and L.
+    """
     from transformers import LlamaConfig
     from transformers.masking_utils import create_causal_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    from ntpseg.models.prefix import prefix_mask
+    from ntpseg.models.prefix import prefix_arguments
     from ntpseg.utils.transformers_compat import CACHE
 
     config: Any = LlamaConfig(
@@ -211,6 +223,31 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
     config._attn_implementation = name
     layer = _Layer(config, use)
     function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    rows, length = (use.batch, use.length) if packed is None else packed.source.shape
+    embeds = torch.zeros(rows, length, 1, dtype=use.dtype, device=use.device)
+    arguments: dict[str, Any] = {"attention_mask": None}
+    if use.prefix:
+        prompts = torch.full((use.batch,), use.length // 2, device=use.device)
+        arguments = prefix_arguments(config, embeds, None, prompts, packed)
+    elif packed is not None:
+        arguments = packed_arguments(packed, name, None)
+    arguments["attention_mask"] = create_causal_mask(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=arguments["attention_mask"],
+        position_ids=arguments.setdefault("position_ids", None),
+        **{CACHE: None},
+    )
+    dropout = use.dropout if use.training else 0.0
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return function(layer, query, key, value, scaling=use.width**-0.5, dropout=dropout, **arguments)[0]
+
+    return attend
+
+
+def _call(name: str, use: AttentionUse) -> Callable[[], None]:
+    """One call of Hugging Face's implementation `name`, mask and backward included."""
     packed = None
     rows, length = use.batch, use.length
     if use.packing is not None:
@@ -225,26 +262,11 @@ def _call(name: str, use: AttentionUse) -> Callable[[], None]:
 
     inputs = random(use.heads), random(use.kv_heads or use.heads), random(use.kv_heads or use.heads)
     upstream = random(use.heads).detach().transpose(1, 2)
-    embeds = torch.zeros(rows, length, 1, dtype=use.dtype, device=use.device)
-    mask: Any = None
-    if use.prefix:
-        prompts = torch.full((use.batch,), use.length // 2, device=use.device)
-        mask = prefix_mask(config, embeds, None, prompts, packed)
-    arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": None}
-    if packed is not None:
-        arguments = packed_arguments(packed, name, mask)
-    arguments["attention_mask"] = create_causal_mask(
-        config=config,
-        inputs_embeds=embeds,
-        attention_mask=arguments["attention_mask"],
-        position_ids=arguments["position_ids"],
-        **{CACHE: None},
-    )
-    dropout = use.dropout if use.training else 0.0
+    attend = attention_function(name, use, packed)
 
     def call() -> None:
         with torch.set_grad_enabled(use.training):
-            out = function(layer, *inputs, scaling=use.width**-0.5, dropout=dropout, **arguments)[0]
+            out = attend(*inputs)
             if use.training:
                 torch.autograd.grad(out, inputs, upstream)
 

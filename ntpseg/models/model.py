@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from ntpseg.losses import NTPOutput, NumItems
 from ntpseg.memory import HardTokens
 from ntpseg.models import causal_blocks, sequence_parallel, xformers_attention
+from ntpseg.models.code_embeddings import code_embeddings
 from ntpseg.models.config import NTPSegConfig
 from ntpseg.models.front_end import FrontEnd
 from ntpseg.models.grid import GridEmbedding
@@ -27,7 +28,7 @@ from ntpseg.models.heads import NextKHeads
 from ntpseg.models.image_encoder import CaptionModulation, Convolution
 from ntpseg.models.mask_training import MaskTraining
 from ntpseg.models.packing import PackedRows, packed_arguments
-from ntpseg.models.prefix import prefix_mask, prompt_lengths
+from ntpseg.models.prefix import prefix_arguments, prompt_lengths
 from ntpseg.models.readout import PatchReadout
 from ntpseg.models.rms_norm import replace_norms
 from ntpseg.models.rotary import replace_rotary
@@ -150,20 +151,9 @@ class NTPSegModel(PreTrainedModel):
         Raises:
             ValueError: the attention heads cannot be divided, or an option of the model needs whole sequences.
         """
-        config, text = self.config, self.backbone.config
+        text = self.backbone.config
         ranks = SequenceGroup(group, text._attn_implementation)
-        if text.num_attention_heads % ranks.size:
-            raise ValueError(
-                f"sequence_parallel_size must divide the {text.num_attention_heads} attention heads, got {ranks.size}"
-            )
-        for name, used in {"prefix_lm": config.prefix_lm, "mask_inputs": config.mask_inputs is not None}.items():
-            if used:
-                raise ValueError(f"{name} must be off with sequence_parallel_size above 1, got {ranks.size}")
-        if ranks.attention not in sequence_parallel.COMPUTING:
-            raise ValueError(
-                f"attention must be one of {', '.join(sequence_parallel.COMPUTING)} with sequence_parallel_size above "
-                f"1, got {ranks.attention!r}"
-            )
+        sequence_parallel.check_shareable(self.config, text, ranks.size)
         self.sequence_group = ranks
         text._attn_implementation = sequence_parallel.NAME
 
@@ -197,10 +187,7 @@ class NTPSegModel(PreTrainedModel):
     def init_visual_embeddings(
         self, image_codebook: Tensor | None, mask_codebook: Tensor, generator: torch.Generator | None = None
     ) -> None:
-        """Start the embeddings of the visual codes from the codebooks, so that codes that look alike start alike.
-
-        Each codebook is standardised, projected to D by a random Gaussian matrix and scaled to the initialiser's
-        standard deviation.
+        """Start the embeddings of the visual codes from the codebooks, see `code_embeddings`.
 
         Args:
             image_codebook, mask_codebook: ``[codes, e]`` float, as a vision tokenizer gives them; None without image
@@ -210,28 +197,12 @@ class NTPSegModel(PreTrainedModel):
         Raises:
             ValueError: the configuration has no ranges of codes, or a codebook of another size.
         """
-        weight = self.get_input_embeddings().weight
-        shards = getattr(self, SHARDS, None)
-        for name, codebook in (("image", image_codebook), ("mask", mask_codebook)):
-            if codebook is None:
-                continue
-            span = getattr(self.config, f"{name}_range")
-            if span is None:
-                raise ValueError(f"{name}_range of the configuration must be set to place the {name} codes, got None")
-            if codebook.dim() != 2 or codebook.shape[0] != span[1] - span[0]:
-                raise ValueError(
-                    f"{name}_codebook must be [{span[1] - span[0]}, e], as in {name}_range, got {list(codebook.shape)}"
-                )
-            code = codebook.detach().float().cpu()
-            code = (code - code.mean(0)) / code.std(0, correction=0).clamp_min(1e-6)
-            projection = torch.randn(code.shape[1], weight.shape[1], generator=generator) / code.shape[1] ** 0.5
-            rows = code @ projection * self.config.initializer_range
+        weight, shards = self.get_input_embeddings().weight, getattr(self, SHARDS, None)
+        for first, rows in code_embeddings(self.config, weight.shape[1], image_codebook, mask_codebook, generator):
             if shards is None:
-                weight[span[0] : span[1]] = rows.to(weight)
+                weight[first : first + len(rows)] = rows.to(weight)
             else:
-                shards.write_rows(weight, span[0], rows)
-            if name == "image" and list(span) == self.config.mask_range:
-                return
+                shards.write_rows(weight, first, rows)
 
     @property
     def image_cells(self) -> int:
@@ -357,36 +328,16 @@ class NTPSegModel(PreTrainedModel):
             if ids is not None:
                 embeds = self.embed(ids, grid_ids, None if stem is None else stem.features)
             assert embeds is not None
-            if packed is not None:
-                embeds = packed.pack(embeds)
-            mask: Any = attention_mask
-            if self.config.prefix_lm and past_key_values is None:
-                wanted = embeds.shape[:2] if packed is None else packed.place.shape
-                if grid_ids is None or grid_ids.shape != wanted:
-                    shape = None if grid_ids is None else list(grid_ids.shape)
-                    raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
-                lengths = prompt_lengths(grid_ids, self.image_cells)
-                mask = prefix_mask(self.backbone.config, embeds, attention_mask, lengths, packed)
-            fields: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, **kwargs}
-            if packed is not None:
-                fields |= packed_arguments(packed, self.backbone.config._attn_implementation, mask)
-            length, ranks = embeds.shape[1], self.sequence_group
-            if ranks is not None:
-                if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
-                    raise ValueError(
-                        "packing, attention_mask, position_ids and the cache must be left out with shared sequences, "
-                        "got one"
-                    )
-                embeds, place = ranks.split(embeds)
-                fields |= sequence_arguments(ranks, place)
-            decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
-            if ranks is not None:
-                decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)
-            if packed is not None:
-                decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
-                if decoded.hidden_states is not None:
-                    decoded.hidden_states = tuple(map(packed.unpack, decoded.hidden_states))
-            return decoded
+            return self._decode(
+                embeds,
+                grid_ids,
+                attention_mask,
+                packed,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
         extra = self.mask_training
         if labels is not None and self.training and extra.inputs is not None:
@@ -409,6 +360,51 @@ class NTPSegModel(PreTrainedModel):
             attentions=decoded.attentions,
         )
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _decode(
+        self,
+        embeds: Tensor,
+        grid_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        packed: PackedRows | None,
+        *,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        use_cache: bool,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's output of ``[B, T, D]``, in that form also where it reads packed rows or shared sequences."""
+        if packed is not None:
+            embeds = packed.pack(embeds)
+        attention = self.backbone.config
+        fields: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.config.prefix_lm and past_key_values is None:
+            wanted = embeds.shape[:2] if packed is None else packed.place.shape
+            if grid_ids is None or grid_ids.shape != wanted:
+                shape = None if grid_ids is None else list(grid_ids.shape)
+                raise ValueError(f"grid_ids must be {list(wanted)}, as input_ids is, with prefix_lm, got {shape}")
+            lengths = prompt_lengths(grid_ids, self.image_cells)
+            fields = prefix_arguments(attention, embeds, attention_mask, lengths, packed)
+        elif packed is not None:
+            fields = packed_arguments(packed, attention._attn_implementation, None)
+        fields = {"position_ids": position_ids, **kwargs, **fields}
+        length, ranks = embeds.shape[1], self.sequence_group
+        if ranks is not None:
+            if packed is not None or attention_mask is not None or position_ids is not None or use_cache:
+                raise ValueError(
+                    "packing, attention_mask, position_ids and the cache must be left out with shared sequences, "
+                    "got one"
+                )
+            embeds, place = ranks.split(embeds)
+            fields |= sequence_arguments(ranks, place)
+        decoded = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **{CACHE: past_key_values}, **fields)
+        if ranks is not None:
+            decoded.last_hidden_state = ranks.gather(decoded.last_hidden_state, length)
+        if packed is not None:
+            decoded.last_hidden_state = packed.unpack(decoded.last_hidden_state)
+            if decoded.hidden_states is not None:
+                decoded.hidden_states = tuple(map(packed.unpack, decoded.hidden_states))
+        return decoded
 
     def _loss(
         self,

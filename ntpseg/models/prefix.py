@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from ntpseg.models.packing import PackedRows
+from ntpseg.models import causal_blocks
+from ntpseg.models.packing import PackedRows, packed_arguments
 from ntpseg.utils.transformers_compat import CACHE
 
 
@@ -59,6 +60,33 @@ def prefix_mask(
         and_mask_function=same,
         **{CACHE: None},
     )
+
+
+def prefix_arguments(
+    config: Any, embeds: Tensor, attention_mask: Tensor | None, prefix: Tensor, packed: PackedRows | None = None
+) -> dict[str, Any]:
+    """What a Hugging Face decoder must be given for bidirectional prompts.
+
+    Args:
+        config, embeds, attention_mask, prefix, packed: see `prefix_mask`.
+
+    Raises:
+        ValueError: the implementation takes no mask (FlashAttention).
+    """
+    by_lengths = config._attn_implementation == causal_blocks.NAME and attention_mask is None
+    mask = None if by_lengths else prefix_mask(config, embeds, attention_mask, prefix, packed)
+    arguments: dict[str, Any] = {"attention_mask": mask}
+    if packed is not None:
+        arguments = packed_arguments(packed, config._attn_implementation, mask)
+    if by_lengths:
+        if packed is None:
+            # A mask of four dimensions is handed on as it is: none need be made where none is read.
+            arguments["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+        else:
+            sample = packed.sample.flatten()[packed.bounds[:-1].long()]
+            prefix = torch.where(sample >= 0, prefix[sample.clamp_min(0)], 0)
+        arguments["prefix_lengths"] = prefix
+    return arguments
 
 
 def prompt_lengths(grid_ids: Tensor, image_cells: int) -> Tensor:

@@ -57,6 +57,31 @@ class SequenceGroup:
         return _ScaleGradient.apply(weight[..., start:stop, :], self.size)
 
 
+def check_shareable(config: Any, text: Any, size: int) -> None:
+    """Refuse a model whose sequences a group of ranks cannot share.
+
+    Args:
+        config: an `NTPSegConfig`.
+        text: the decoder's, with the attention implementation that is to compute.
+        size: ranks of the group.
+
+    Raises:
+        ValueError: the attention heads cannot be divided, or an option of the model needs whole sequences.
+    """
+    if text.num_attention_heads % size:
+        raise ValueError(
+            f"sequence_parallel_size must divide the {text.num_attention_heads} attention heads, got {size}"
+        )
+    for name, used in {"prefix_lm": config.prefix_lm, "mask_inputs": config.mask_inputs is not None}.items():
+        if used:
+            raise ValueError(f"{name} must be off with sequence_parallel_size above 1, got {size}")
+    if text._attn_implementation not in COMPUTING:
+        raise ValueError(
+            f"attention must be one of {', '.join(COMPUTING)} with sequence_parallel_size above 1, got "
+            f"{text._attn_implementation!r}"
+        )
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: SequenceGroup) -> Tensor:

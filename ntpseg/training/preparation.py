@@ -214,8 +214,6 @@ def _cache_folder(config: RunConfig, run: Path) -> Path:
     return run / "cache" if config.data.cache is None else Path(config.data.cache).expanduser()
 
 
-
-
 def augmentation_of(config: RunConfig) -> Augmentation | None:
     """The augmentation of a run; None where there is none.
 

@@ -27,7 +27,7 @@ from ntpseg.training.parallelism import Parallelism
 from ntpseg.utils.files import TEMPORARY_FOLDER
 
 if TYPE_CHECKING:
-    from ntpseg.training.trainer import NTPSegTrainer
+    from ntpseg.training.checkpointing import CheckpointTrainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Of ZeRO's state, beside what is kept by parameter name.
@@ -54,7 +54,7 @@ class Resharding:
         ValueError: it cannot be converted; one line says why, and what can be done.
     """
 
-    def __init__(self, trainer: NTPSegTrainer, checkpoint: Path, saved: Parallelism, now: Parallelism) -> None:
+    def __init__(self, trainer: CheckpointTrainer, checkpoint: Path, saved: Parallelism, now: Parallelism) -> None:
         _check(trainer, checkpoint, saved, now)
         self.trainer, self.checkpoint, self.saved = trainer, checkpoint, saved
         model: Any = trainer.model
@@ -127,7 +127,7 @@ def load_module(model: nn.Module, checkpoint: Path, saved: Parallelism, folder: 
     return result
 
 
-def parameter_order(trainer: NTPSegTrainer) -> list[list[str]]:
+def parameter_order(trainer: CheckpointTrainer) -> list[list[str]]:
     """Names of the parameters of each of the optimizer's groups, in the order of its state."""
     model: Any = trainer.model
     decayed = set(trainer.get_decay_parameter_names(model))
@@ -174,7 +174,7 @@ def write_universal(
     torch.save({"step": step, **scale}, folder / "zero" / "optimizer_state.pt")
 
 
-def load_universal(trainer: NTPSegTrainer, folder: Path) -> None:
+def load_universal(trainer: CheckpointTrainer, folder: Path) -> None:
     """Give the trainer's divided model and its optimizer what `write_universal` wrote; all ranks call it alike."""
     if trainer.is_deepspeed_enabled:
         _load_zero(trainer, folder)
@@ -194,7 +194,7 @@ def load_universal(trainer: NTPSegTrainer, folder: Path) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_schedule(trainer: NTPSegTrainer, checkpoint: Path) -> None:
+def load_schedule(trainer: CheckpointTrainer, checkpoint: Path) -> None:
     """The schedule goes on, and the optimizer has its learning rate."""
     scheduler: Any = trainer.lr_scheduler
     scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", map_location="cpu", weights_only=True))
@@ -222,7 +222,7 @@ def _home(checkpoint: Path) -> Path:
     return checkpoint.parent
 
 
-def _check(trainer: NTPSegTrainer, checkpoint: Path, saved: Parallelism, now: Parallelism) -> None:
+def _check(trainer: CheckpointTrainer, checkpoint: Path, saved: Parallelism, now: Parallelism) -> None:
     """Refuse a conversion that cannot be done, in one line.
 
     Raises:
@@ -351,7 +351,7 @@ def _unpack_zero(checkpoint: Path, folder: Path, shapes: Mapping[str, Sequence[i
     return torch.as_tensor(steps[0]).float().cpu(), {name: common[name] for name in _SCALE if name in common}
 
 
-def _load_zero(trainer: NTPSegTrainer, folder: Path) -> None:
+def _load_zero(trainer: CheckpointTrainer, folder: Path) -> None:
     import deepspeed
 
     engine: Any = trainer.model_wrapped

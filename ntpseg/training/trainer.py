@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.memory import HardTokenMemory
 from ntpseg.models.sharded_init import SHARDS
-from ntpseg.training import resharding
 from ntpseg.training.budget import TimeBudget
 from ntpseg.training.callbacks import evaluation_due, moved_position
-from ntpseg.training.checkpoint import (
-    begin,
-    check_resumable,
-    finish,
-    last_checkpoint,
-    load_memory,
-    rotate,
-    save_memory,
-)
+from ntpseg.training.checkpointing import CheckpointTrainer
 from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.divergence import CURE, TrainingDiverged, check_weights
-from ntpseg.training.ema import WeightAverage, average_files
 from ntpseg.training.interruption import SaveAndLeave
 from ntpseg.training.muon import Muon, split_parameters
 from ntpseg.training.parallelism import Parallelism
 from ntpseg.training.pickles import weights_only
 from ntpseg.training.profiling import ProfileSteps
-from ntpseg.training.sharded_weights import gather_fsdp2, is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
-from ntpseg.training.steps import StepTrainer
+from ntpseg.training.sharded_weights import is_fsdp2, shard_fsdp2, start_fsdp2_on_cpu
 
 
-class NTPSegTrainer(StepTrainer):
+class NTPSegTrainer(CheckpointTrainer):
     """Trains an `NTPSegModel` on an `EpochDataset`.
 
     What it adds to the Trainer:
@@ -79,16 +64,12 @@ class NTPSegTrainer(StepTrainer):
         max_skipped_steps: int = 5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, **kwargs)
         self.optimizer_options = optimizer_options or OptimizerConfig()
-        self.average: WeightAverage | None = None
-        self._average_from: Path | None = None
+        ema = self.optimizer_options.ema
+        super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, ema=ema, **kwargs)
         self.budget, self.generation_metrics = budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
-        self._evaluation_due = False
         self._matrix_parameters: int | None = None
-        self._saved: Parallelism | None = None
-        self._resharding: resharding.Resharding | None = None
         self.add_callback(_Epochs(self))
         self.add_callback(SaveAndLeave(lambda: self._asked))
         if budget is not None:
@@ -102,11 +83,6 @@ class NTPSegTrainer(StepTrainer):
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and hasattr(self.model, SHARDS):
             shard_fsdp2(self.model, self.accelerator)
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether each rank holds only a part of the weights (ZeRO-3, FSDP)."""
-        return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     @property
     def decodes_alone(self) -> bool:
@@ -124,11 +100,10 @@ class NTPSegTrainer(StepTrainer):
             TrainingDiverged: too many steps in a row had to be skipped, or weights are not finite.
             TrainingInterrupted: SIGTERM or SIGUSR1 came (to any rank); a checkpoint of the step then was saved.
         """
-        self._step, self._steps_counted, self._moved, self.skipped_in_row, self._save_due = [], 0, False, 0, False
-        self._asked, self._saved, self._resharding, self._average_from = None, None, None, None
+        self._step, self._steps_counted, self._moved, self.skipped_in_row, self._asked = [], 0, False, 0, None
         self._means.reset()
         self.throughput.reset()
-        checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
+        checkpoint = self._restore(resume_from_checkpoint)
         try:
             # The best checkpoint may be read at the end, even where none is at the beginning.
             with weights_only(), self._interruption:
@@ -156,42 +131,6 @@ class NTPSegTrainer(StepTrainer):
             )
         return result
 
-    def _restore(self, resume_from_checkpoint: Any) -> Path:
-        """Take from a checkpoint what the Trainer does not; the checkpoint's path."""
-        checkpoint = last_checkpoint(self._run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-        if checkpoint is None:
-            raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
-        check_resumable(checkpoint, self.args.process_index)
-        if self.optimizer_options.ema:
-            average_files(checkpoint)
-        self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
-        if resharding.needed(self._saved, now):
-            with weights_only():
-                self._resharding = resharding.Resharding(self, checkpoint, self._saved, now)
-        self._means.load(checkpoint, self.args.device, own=self.is_world_process_zero())
-        if self.memory is not None:
-            config = cast(Any, self.model).config
-            load_memory(
-                self.memory,
-                checkpoint,
-                self.args.process_index,
-                self.args.world_size,
-                vocab_size=config.vocab_size,
-                length=getattr(config.text_config, "max_position_embeddings", None),
-            )
-        self._average_from = checkpoint
-        return checkpoint
-
-    def start_average(self) -> None:
-        """Average the weights from now on, or on from the checkpoint of a resumed run, where that is asked for.
-
-        The beginning of training calls it: before, DeepSpeed may yet have to divide the weights, or to move them.
-        """
-        if self.average is None and self.optimizer_options.ema:
-            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
-        if self.average is not None and self._average_from is not None:
-            self.average.load(self._average_from)
-
     def _close_bars(self) -> None:
         # An open bar would swallow the first line of the message that follows.
         for callback in self.callback_handler.callbacks:
@@ -216,7 +155,11 @@ class NTPSegTrainer(StepTrainer):
         return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, or Muon."""
+        """The Trainer's optimizer, or Muon.
+
+        Raises:
+            ValueError: Muon is asked for, and FSDP divides the matrices.
+        """
         options = self.optimizer_options
         if options.name == "adamw" or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
@@ -253,7 +196,7 @@ class NTPSegTrainer(StepTrainer):
             self._matrix_parameters = model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._matrix_parameters // self.sequence_parallel_size
 
-    # ---- logging and saving
+    # ---- evaluation and logging
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, with the scores of decoded masks."""
@@ -273,10 +216,6 @@ class NTPSegTrainer(StepTrainer):
                 f"evaluation after step {self.state.global_step}: {', '.join(odd)} must be finite, got nan or inf"
             )
         return metrics
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """A block in which the model has the averaged weights, where there is an average."""
-        return nullcontext() if self.average is None else self.average.applied(cast(Any, self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms (means over the steps since the last log that counted, over all ranks) and the speed.
@@ -314,106 +253,6 @@ class NTPSegTrainer(StepTrainer):
                 f"the trained model must have a finite loss on its first {len(chosen)} training samples, "
                 f"got {float(outputs['loss'])}; {CURE}"
             )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's.
-
-        Raises:
-            TrainingDiverged: the weights are not finite; nothing is written.
-        """
-        if not _internal_call:
-            check_weights(cast(Any, self.model), "the model", world_size=self.args.world_size)
-        if self.is_fsdp_enabled and not _internal_call:
-            # The Trainer writes nothing where checkpoints are saved in shards.
-            self._save(output_dir, state_dict=gather_fsdp2(cast(Any, self.model)))
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    @property
-    def _run(self) -> Path:
-        return Path(str(self.args.output_dir))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.skipped_in_row:
-            # The weights may be what makes steps fail: older checkpoints must not make room for them.
-            self._save_due = True
-            return
-        with self.throughput.pause():
-            self._write_checkpoint(model, trial)
-
-    def _write_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self._run / f"checkpoint-{self.state.global_step}"
-        check_weights(cast(Any, self.model), folder.name, world_size=self.args.world_size)
-        if self.args.should_save:
-            begin(folder)
-        self.wait_for_ranks()
-        if self.args.should_save:
-            Parallelism.of(self).save(folder)
-        self._means.save(folder, write=self.is_world_process_zero())
-        if self.memory is not None:
-            save_memory(self.memory, folder, self.args.process_index)
-        if self.average is not None and (self.is_world_process_zero() or not self.average.is_whole):
-            self.average.save(folder, self.args.process_index)
-        # The Trainer would remove older checkpoints before the other ranks have written this one.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.wait_for_ranks()
-        if self.args.should_save:
-            finish(folder)
-            rotate(self._run, limit, self.state.best_model_checkpoint)
-
-    def wait_for_ranks(self) -> None:
-        """Return when every rank has come here."""
-        if self.args.world_size > 1:
-            dist.barrier()
-
-    # ---- resuming
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The Trainer warns of weights that a checkpoint lacks, and goes on with those that the model has."""
-        model: Any = self.model
-        missing = sorted(set(load_result.missing_keys) - set(model._tied_weights_keys or ()))
-        for name, reason in [(n, "without") for n in missing] + [(n, "with") for n in load_result.unexpected_keys]:
-            raise ValueError(f"checkpoint must hold the weights of this model, got one {reason} {name!r}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._resharding is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._resharding is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._resharding.load()
-        return prepared
-
-    def _load_best_model(self) -> None:
-        best, now = Path(str(self.state.best_model_checkpoint)), Parallelism.of(self)
-        saved = Parallelism.read(best) if best.is_dir() else now
-        # The best checkpoint may be older than the change of ranks.
-        if resharding.needed(saved, now) and (now.sharded or saved.kind == "fsdp"):
-            resharding.Resharding(self, best, saved, now).load()
-        else:
-            super()._load_best_model()
-
-    def _load_rng_state(self, checkpoint: Any) -> None:
-        if self._saved is None or self._saved.ranks == self.args.world_size:
-            super()._load_rng_state(checkpoint)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                rank, ranks = self.args.process_index, self.args.world_size
-                resharding.write_random_state(Path(checkpoint), self._saved, rank, ranks, Path(folder))
-                super()._load_rng_state(folder)
-        # Here the state is that of the unbroken run before the evaluation.
-        if self._evaluation_due:
-            self._make_up_evaluation()
-
-    def _make_up_evaluation(self) -> None:
-        self._evaluation_due = False
-        self._evaluate(None, None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:

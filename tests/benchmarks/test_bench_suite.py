@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loss, profile_loss
+from benchmarks import attention, loss, packed_attention, profile_loss
 from benchmarks.command import main
 from benchmarks.harness import Case, Comparison, Provider, Settings, run_case
 from benchmarks.harness.rows import read
@@ -22,6 +22,8 @@ from benchmarks.operands import Operands
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
 from benchmarks.suite import BENCHMARKS
+from ntpseg.models import causal_blocks
+from ntpseg.models.attention import AttentionUse
 
 QUICK = ["--quick", "--device", "cpu", "--seconds", "0"]
 
@@ -60,6 +62,31 @@ def test_loss_knows_its_peers(results: Path) -> None:
         json.dumps({"R": 64, "D": 32, "V": 300, "k": 2, "m": 3, "logits": logits, "dtype": "float32"})
         for logits in ("random", "peaked")
     }
+
+
+def test_attention_of_packed_rows(results: Path) -> None:
+    rows = [
+        row for row in read(results) if row["benchmark"] == "attention" and str(row["case"]["T"]).startswith("pack")
+    ]
+    assert [row["contestant"] for row in rows] == ["products", "ntpseg causal_blocks", "sdpa", "eager"]
+    assert all(row["status"] == "ok" and row["ratio"]["p25"] <= row["ratio"]["median"] for row in rows)
+    assert {row["reference"] for row in rows} == {"products"}
+    # The tokens of the sequences, without what fills the rows.
+    shape = packed_attention.GRIDS["quick"][0]
+    assert {row["work"]["tokens"] for row in rows} == {sum(shape.lengths())}
+    assert max(shape.lengths()) >= causal_blocks.MIN_TOKENS, "one sequence is computed in blocks"
+
+
+def test_attention_across_packed_sequences_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(name: str, use: AttentionUse, packed: Any = None) -> Any:
+        return lambda q, k, v: causal_blocks.reference(q, k, v, scale=use.width**-0.5).transpose(1, 2)
+
+    monkeypatch.setattr(packed_attention, "attention_function", whole)
+    (case,) = (case for case in attention.cases(torch.device("cpu"), "quick") if "pack" in str(case.parameters["T"]))
+    rows = run_case(case, Settings(torch.device("cpu"), Budget(0.0, 2, 2, 0)))
+    assert {row["contestant"]: row["status"] for row in rows if row["contestant"] != "products"} == dict.fromkeys(
+        packed_attention.CANDIDATES, "wrong"
+    )
 
 
 def test_report_replaces_its_own_section_only(results: Path, tmp_path: Path) -> None:

@@ -45,6 +45,60 @@ def test_equals_the_plain_operators_in_float64(scale: float | None) -> None:
         assert torch.equal(causal_blocks.causal_blocks(q, k, v, scale=scale), got)
 
 
+def prefix_of(length: int, lengths: list[int | str]) -> torch.Tensor:
+    step = causal_blocks.query_blocks(length)[0][1]
+    places = {"block": step, "in a block": step + (length - step) // 3 + 1, "all but one": length - 1, "all": length}
+    return torch.tensor([places.get(number, number) for number in lengths])
+
+
+PREFIXES = [[0, 0, 0], [1, 1, 1], ["all"] * 3, ["block"] * 3, ["in a block"] * 3, [2, "in a block", "all but one"]]
+
+
+@pytest.mark.parametrize("length", [3, 97, 157, 230, 301])
+@pytest.mark.parametrize("lengths", PREFIXES)
+def test_prefix_equals_the_definition_in_float64(length: int, lengths: list[int | str]) -> None:
+    prefix = prefix_of(length, lengths).clamp_max(length)
+    seen = torch.tensor(
+        [[[key <= q or (q < p and key < p) for key in range(length)] for q in range(length)] for p in prefix.tolist()]
+    )
+    q, k, v, g = (torch.randn(3, 2, length, 8, dtype=torch.float64, requires_grad=i < 3) for i in range(4))
+    scores = 0.3 * (q @ k.transpose(-1, -2))
+    true = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v
+    got = causal_blocks.causal_blocks(q, k, v, scale=0.3, prefix=prefix)
+    assert torch.allclose(got, true, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(causal_blocks.reference(q, k, v, scale=0.3, prefix=prefix), true, rtol=1e-12, atol=1e-12)
+    pairs = zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(true, (q, k, v), g), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in pairs)
+    with torch.no_grad():
+        assert torch.equal(causal_blocks.causal_blocks(q, k, v, scale=0.3, prefix=prefix), got)
+
+
+@pytest.mark.parametrize("prefix", [[1, 2], [1, 2, 10], [0, -1, 0]])
+def test_a_wrong_prefix_is_named(prefix: list[int]) -> None:
+    q = torch.randn(3, 1, 9, 4)
+    with pytest.raises(ValueError, match=r"prefix must be 3 numbers from 0 to 9, got \["):
+        causal_blocks.causal_blocks(q, q, q, prefix=torch.tensor(prefix))
+
+
+def test_compiled_with_a_prefix() -> None:
+    q, k, v, g = (torch.randn(2, 3, 230, 8, dtype=torch.float64) for _ in range(4))
+
+    def call(*inputs: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        return causal_blocks.causal_blocks(*inputs, prefix=prefix) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for prefix in (torch.tensor([130, 7]), torch.tensor([0, 230])):
+        results = []
+        for function in (call, compiled):
+            inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+            out = function(*inputs, prefix=prefix)
+            results.append([out, *torch.autograd.grad(out, inputs, g)])
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-11) for a, b in zip(*results, strict=True))
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(causal_blocks._operator, (*inputs, 0.3, torch.tensor([130, 7])), test_utils=kinds)
+
+
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_compiled_without_a_graph_break(tokens_first: bool) -> None:
     tensors = [torch.randn(2, 3, 230, 8, dtype=torch.float64) for _ in range(4)]
@@ -68,7 +122,9 @@ def test_compiled_without_a_graph_break(tokens_first: bool) -> None:
     assert counter.frame_count <= 2
     # Not the comparison of outputs: the end of the probabilities' storage is never written.
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(causal_blocks._operator, (*(t.requires_grad_() for t in (q, k, v)), 0.3), test_utils=kinds)
+    torch.library.opcheck(
+        causal_blocks._operator, (*(t.requires_grad_() for t in (q, k, v)), 0.3, None), test_utils=kinds
+    )
 
 
 def test_gradients_of_some_inputs_alone() -> None:

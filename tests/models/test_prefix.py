@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from ntpseg.models import causal_blocks
+from ntpseg.models.packing import PackedRows
 from ntpseg.models.prefix import prefix_mask, prompt_lengths
 
 
@@ -52,6 +54,43 @@ def test_attention_implementations_agree(make_feature_model, feature_batch, fron
         states.append(out.last_hidden_state[batch["input_ids"] != sequence.vocabulary.pad])
     torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [False, True])
+def test_blocks_of_queries_read_the_prompts_lengths(
+    make_feature_model, feature_batch, monkeypatch, packed, block
+) -> None:
+    """Prompts of several lengths, with gradients; the short sequences of the test are served by either way."""
+    monkeypatch.setattr(causal_blocks, "MIN_TOKENS", 1 if block else 1000)
+    monkeypatch.setattr(causal_blocks, "BLOCK", 8)
+    calls: list[list[int]] = []
+    inner = causal_blocks.causal_blocks
+    monkeypatch.setattr(
+        causal_blocks,
+        "causal_blocks",
+        lambda *a, prefix, **k: (calls.append(prefix.tolist()), inner(*a, prefix=prefix, **k))[1],
+    )
+    results = []
+    for attention in ("eager", "causal_blocks"):
+        model, sequence = make_feature_model("codes", prefix_lm=True, attention=attention)
+        model.eval()
+        torch.manual_seed(2)
+        batch = feature_batch(sequence)
+        ids, grid = batch["input_ids"], batch["grid_ids"]
+        lengths = [int((row != sequence.vocabulary.pad).sum()) for row in ids]
+        packing = PackedRows.plan(lengths, 2 * max(lengths), ids.shape[1]).tensors() if packed else None
+        out = model(ids, labels=batch["labels"], grid_ids=grid, packing=packing)
+        gradients = torch.autograd.grad(out.loss, list(model.backbone.layers.parameters()))
+        results.append((out.last_hidden_state[ids != sequence.vocabulary.pad], out.loss, *gradients))
+    for got, true in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
+    prompts = prompt_lengths(grid, 9).tolist()
+    assert bool(calls) == block
+    if block and not packed:
+        assert calls[0] == prompts
+    elif block:
+        assert sorted(n for (n,) in calls[: len(calls) // len(model.backbone.layers)] if n) == sorted(prompts)
 
 
 @pytest.mark.parametrize("prefix", [False, True])

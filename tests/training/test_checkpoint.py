@@ -158,11 +158,11 @@ def test_the_manifest_is_written_when_all_files_are_and_before_rotation(tmp_path
     finish, rotate = module.finish, module.rotate
     trainer = make_trainer(make_toy(8, variants=1), tmp_path, save_total_limit=1, **RUN)
     monkeypatch.setattr(
-        "ntpseg.training.trainer.finish",
+        "ntpseg.training.checkpointing.finish",
         lambda f: (f.name == "checkpoint-4" and events.append(("finish", names())), finish(f)),
     )
     monkeypatch.setattr(
-        "ntpseg.training.trainer.rotate",
+        "ntpseg.training.checkpointing.rotate",
         lambda *a: ((tmp_path / "checkpoint-4").is_dir() and events.append(("rotate", names())), rotate(*a)),
     )
     trainer.train()

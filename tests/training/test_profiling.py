@@ -14,7 +14,7 @@ from toy import losses, make_toy, make_trainer
 
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.config import load_config
-from ntpseg.training.profile_table import PARTS, profile_table
+from ntpseg.training.profile_table import PARTS, OperatorTime, PartTime, ProfileTable, profile_table
 from ntpseg.training.profiling import ProfileSteps, mark_modules
 from ntpseg.utils import ranges
 from ntpseg.utils.ranges import part, profiling
@@ -120,3 +120,26 @@ def test_the_setting_is_checked_and_is_no_argument_of_the_trainer(tmp_path: Path
             load_config("tiny", [f"training.profile_steps={value}"])
     with pytest.raises(ValueError, match=r"did you mean profile_steps"):
         load_config("tiny", ["training.profile_step=3"])
+
+
+def test_the_page_shows_the_profile_of_the_result_file() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "profiling.md").read_text(encoding="utf-8")
+    result = json.loads((root / "benchmarks" / "results" / "training_log_cpu.json").read_text(encoding="utf-8"))
+    found = result["parts"]
+    parts = [PartTime(p["part"], p["forward_ms"], p["backward_ms"], p["device_ms"]) for p in found["parts"]]
+    operators = [OperatorTime(**entry) for entry in found["operators"]]
+    assert ProfileTable(found["steps"], found["device"], parts, operators).text() in page
+
+    time = {row.part: row.ms for row in parts}
+    linear = {entry.part: entry.ms for entry in operators if entry.operator == "aten::mm"}
+    products = sum(e.ms for e in operators if e.operator in ("aten::addmm_", "aten::baddbmm", "aten::bmm"))
+    rest = [products, time["attention"] - linear["attention"] - products, time["MLP"] - linear["MLP"]]
+    rest += [time["norms, residuals"], time["head + loss"] - linear["head + loss"], time["optimiser"]]
+    rest.append(sum(time[name] for name in ("load", "embed", "HET recording", "other")))
+    table = page.partition("| part | over linear layers |")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = [float(line.split("|")[2]) for line in table]
+    assert shown == [1.0, *(round(ms / sum(linear.values()), 2) for ms in rest)]
+
+    for name, ratio in result["ratios"].items():
+        assert f"{ratio['median']:.2f} [{ratio['p25']:.2f}, {ratio['p75']:.2f}]" in page or name == "log / bench"
