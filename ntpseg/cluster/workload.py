@@ -40,6 +40,7 @@ class Workload:
         supervised: labels of a sequence.
         tail: positions of a sequence that the heads read: from k before its first label on.
         fixed_tokens: tokens of a sequence without its text.
+        causal_tokens: those of a sequence's end that follow a bidirectional prompt (prefix_lm); None: all is causal.
         sentences: text tokens and pairs.
         attention: its implementation; None: the device's default.
         micro_batch, accumulation: per_device_train_batch_size and gradient_accumulation_steps.
@@ -59,6 +60,7 @@ class Workload:
     supervised: int
     tail: int
     fixed_tokens: int
+    causal_tokens: int | None
     sentences: Sentences
     attention: str | None
     micro_batch: int
@@ -104,6 +106,7 @@ class Workload:
             supervised=int((labels != -100).sum()),
             tail=len(ids) - first + settings.k,
             fixed_tokens=len(ids),
+            causal_tokens=sequence.num_target if made.prefix_lm else None,
             sentences=sentences or Sentences(),
             attention=settings.attention,
             micro_batch=int(training["per_device_train_batch_size"]),

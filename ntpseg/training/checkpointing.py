@@ -20,6 +20,7 @@ from ntpseg.training.checkpoint import (
     rotate,
     save_memory,
 )
+from ntpseg.training.config import OptimizerConfig
 from ntpseg.training.divergence import check_weights
 from ntpseg.training.ema import WeightAverage, average_files
 from ntpseg.training.parallelism import Parallelism
@@ -35,13 +36,13 @@ class CheckpointTrainer(StepTrainer):
     to another number of ranks, `ntpseg.training.resharding`.
 
     Args:
-        ema: decay of the average of the weights, see `WeightAverage`; 0: none is kept.
+        optimizer_options: its `ema` is the decay of the average of the weights, see `WeightAverage`; 0: none is kept.
         **kwargs: see `StepTrainer`.
     """
 
-    def __init__(self, *args: Any, ema: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, optimizer_options: OptimizerConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ema = ema
+        self.optimizer_options = optimizer_options or OptimizerConfig()
         self.average: WeightAverage | None = None
         self._average_from: Path | None = None
         self._saved: Parallelism | None = None
@@ -64,8 +65,8 @@ class CheckpointTrainer(StepTrainer):
 
         The beginning of training calls it: before, DeepSpeed may yet have to divide the weights, or to move them.
         """
-        if self.average is None and self.ema:
-            self.average = WeightAverage(cast(Any, self.model), self.ema)
+        if self.average is None and self.optimizer_options.ema:
+            self.average = WeightAverage(cast(Any, self.model), self.optimizer_options.ema)
         if self.average is not None and self._average_from is not None:
             self.average.load(self._average_from)
 
@@ -137,7 +138,7 @@ class CheckpointTrainer(StepTrainer):
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
         check_resumable(checkpoint, self.args.process_index)
-        if self.ema:
+        if self.optimizer_options.ema:
             average_files(checkpoint)
         self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
         if resharding.needed(self._saved, now):

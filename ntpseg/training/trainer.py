@@ -64,9 +64,8 @@ class NTPSegTrainer(CheckpointTrainer):
         max_skipped_steps: int = 5,
         **kwargs: Any,
     ) -> None:
-        self.optimizer_options = optimizer_options or OptimizerConfig()
-        ema = self.optimizer_options.ema
-        super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, ema=ema, **kwargs)
+        options = optimizer_options or OptimizerConfig()
+        super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, optimizer_options=options, **kwargs)
         self.budget, self.generation_metrics = budget, generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._matrix_parameters: int | None = None

@@ -41,27 +41,32 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def make_model(config: Any, layers: int) -> NTPSegModel:
+def make_model(config: Any, layers: int, **options: Any) -> NTPSegModel:
     made = preset_config(
         config.model.preset,
         sequence_format(config),
         overrides={**config.model.overrides, "num_hidden_layers": layers, "head_dim": 16},
         num_heads_k=config.model.k,
         grid_positions=False,
+        **options,
     )
     made._attn_implementation = "causal_blocks"
     return NTPSegModel(made).train()
 
 
-@pytest.mark.parametrize("size", [64, 192])
-def test_activations_of_a_layer_are_those_that_autograd_keeps(size: int) -> None:
+@pytest.mark.parametrize(("size", "prefix"), [(64, False), (64, True), (192, False)])
+def test_activations_of_a_layer_are_those_that_autograd_keeps(size: int, prefix: bool) -> None:
     # 192 pixels make a sequence above the blocks' longest, whose attention keeps no probabilities.
-    config = load_config("tiny", [f"data.size={size}", *SMALL, "model.overrides.head_dim=16"])
+    prefix_lm = f"model.prefix_lm={str(prefix).lower()}"
+    config = load_config("tiny", [f"data.size={size}", *SMALL, "model.overrides.head_dim=16", prefix_lm])
     work = Workload.of(config)
     sequence = sequence_format(config)
     grid = torch.zeros(sequence.mask_grid, dtype=torch.int64).numpy()
     ids, labels = (torch.as_tensor(x).repeat(2, 1) for x in sequence.build([1] * 32, grid, grid))
-    one, three = (kept_bytes(make_model(config, n), {"input_ids": ids, "labels": labels}) for n in (1, 3))
+    batch = {"input_ids": ids, "labels": labels}
+    if prefix:
+        batch["grid_ids"] = torch.as_tensor(sequence.grid_ids(ids.numpy()))
+    one, three = (kept_bytes(make_model(config, n, prefix_lm=prefix), batch) for n in (1, 3))
     layer = layer_activations(work, Numerics("one", "float32", "cpu"), samples=2)
     assert ids.shape[1] == work.longest
     assert (three - one) / 2 == pytest.approx(layer.kept + layer.input, rel=0.02)

@@ -41,10 +41,10 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
         MLP         4 s I (gate, its SiLU, up, their product)
 
     Attention in blocks (causal_blocks, on a CPU) keeps, in place of the log-sum-exp, the probabilities of each block of
-    queries. Backward peaks within the MLP: gradients of three ``[N, I]`` tensors in place of one of the four that are
-    kept, and one of the residual stream; or within blocked attention, where the MLP's are gone already: gradients of
-    its result, queries, keys and values, and one sample's block of scores. Eager attention is one such block of all
-    samples, three times.
+    queries over the keys up to the block's end, with prefix_lm at least all of the prompt's. Backward peaks within the
+    MLP: gradients of three ``[N, I]`` tensors in place of one of the four that are kept, and one of the residual
+    stream; or within blocked attention, where the MLP's are gone already: gradients of its result, queries, keys and
+    values, and one sample's block of scores. Eager attention is one such block of all samples, three times.
     """
     length = work.longest if tokens is None else tokens
     count = samples * length
@@ -64,7 +64,8 @@ def layer_activations(work: Workload, numerics: Numerics, samples: int, tokens: 
         kept += count * (size * (2 * query + 2 * own) + 4 * work.sizes.query_heads)
     else:
         blocks = [(0, length)] if work.attention == "eager" else query_blocks(length)
-        sizes = [work.sizes.query_heads * (stop - start) * stop * size for start, stop in blocks]
+        prefix = 0 if work.causal_tokens is None else length - work.causal_tokens
+        sizes = [work.sizes.query_heads * (stop - start) * max(stop, prefix) * size for start, stop in blocks]
         kept += count * size * 4 * query + samples * sum(sizes)
         within = 4 * count * size * query + max(sizes)
         if work.attention == "eager":
