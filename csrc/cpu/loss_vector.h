@@ -8,8 +8,10 @@
 namespace ntpseg::avx512 {
 
 // exp by range reduction and Cephes' polynomial, within 2 ulp; below -104 it gives 0, and not-a-number stays.
+// Of huge numbers the reduction leaves a remainder of any size and sign, so they are cut off above too.
 static inline __m512 exp_ps(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second operand is what max returns beside not-a-number
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second operand is what max and min return beside not-a-number
+  x = _mm512_min_ps(_mm512_set1_ps(200.0f), x);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0x08);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from ntpseg.generation.token_stream import TokenSink
     from ntpseg.models.heads import NextKHeads
 
-# A row reads this many times what it kept in its last pass: where drafts are bad, reading whole masks would cost more
-# than the passes that it saves.
-GROWTH = 4
-# Tokens, of all rows together, below which a pass costs the same: it is spent on overhead and on loading weights.
-FREE_TOKENS = 32
+# A pass costs as much as reading this many tokens on top of those that it reads: overhead, and loading weights.
+PASS_TOKENS = 256
+# What a pass taught of a row's drafts counts this much less at the next: drafts are good where nothing is and bad along
+# a lesion's boundary.
+MEMORY = 0.7
 
 
 def jacobi(
@@ -78,6 +78,8 @@ class _Decoding:
         if self.readout is not None:
             self.patches = torch.zeros(self.batch, self.end, self.readout.patches.shape[1], device=self.device)
         self.final, self.told = [0] * self.batch, [0] * self.batch
+        # Drafted tokens of each row that were right, and passes that a wrong one ended.
+        self.right, self.wrong = np.zeros(self.batch), np.zeros(self.batch)
 
     def run(self) -> DecodedBatch:
         last, capacity = self.end - 1, self.prompts.max_length + self.end
@@ -90,7 +92,7 @@ class _Decoding:
             hidden = self.decoder.start_with(self.prompts, capacity, self.tokens[:, :last], grid_ids).flatten(0, 1)
         else:
             hidden = self.decoder.start(self.prompts, capacity)
-        steps, window = int(drafted), [last] * self.batch
+        steps = int(drafted)
         while True:
             before = self.final
             self.final = self._verify(hidden, starts, ends)
@@ -102,14 +104,32 @@ class _Decoding:
             unread = [final - 1 for final in self.final]
             over = [end - kept if final <= last else 0 for end, kept, final in zip(ends, unread, self.final)]
             self.decoder.rewind(torch.tensor(over, device=self.device))
+            # A pass over blanks proves nothing, and says nothing about the draft that it makes.
+            blanks = steps == 1 and self.target.draft == "blanks"
+            windows = [last] * self.batch if blanks else self._windows(before, ends, active)
             for row, (final, kept) in enumerate(zip(self.final, unread)):
-                if steps != drafted or not drafted:
-                    window[row] = max(GROWTH * (final - before[row]), FREE_TOKENS // active)
-                starts[row], ends[row] = (kept, min(kept + window[row], last)) if final <= last else (0, 0)
+                starts[row], ends[row] = (kept, min(kept + windows[row], last)) if final <= last else (0, 0)
             hidden = self._read(starts, ends)
             steps += 1
         patches = None if self.patches is None else self.patches[:, self.free]
         return DecodedBatch(self.tokens[:, self.free] - self.low, self.logprob[:, self.free], steps, patches)
+
+    def _windows(self, before: Sequence[int], ends: Sequence[int], active: int) -> list[int]:
+        """Tokens that each row reads next: as many as make a final token cheapest.
+
+        If each token of a draft is right with probability p, a pass over w tokens, the first of which is final, is
+        expected to prove ``(1 - p^w) / (1 - p)`` (speculative decoding, Leviathan et al., arXiv 2211.17192, eq. 1) and
+        costs w and the row's share of `PASS_TOKENS`.
+        """
+        for row, (old, new, end) in enumerate(zip(before, self.final, ends)):
+            if new > old:
+                # The last one that was proved was not drafted: a correction, or what follows the last draft.
+                self.right[row] = MEMORY * self.right[row] + new - old - 1
+                self.wrong[row] = MEMORY * self.wrong[row] + float(new <= end)
+        right = ((self.right + 2) / (self.right + self.wrong + 2.5))[:, None]
+        tokens = np.arange(1, self.end + 1)
+        proved = (1 - right**tokens) / (1 - right)
+        return (1 + (proved / (tokens + PASS_TOKENS / active)).argmax(1)).tolist()
 
     def _draft(self) -> None:
         """The first draft of a model that has one of its own."""
