@@ -107,9 +107,8 @@ def decode(
     model: Any, sequence: Any, prompts: list[np.ndarray], pixels: np.ndarray | None, method: str, batch_size: int
 ) -> Generated:
     """All prompts; "one_pass" reads a mask of blanks once."""
-    settings = DecodingOptions(method=method, dtype="float32", batch_size=batch_size)
-    if method == ONE_PASS:
-        settings = DecodingOptions(method="refine", passes=0, dtype="float32", batch_size=batch_size)
+    method, passes = ("refine", 0) if method == ONE_PASS else (method, 1)
+    settings = DecodingOptions(method=method, passes=passes, dtype="float32", batch_size=batch_size)
     return MaskGenerator(model, sequence, settings)(
         prompts, pixel_values=None if pixels is None else pixels[: len(prompts)]
     )
