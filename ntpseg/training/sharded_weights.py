@@ -6,6 +6,7 @@ The Trainer would take a model that every rank has built in full. Here each rank
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,8 @@ def shard_fsdp2(model: Any, accelerator: Any) -> None:
     offload = plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        # Accelerate has every module's results rounded, the loss among them, which its kernels give in float32.
+        "mp_policy": dataclasses.replace(plugin.mixed_precision_policy or MixedPrecisionPolicy(), output_dtype=None),
         "offload_policy": offload,
     }
     shard_units(model, reshard_after_forward=bool(plugin.reshard_after_forward), **options)

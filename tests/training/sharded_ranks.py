@@ -1,8 +1,8 @@
 """Trains and builds models in shards on two ranks: ``sharded_ranks.py OUTPUT MODE ...``.
 
 Each MODE is ddp, fsdp2, zero3 or a configuration that offloads; with ``+`` with activation checkpointing (with ``*``
-FSDP's own), with ``/`` with both ranks on each sequence. ``memory fsdp2`` and ``memory zero3`` measure a larger model's
-construction.
+FSDP's own), with ``/`` with both ranks on each sequence, with ``~`` with bfloat16 products. ``memory fsdp2`` and
+``memory zero3`` measure a larger model's construction.
 """
 
 from __future__ import annotations
@@ -109,15 +109,17 @@ def watched(model) -> Iterator[list[list[int]]]:
 
 def train(mode: str, output: Path, resume: str | None = None) -> tuple[list[list[float]], int]:
     checkpointing, shared = "+" in mode, "/" in mode
-    own, mode = "*" in mode, mode.rstrip("+/*")
+    own, mixed, mode = "*" in mode, "~" in mode, mode.rstrip("+/*~")
     fields = FIELDS | arguments(mode) | installed_names({"activation_checkpointing": checkpointing})
     # Of the eight samples of a step each rank reads four, or with shared sequences all.
     steps = 2 if mode == "fsdp2" else 1
     batch = {"per_device_train_batch_size": (8 if shared else 4) // steps, "gradient_accumulation_steps": steps}
     fields |= {**batch, "per_device_eval_batch_size": 4}
+    if mixed:
+        fields["bf16"] = True
     if own:
         fields["fsdp_config"] = {**fields["fsdp_config"], "activation_checkpointing": True}
-    saves = mode in SAVED and not (checkpointing or shared or own)
+    saves = mode in SAVED and not (checkpointing or shared or own or mixed)
     if saves:
         fields |= {"save_strategy": "steps", "save_steps": 3}
     if shared:

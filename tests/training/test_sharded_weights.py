@@ -195,6 +195,7 @@ def single(tmp_path_factory):
 ZERO = ("zero3", "zero3+/", "zero3_offload") if DEEPSPEED else ()
 FSDP = ("ddp/", "fsdp2", "fsdp2+/", "fsdp2*")
 MODES = (*FSDP, *ZERO)
+MIXED = "fsdp2~"
 SAVED = [mode for mode in MODES if mode in ("fsdp2", "zero3")]
 
 
@@ -204,7 +205,7 @@ def ranks(tmp_path_factory):
     done = {}
 
     def of(mode: str):
-        stage, modes = ("zero3", ZERO) if mode.startswith("zero") else ("fsdp2", FSDP)
+        stage, modes = ("zero3", ZERO) if mode.startswith("zero") else ("fsdp2", (*FSDP, MIXED))
         if stage not in done:
             output = tmp_path_factory.mktemp(stage)
             # What is freed goes back to the system, so that memory in use is what is measured.
@@ -229,6 +230,14 @@ def test_ranks_equal_one_process(single, ranks, mode: str) -> None:
     got = np.array(ranks(mode)[0][mode])
     assert len(expected) == 5 and expected[2:4, NAMES.index("het")].all() and expected.shape == got.shape
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_losses_of_bfloat16_products_are_not_rounded_to_it(single, ranks) -> None:
+    expected, got = single[0], np.array(ranks(MIXED)[0][MIXED])
+    np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=0.02)
+    losses = torch.tensor(got[:, 0], dtype=torch.float32)
+    assert (losses != losses.bfloat16().float()).all(), losses
 
 
 @pytest.mark.slow
