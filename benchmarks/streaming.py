@@ -13,7 +13,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from ntpseg.utils.files import write_csv, write_json
 
 SIDE, SIZE, DECODED = 512, 128, 24
 FORMATS = ("parquet", "webdataset")
-WORKERS = 4
 _CHUNK = 2**20
 
 
@@ -69,18 +67,6 @@ def from_shards(split: PackedSplit, order: Sequence[int], step: int = 16) -> Non
         for row in batch:
             split.read(row, "image")
             split.read(row, "mask")
-
-
-def from_shards_at_once(split: PackedSplit, order: Sequence[int], step: int = 16) -> None:
-    """The same by `WORKERS` threads, each with every so many batches, as the workers of a data loader have them."""
-    forget_contents(split)
-
-    def read(first: int) -> None:
-        for start in range(first * step, len(order), WORKERS * step):
-            split.prefetch([int(i) for i in order[start : start + step]], ("image", "mask"))
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(read, range(WORKERS)))
 
 
 def forget_contents(split: PackedSplit) -> None:
@@ -144,7 +130,6 @@ def measure(kind: str, folder: Path, work: Path, rounds: int) -> dict[str, Any]:
         "sequential": (lambda: sequential(shards), shards),
         "shards_in_order": (lambda: from_shards(split, range(len(split))), shards),
         "shards_shuffled": (lambda: from_shards(split, order), shards),
-        f"shards_shuffled_{WORKERS}_workers": (lambda: from_shards_at_once(split, order), shards),
         "folder_shuffled": (lambda: from_files(records, order), files),
     }
     chosen = order[:DECODED]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PASS_TOKENS = 256
 # What a pass taught of a row's drafts counts this much less at the next: drafts are good where nothing is and bad along
 # a lesion's boundary.
-MEMORY = 0.7
+DECAY = 0.7
 
 
 def jacobi(
@@ -124,8 +124,8 @@ class _Decoding:
         for row, (old, new, end) in enumerate(zip(before, self.final, ends)):
             if new > old:
                 # The last one that was proved was not drafted: a correction, or what follows the last draft.
-                self.right[row] = MEMORY * self.right[row] + new - old - 1
-                self.wrong[row] = MEMORY * self.wrong[row] + float(new <= end)
+                self.right[row] = DECAY * self.right[row] + new - old - 1
+                self.wrong[row] = DECAY * self.wrong[row] + float(new <= end)
         right = ((self.right + 2) / (self.right + self.wrong + 2.5))[:, None]
         tokens = np.arange(1, self.end + 1)
         proved = (1 - right**tokens) / (1 - right)
