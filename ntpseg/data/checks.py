@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ntpseg.data import problems
-from ntpseg.data.images import Window, read_windowed
+from ntpseg.data.images import Window, read_oriented
 from ntpseg.data.layouts import Listing
 from ntpseg.data.masks import MIN_PIXELS, MaskContent, mask_content
 from ntpseg.data.patients import patient_notes
-from ntpseg.data.pixels import stored_orientation
 from ntpseg.data.problems import Problem
 from ntpseg.data.records import MaskOptions, Record
 from ntpseg.data.slice_stats import volume_notes
@@ -188,5 +187,5 @@ def _inode(path: Path) -> tuple[int, int] | Path:
 
 
 def _image(path: Path) -> _Image:
-    pixels, window = read_windowed(path)
-    return _Image((pixels.shape[0], pixels.shape[1]), window, stored_orientation(path))
+    pixels, window, orientation = read_oriented(path)
+    return _Image((pixels.shape[0], pixels.shape[1]), window, orientation)

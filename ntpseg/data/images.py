@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ntpseg.data.pixels import StrPath, medical_pixels, open_pixels
+from ntpseg.data.pixels import Stored, StrPath, medical_pixels, picture_pixels
 from ntpseg.data.shards.paths import as_path
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_write
@@ -69,10 +69,19 @@ def read_image(path: StrPath) -> np.ndarray:
 
 def read_windowed(path: StrPath) -> tuple[np.ndarray, Window | None]:
     """What `read_image` returns, and the window that was used; None for an image of 8 bits."""
+    return read_oriented(path)[:2]
+
+
+def read_oriented(path: StrPath) -> tuple[np.ndarray, Window | None, int]:
+    """What `read_windowed` returns, and the EXIF orientation that was applied, 1 where there was none."""
     medical = medical_pixels(as_path(path))
     if medical is not None:
-        return _displayed(path, medical)
-    stored = open_pixels(path)
+        return *_displayed(path, medical), 1
+    stored = picture_pixels(as_path(path))
+    return *_eight_bits(path, stored), stored.orientation
+
+
+def _eight_bits(path: StrPath, stored: Stored) -> tuple[np.ndarray, Window | None]:
     pixels = stored.pixels if stored.palette is None else stored.palette[stored.pixels]
     if stored.alpha is not None:
         opacity = stored.alpha.astype(np.uint16)

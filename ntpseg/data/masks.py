@@ -179,8 +179,17 @@ def _on_black(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return painted if painted.any() or alpha.min() == alpha.max() else alpha
 
 
+def _unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``np.unique(values, return_counts=True)``, for bytes without sorting them."""
+    if values.dtype != np.uint8:
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=256)
+    found = np.flatnonzero(counts)
+    return found.astype(np.uint8), counts[found]
+
+
 def _count(values: np.ndarray, colour: bool = False) -> dict[str, int]:
-    found, counts = np.unique(values, return_counts=True)
+    found, counts = _unique(values)
     order = np.argsort(-counts, kind="stable")
     names = (f"#{int(v):06x}" if colour else f"{v.item():.9g}" for v in found[order])
     return {name: int(n) for name, n, v in zip(names, counts[order], found[order]) if v != 0}
@@ -218,14 +227,14 @@ def _decoded(
 
 
 def _palette_note(palette: np.ndarray, values: np.ndarray) -> str:
-    used = np.unique(values)
+    used = _unique(values)[0]
     if len(used) == 2 and used[0] == 0 and palette[0].astype(int).sum() > palette[used[1]].astype(int).sum():
         return f"palette: index {used[1]} is foreground, though index 0 is painted lighter"
     return ""
 
 
 def _grey(stored: Stored, values: np.ndarray) -> DecodedMask:
-    found = np.unique(values)
+    found = _unique(values)[0]
     integers = np.issubdtype(values.dtype, np.integer) or bool((found == np.floor(found)).all())
     if len(found) <= 2 or found[0] < 0 or (integers and found[-1] <= LARGEST_LABEL):
         # Two values of which none is 0 are two classes; a mask that is filled is one.

@@ -59,8 +59,11 @@ def open_pixels(path: StrPath) -> Stored:
     """
     path = as_path(path)
     medical = medical_pixels(path)
-    if medical is not None:
-        return Stored(medical.voxels[0])
+    return picture_pixels(path) if medical is None else Stored(medical.voxels[0])
+
+
+def picture_pixels(path: Path) -> Stored:
+    """`open_pixels` of a file that is none of `medical_pixels`."""
     image, orientation = _open(path)
     mode = image.mode
     if mode in ("L", "RGB", "F", "I") or mode.startswith("I;16"):
@@ -105,17 +108,6 @@ def medical_pixels(path: Path) -> Volume | None:
         size = f"{pixels.shape[2]}x{pixels.shape[1]}"
         raise ValueError(f"{path} must have at most {MAX_PIXELS:,} pixels, got {size}; shrink or cut it")
     return replace(volume, voxels=pixels)
-
-
-def stored_orientation(path: StrPath) -> int:
-    """The EXIF orientation of a readable image file that `open_pixels` applies, 1 where there is none to apply."""
-    from ntpseg.volumes.contents import kind_of
-
-    path = as_path(path)
-    if kind_of(path) is not None:
-        return 1
-    with Image.open(_opened(path), formats=FORMATS) as image:
-        return _orientation(image)
 
 
 def _opened(path: Path) -> Any:

@@ -17,10 +17,9 @@ one unit alone: `METRICS` are of all cases, `mm_metrics` of those with a known d
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +27,9 @@ from ntpseg.utils.checks import check_number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# From the edge of the prediction to that of the truth, and back.
+SurfaceDistances: TypeAlias = "tuple[Tensor, Tensor]"
 
 # The table above in words, for result files.
 EMPTY_MASKS = "Dice and IoU are 1 where truth and prediction are both empty, 0 where one of them is"
@@ -43,27 +45,28 @@ class Metric:
         name: key in ``summary.json`` and column of ``cases.csv``.
         label: heading in tables and the report.
         digits: decimals shown.
-        compute: scores ``[N, 1]`` of float predictions and truths ``[N, 1, H, W]``, none of them empty.
+        compute: scores ``[N, 1]`` of float predictions and truths ``[N, 1, H, W]``, none of them empty; None for a
+            score of distances.
         both_empty: the score where neither mask holds a pixel.
         one_empty: the score where exactly one mask does, of an image's height and width.
         pooled: numerator and denominator, per case, of the score of all pixels of all cases together, from `COUNTS`;
             None where there is no such score.
         unit: of the score, such as "px".
         in_captions: shown below each example of the report.
-        in_mm: the score in millimetres, as `compute` and with the millimetres between neighbours along each axis; None
-            for scores that are no distances.
+        of_distances: the score of one case's two `SurfaceDistances`, in their unit; None for scores that are no
+            distances.
     """
 
     name: str
     label: str
     digits: int
-    compute: Callable[[Tensor, Tensor], Tensor]
+    compute: Callable[[Tensor, Tensor], Tensor] | None
     both_empty: float
     one_empty: Callable[[int, int], float]
     pooled: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]] | None = None
     unit: str = ""
     in_captions: bool = True
-    in_mm: Callable[[Tensor, Tensor, Sequence[float]], Tensor] | None = None
+    of_distances: Callable[[SurfaceDistances], float] | None = None
 
     @property
     def heading(self) -> str:
@@ -87,22 +90,32 @@ def _iou(prediction: Tensor, truth: Tensor) -> Tensor:
     return compute_iou(prediction, truth, include_background=True)
 
 
-def _hd95(prediction: Tensor, truth: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-    from monai.metrics import compute_hausdorff_distance
+def surface_distances(prediction: Tensor, truth: Tensor, spacing: Sequence[float] | None = None) -> SurfaceDistances:
+    """Distances from each edge element of a mask to the nearest of the other mask's, computed once for all metrics.
 
-    options: Any = {"include_background": True, "percentile": 95, "spacing": _listed(spacing)}
-    return compute_hausdorff_distance(prediction, truth, **options)
+    Args:
+        prediction: ``[H, W]`` or ``[D, H, W]``, 1 in the mask and 0 outside; not empty.
+        truth: the same.
+        spacing: between neighbours along each axis; 1 by default.
+
+    Returns:
+        Two vectors: from the prediction's edge to the truth's, and back.
+    """
+    from monai.metrics.utils import get_mask_edges, get_surface_distance
+
+    edges: Any = get_mask_edges(prediction, truth)
+    options: Any = {"spacing": None if spacing is None else [float(value) for value in spacing]}
+    directed: Any = [get_surface_distance(*pair, **options) for pair in (edges, edges[::-1])]
+    return directed[0], directed[1]
 
 
-def _assd(prediction: Tensor, truth: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-    from monai.metrics import compute_average_surface_distance
-
-    options: Any = {"include_background": True, "symmetric": True, "spacing": _listed(spacing)}
-    return compute_average_surface_distance(prediction, truth, **options)
+def _hd95(distances: SurfaceDistances) -> float:
+    return max(float(directed.quantile(0.95)) for directed in distances)
 
 
-def _listed(spacing: Sequence[float] | None) -> list[float] | None:
-    return None if spacing is None else [float(value) for value in spacing]
+def _assd(distances: SurfaceDistances) -> float:
+    forward, backward = distances
+    return float(forward.sum() + backward.sum()) / (len(forward) + len(backward))
 
 
 def _pooled_dice(counts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,8 +136,8 @@ METRICS: dict[str, Metric] = {
         Metric("dice", "Dice", 3, _dice, both_empty=1.0, one_empty=_zero, pooled=_pooled_dice),
         # A function of Dice, and ASSD is close to HD95: captions have room for one of each.
         Metric("iou", "IoU", 3, _iou, both_empty=1.0, one_empty=_zero, pooled=_pooled_iou, in_captions=False),
-        Metric("hd95", "HD95", 2, _hd95, both_empty=0.0, one_empty=math.hypot, unit="px", in_mm=_hd95),
-        Metric("assd", "ASSD", 2, _assd, 0.0, one_empty=math.hypot, unit="px", in_captions=False, in_mm=_assd),
+        Metric("hd95", "HD95", 2, None, 0.0, math.hypot, unit="px", of_distances=_hd95),
+        Metric("assd", "ASSD", 2, None, 0.0, math.hypot, unit="px", in_captions=False, of_distances=_assd),
     )
 }
 
@@ -164,7 +177,7 @@ def mm_metrics() -> dict[str, MillimetreMetric]:
     distances = [
         MillimetreMetric(f"{m.name}_mm", m.label, "mm", m.digits, m.name, m.in_captions)
         for m in METRICS.values()
-        if m.in_mm is not None
+        if m.of_distances is not None
     ]
     return {metric.name: metric for metric in (*distances, AREA_ERROR)}
 
@@ -204,15 +217,15 @@ def segmentation_metrics(
     one_empty = (counts["predicted"] == 0) != (counts["true"] == 0)
     filled = np.flatnonzero((counts["predicted"] > 0) & (counts["true"] > 0))
     p, t = (x[filled][:, None].float() for x in (pred, real))
+    distances = [surface_distances(*pair) for pair in zip(p[:, 0], t[:, 0], strict=True)]
     scores = {}
     for metric in METRICS.values():
         values = np.full(len(pred), metric.both_empty)
         values[one_empty] = metric.one_empty(height, width)
-        if len(filled):
-            with warnings.catch_warnings():
-                # MONAI 1.6 calls its own deprecated argument.
-                warnings.simplefilter("ignore", FutureWarning)
-                values[filled] = metric.compute(p, t).flatten().numpy()
+        if metric.of_distances is not None:
+            values[filled] = [metric.of_distances(of_case) for of_case in distances]
+        elif metric.compute is not None and len(filled):
+            values[filled] = metric.compute(p, t).flatten().numpy()
         scores[metric.name] = values
     if pixel_mm is not None:
         scores |= _in_mm(p, t, filled, one_empty, scores, (height, width), pixel_mm)
@@ -232,18 +245,18 @@ def _in_mm(
 ) -> dict[str, np.ndarray]:
     """The distances of `METRICS` in millimetres, given those in pixels and the masks that are not empty."""
     found = {}
+    distances: list[SurfaceDistances] | None = None
     for metric in METRICS.values():
-        if metric.in_mm is None:
+        if metric.of_distances is None:
             continue
         if pixel_mm[0] == pixel_mm[1]:
             found[f"{metric.name}_mm"] = scores[metric.name] * pixel_mm[0]
             continue
+        if distances is None:
+            distances = [surface_distances(*pair, pixel_mm) for pair in zip(prediction[:, 0], truth[:, 0], strict=True)]
         values = np.full(len(one_empty), metric.both_empty)
         values[one_empty] = math.hypot(size[0] * pixel_mm[0], size[1] * pixel_mm[1])
-        if len(filled):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                values[filled] = metric.in_mm(prediction, truth, pixel_mm).flatten().numpy()
+        values[filled] = [metric.of_distances(of_case) for of_case in distances]
         found[f"{metric.name}_mm"] = values
     return found
 

@@ -9,14 +9,13 @@ it are surface of both.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntpseg.evaluation.metrics import METRICS, MillimetreMetric
+from ntpseg.evaluation.metrics import METRICS, MillimetreMetric, surface_distances
 from ntpseg.evaluation.summary import Bootstrap, mean_estimate
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ VOLUME_ERROR = MillimetreMetric("volume_error_ml", "Volume error", "ml", 2)
 def volume_metrics() -> dict[str, MillimetreMetric]:
     """Name, label, unit and digits of each score of a volume."""
     overlaps = [MillimetreMetric(m.name, m.label, "", m.digits, m.name) for m in METRICS.values() if m.pooled]
-    distances = [MillimetreMetric(f"{m.name}_mm", m.label, "mm", m.digits, m.name) for m in METRICS.values() if m.in_mm]
+    of_distances = [m for m in METRICS.values() if m.of_distances is not None]
+    distances = [MillimetreMetric(f"{m.name}_mm", m.label, "mm", m.digits, m.name) for m in of_distances]
     return {metric.name: metric for metric in (*overlaps, *distances, VOLUME_ERROR)}
 
 
@@ -136,14 +136,12 @@ def volume_scores(
             scores[metric.name] = above / below if below else metric.both_empty
     if voxel_mm is None:
         return scores
-    inputs = _tensors(prediction, truth) if all(sizes) else None
+    distances = surface_distances(*_tensors(prediction, truth), voxel_mm) if all(sizes) else None
     for metric in METRICS.values():
-        if metric.in_mm is None:
+        if metric.of_distances is None:
             continue
-        if inputs is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                value = float(metric.in_mm(*inputs, voxel_mm).item())
+        if distances is not None:
+            value = metric.of_distances(distances)
         else:
             diagonal = math.hypot(*(size * mm for size, mm in zip(truth.shape, voxel_mm, strict=True)))
             value = diagonal if any(sizes) else metric.both_empty
@@ -252,7 +250,7 @@ def _score(structure: str, slices: list[tuple[Record, np.ndarray, np.ndarray]]) 
 
 
 def _tensors(prediction: np.ndarray, truth: np.ndarray) -> tuple[Any, Any]:
-    """Both masks as float ``[1, 1, D, H, W]``, cut to what either covers: the surfaces are the same."""
+    """Both masks as bool ``[D, H, W]``, cut to what either covers: the surfaces are the same."""
     import torch
 
     either = prediction | truth
@@ -262,6 +260,6 @@ def _tensors(prediction: np.ndarray, truth: np.ndarray) -> tuple[Any, Any]:
         if len(found := np.flatnonzero(either.any(axis=tuple(a for a in range(3) if a != axis))))
     )
     return (
-        torch.from_numpy(np.ascontiguousarray(prediction[box]))[None, None].float(),
-        torch.from_numpy(np.ascontiguousarray(truth[box]))[None, None].float(),
+        torch.from_numpy(np.ascontiguousarray(prediction[box])),
+        torch.from_numpy(np.ascontiguousarray(truth[box])),
     )
