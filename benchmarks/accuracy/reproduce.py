@@ -1,8 +1,8 @@
 """The accuracy study by one command: train every cell of `cells`, score it, and write the tables.
 
 Every cell is a process of its own and one JSON file; what is there already is not trained again, so a study may be
-stopped at any time and gone on with. Choices are made on the validation split; the test split is scored once for each
-final model (the cells of the main table).
+stopped at any time and gone on with. On another machine a minute is another budget: the tables say so. Choices are made
+on the validation split; the test split is scored once for each final model (the cells of the main table).
 
     python -m benchmarks.accuracy.reproduce qata DATA --out study [--minutes 5 20] [--seeds 3] [--groups main ablation]
 """
@@ -14,6 +14,7 @@ import fnmatch
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -22,8 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.accuracy.cells import DECODE_CASES, GROUPS, Cell, ntpseg, qata_cells
-from benchmarks.accuracy.study_tables import write_tables
+from benchmarks.accuracy.study_tables import write_result, write_tables
+from benchmarks.harness.environment import device_name
 from ntpseg.data import load_records
 from ntpseg.training.hardware import resolve_bf16
 from ntpseg.utils.files import write_csv, write_json
@@ -80,7 +84,8 @@ def run_cell(cell: Cell, data: Path, out: Path, threads: int, clock: str) -> dic
         measured = _ntpseg(cell, data, out, clock, call)
     else:
         measured = _baseline(cell, data, out, threads, call)
-    result = {**asdict(cell), "seconds": round(time.monotonic() - started, 1), **measured}
+    seconds = round(time.monotonic() - started, 1)
+    result = {**asdict(cell), "seconds": seconds, "machine": _machine(threads), **measured}
     write_json(out / "cells" / f"{cell.name}.json", result)
     return result
 
@@ -143,6 +148,13 @@ def _baseline(cell: Cell, data: Path, out: Path, threads: int, call: Any) -> dic
     return {key: result[key] for key in kept if key in result}
 
 
+def _machine(threads: int) -> dict[str, Any]:
+    """What a core-minute is worth: cells of one table should have the same."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device_name(device), "threads": threads, "bf16": resolve_bf16("auto"), **versions}
+
+
 def _bf16() -> str:
     """Baselines multiply in bfloat16 where `ntpseg train` does."""
     return "--bf16" if resolve_bf16("auto") else "--no-bf16"
@@ -169,8 +181,6 @@ def subset(data: Path, out: Path, cell: Cell) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns 1 if a cell failed."""
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("qata",))
     parser.add_argument("data", type=Path, help="the raw folder")
@@ -210,8 +220,9 @@ def main(argv: list[str] | None = None) -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, missing))
+    write_result(args.out, " ".join(["ntpseg", "reproduce", *(sys.argv[1:] if argv is None else argv)]))
     write_tables(args.out)
-    print(f"tables in {args.out / 'tables.md'}")
+    print(f"tables in {args.out / 'tables.md'}, all cells in {args.out / 'study.json'}")
     return 1 if failed else 0
 
 

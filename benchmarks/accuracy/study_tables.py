@@ -1,4 +1,4 @@
-"""The tables of an accuracy study, from its cells' JSON files."""
+"""The tables of an accuracy study and its result in one file, from its cells' JSON files."""
 
 from __future__ import annotations
 
@@ -27,6 +27,41 @@ def load_cells(study: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "cells").glob("*.json"))]
 
 
+def write_result(study: Path, command: str) -> Path:
+    """Write all cells into ``study.json``, scores with four digits, for a commit.
+
+    Args:
+        study: the study's folder.
+        command: that was run last.
+    """
+    machines: list[Any] = []
+    cells = []
+    for cell in load_cells(study):
+        machine = cell.pop("machine", None)
+        if machine not in machines:
+            machines.append(machine)
+        for split in ("val", "test"):
+            if split in cell:
+                cell[split] = {key: cell[split][key] for key in ("cases", "per_image", "pooled") if key in cell[split]}
+        if "choice" in cell:
+            cell["choice"] = {key: cell["choice"][key] for key in ("options", "cases")}
+        cells.append(_rounded({**cell, "machine": machines.index(machine)}))
+    path = study / "study.json"
+    head = {"benchmark": "accuracy study", "command": command, "machines": machines}
+    # A line for each cell, so that a change of one is a change of one line.
+    rows = ",\n".join(json.dumps(cell, ensure_ascii=False, separators=(",", ":")) for cell in cells)
+    write_text(path, f'{json.dumps(head, ensure_ascii=False)[:-1]}, "cells": [\n{rows}\n]}}\n')
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
 def write_tables(study: Path) -> Path:
     """Write ``tables.md`` into the study's folder."""
     cells = load_cells(study)
@@ -34,6 +69,9 @@ def write_tables(study: Path) -> Path:
     looked = sum("test" in cell for cell in cells)
     models = sum("same_as" not in cell and cell.get("model") != "decode" for cell in cells)
     parts += [f"{models} models; the test split was scored {looked} times, once for each model of the main table."]
+    machines = list(dict.fromkeys(json.dumps(cell["machine"]) for cell in cells if "machine" in cell))
+    if len(machines) > 1:
+        parts += ["", "Trained on different machines, whose minutes differ: " + "; ".join(machines)]
     for group in GROUPS:
         chosen = [cell for cell in cells if cell["group"] == group]
         if chosen:

@@ -16,7 +16,7 @@ from tiny_segmenter import shared
 
 from benchmarks.accuracy import reproduce
 from benchmarks.accuracy.cells import GROUPS, Cell, qata_cells
-from benchmarks.accuracy.study_tables import write_tables
+from benchmarks.accuracy.study_tables import write_result, write_tables
 from ntpseg.data import load_records
 from ntpseg.training.config import load_config
 
@@ -165,6 +165,28 @@ def test_tables(tmp_path) -> None:
     assert text.index("## Main") < text.index("## Ablation") < text.index("## Published")
 
 
+def test_the_result_holds_every_cell_and_its_machine(tmp_path) -> None:
+    """One file for a commit; rows of machines whose minutes differ are told apart."""
+    (tmp_path / "cells").mkdir()
+    fast, slow = {"device": "fast", "threads": 1}, {"device": "slow", "threads": 1}
+    for name, machine in (("a", fast), ("b", fast), ("c", None), ("d", slow)):
+        cell = {"group": "ablation", "label": name, "minutes": 5.0, "val": {**estimates(0.123456), "cases": 7, "x": 1}}
+        cell |= {} if machine is None else {"machine": machine}
+        cell |= {"choice": {"options": {"passes": 0}, "cases": 9, "tried": [1, 2]}} if name == "a" else {}
+        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(cell))
+    path = write_result(tmp_path, "ntpseg reproduce qata DATA")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["command"] == "ntpseg reproduce qata DATA" and found["machines"] == [fast, None, slow]
+    assert [(cell["label"], cell["machine"]) for cell in found["cells"]] == [("a", 0), ("b", 0), ("c", 1), ("d", 2)]
+    first = found["cells"][0]
+    assert first["val"]["per_image"]["dice"] == {"value": 0.1235, "low": 0.1135, "high": 0.1335}
+    assert set(first["val"]) == {"cases", "per_image", "pooled"} and set(first["choice"]) == {"options", "cases"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2 + len(found["cells"])
+    assert "Trained on different machines" in write_tables(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "cells" / "d.json").unlink()
+    assert "Trained on different machines" not in write_tables(tmp_path).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("fraction", "share"), [(0.25, 0.25), (0.01, 0.0)])
 def test_subset(tmp_path, fraction: float, share: float) -> None:
     _, _, run = shared()
@@ -228,6 +250,7 @@ def test_a_cells_commands(tmp_path, monkeypatch, model) -> None:
     result = reproduce.run_cell(cell, tmp_path / "data", tmp_path, 1, "cpu")
     assert result["test"]["per_image"]["dice"]["value"] == 0.8 and result["steps"] == 42
     assert json.loads((tmp_path / "cells" / f"{cell.name}.json").read_text()) == result
+    assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
     assert len((tmp_path / "logs" / f"{cell.name}.txt").read_text().splitlines()) == len(commands)
     if model == "ntpseg":
         assert result["parameters"] == 17 and [c[1] for c in commands] == ["train", "eval", "eval"]
