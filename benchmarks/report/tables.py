@@ -27,6 +27,7 @@ def case_name(row: Row) -> str:
 def summary(rows: Sequence[Row]) -> Iterator[str]:
     """Providers down, cases across; each cell the time and its ratio to the reference."""
     cases = list(group(rows, "case").values())
+    timed = {row["contestant"] for row in rows if "seconds" in row}
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     for first in range(0, len(cases), COLUMNS):
         part = [{row["contestant"]: row for row in case} for case in cases[first : first + COLUMNS]]
@@ -35,7 +36,8 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         yield "|---|---|" + "---:|" * len(part)
         for name in names:
             present = [case[name] for case in part if name in case]
-            if any("seconds" in row for row in present):
+            # `absent` lists those that are timed nowhere.
+            if present and name in timed:
                 cells = [_cell(case.get(name)) for case in part]
                 yield f"| {name} | {present[0].get('does', '')} | {' | '.join(cells)} |"
         yield ""

@@ -21,6 +21,7 @@ from benchmarks.harness.timing import Budget
 from benchmarks.operands import Operands
 from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
+from benchmarks.report.tables import COLUMNS, summary
 from benchmarks.suite import BENCHMARKS
 from ntpseg.models import causal_blocks
 from ntpseg.models.attention import AttentionUse
@@ -115,6 +116,18 @@ def test_pictures_change_with_the_rows_only(results: Path, tmp_path: Path) -> No
     first, second = (draw(rows, tmp_path / name, "bench") for name in ("a", "b"))
     assert [title for title, _ in first] == ["Speed", "Memory"]
     assert [path.read_bytes() for _, path in first] == [path.read_bytes() for _, path in second]
+
+
+def test_a_provider_without_a_time_in_one_case_is_still_shown(results: Path) -> None:
+    rows = [row for row in read(results) if row["benchmark"] == "topn"]
+    # More cases than a block holds, so that the one without a time is alone in its own.
+    cases = [[{**row, "case": {**row["case"], "n": n}} for row in rows] for n in range(1, COLUMNS + 2)]
+    last = next(row for row in cases[-1] if "seconds" in row)
+    name = last["contestant"]
+    wrong = {key: value for key, value in last.items() if key != "seconds"} | {"status": "wrong"}
+    lines = list(summary([wrong if row is last else row for case in cases for row in case]))
+    assert sum(line.startswith(f"| {name} |") for line in lines) == 2
+    assert any(line.startswith(f"| {name} |") and line.endswith("| wrong |") for line in lines)
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
