@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.accuracy.common import arrays, score, split, write
 from benchmarks.accuracy.networks import ImageDynUNet, Sentences, TextUNet, WordAttentionUNet
@@ -34,6 +35,38 @@ from ntpseg.training.muon import Muon
 
 NETWORKS = ("unet", "text-unet", "word-attention", "dynunet")
 MAX_GRAD_NORM = 1.0
+
+
+class NetworkAverage(WeightAverage):
+    """Of the statistics of batch normalisation too, which belong to the weights that they were taken with."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network, decay)
+        self.statistics = [buffer.clone() for buffer in _statistics(network)]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """See `WeightAverage`."""
+        super().update(model)
+        torch._foreach_lerp_(self.statistics, _statistics(model), 1 - self.step_decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """See `WeightAverage`."""
+        super().copy_to(model)
+        torch._foreach_copy_(_statistics(model), self.statistics)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """See `WeightAverage`."""
+        own = [buffer.clone() for buffer in _statistics(model)]
+        with super().applied(model):
+            yield
+        torch._foreach_copy_(_statistics(model), own)
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
 
 
 class Trainer:
@@ -97,7 +130,7 @@ class Trainer:
         val = split(args.data, "val", args.val_cases)
         val_images, val_masks = arrays(val, args.size, args.channels)
         optimizer = self._optimizer()
-        average = WeightAverage(self.network, args.ema) if args.ema else None
+        average = NetworkAverage(self.network, args.ema) if args.ema else None
         loss_of = DiceCELoss(sigmoid=True, batch=args.dice == "batch")
         budget, used, step, next_point = 60.0 * args.minutes, 0.0, 0, 0.1
         # One batch is augmented in a thread while the last one trains.

@@ -41,6 +41,10 @@ SIZE = "96"
 TRAINING = ("model", "minutes", "seed", "settings", "fraction")
 
 
+def _training(cell: Cell) -> str:
+    return json.dumps([getattr(cell, key) for key in TRAINING], sort_keys=True)
+
+
 def trained_before(cell: Cell, out: Path) -> dict[str, Any] | None:
     """The result of a finished cell of another table that is the same training run, without its test scores.
 
@@ -199,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for cell in cells:
             print(f"{'to do' if cell in missing else 'done '}  {cell.name}")
-        runs = {json.dumps([getattr(cell, key) for key in TRAINING], sort_keys=True): cell for cell in missing}
+        runs = {_training(cell): cell for cell in missing}
         print(
             f"{sum(cell.minutes for cell in runs.values() if cell.model != 'decode'):g} core-minutes of training to do"
         )
@@ -218,8 +222,12 @@ def main(argv: list[str] | None = None) -> int:
         dice = result["val" if "val" in result else "test"]["per_image"]["dice"]["value"]
         print(f"{cell.name}: Dice {dice:.4f} in {result['seconds']:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, missing))
+    # Cells that wait for others come last: those that decode another's model or are the same training run.
+    first = {key: cell for cell in reversed(missing) if cell.model != "decode" for key in [_training(cell)]}
+    alone = [cell for cell in missing if cell.final or first.get(_training(cell)) is cell]
+    for cells in (alone, [cell for cell in missing if cell not in alone]):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, cells))
     write_result(args.out, " ".join(["ntpseg", "reproduce", *(sys.argv[1:] if argv is None else argv)]))
     write_tables(args.out)
     print(f"tables in {args.out / 'tables.md'}, all cells in {args.out / 'study.json'}")

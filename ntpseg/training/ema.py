@@ -55,16 +55,20 @@ class WeightAverage:
         """Whether this rank averages all weights by itself."""
         return all(part.tensor.numel() == part.size for part in self.parts)
 
+    @property
+    def step_decay(self) -> float:
+        """The decay of the last step."""
+        return min(self.decay, (1 + self.steps) / (10 + self.steps))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step."""
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         # From one step to the next the weights stay in their place. Not from the first forward pass on, which gives
         # FSDP2's uneven shards another one, nor where others have been put into it.
         if self._followed is None or self._followed[0] is not model:
             self._followed = model, trained_parts(model)
-        torch._foreach_lerp_(self.weights, [_wide(part.tensor) for part in self._followed[1]], 1 - decay)
+        torch._foreach_lerp_(self.weights, [_wide(part.tensor) for part in self._followed[1]], 1 - self.step_decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

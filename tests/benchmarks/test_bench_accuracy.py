@@ -85,6 +85,28 @@ def test_a_sentence_does_not_depend_on_its_batch() -> None:
             torch.testing.assert_close(network(image[row : row + 1], sentences.ids([text]))[0], together[row])
 
 
+def test_the_average_has_the_statistics_of_its_weights() -> None:
+    """Batch normalisation's, in float64 by hand; what training goes on with is as before."""
+    from benchmarks.accuracy.baseline import NetworkAverage
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).train()
+    average = NetworkAverage(network, 0.9)
+    expected = network[1].running_mean.double()
+    for step in range(1, 13):
+        network(torch.randn(4, 1, 5, 5) + step)
+        average.update(network)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network[1].running_mean.double()
+    last = {name: value.clone() for name, value in network.state_dict().items()}
+    with average.applied(network):
+        torch.testing.assert_close(network[1].running_mean.double(), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(network[1].running_var, last["1.running_var"])
+    assert all(torch.equal(value, last[name]) for name, value in network.state_dict().items())
+    average.copy_to(network)
+    torch.testing.assert_close(network[1].running_mean.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sentences() -> None:
     from benchmarks.accuracy.networks import Sentences, words
 

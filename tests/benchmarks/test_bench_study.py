@@ -69,7 +69,8 @@ def study(tmp_path, monkeypatch):
         if cell.name in broken:
             raise subprocess.CalledProcessError(3, "train")
         result = {"group": cell.group, "label": cell.label, "minutes": cell.minutes, "seconds": 1.0}
-        result |= {"val": estimates(0.7), **({"test": estimates(0.8)} if cell.final else {})}
+        result |= {"val": {**estimates(0.7), "cases": 9}, **({"test": estimates(0.8)} if cell.final else {})}
+        result |= {"seed": cell.seed, "decoding": {"seconds": 2.0, "tokens_per_second": 5.0}}
         (out / "cells").mkdir(parents=True, exist_ok=True)
         (out / "cells" / f"{cell.name}.json").write_text(json.dumps(result))
         return result
@@ -120,6 +121,22 @@ def test_the_same_training_run_is_not_paid_for_twice(tmp_path, monkeypatch) -> N
     for other in ("ablation_nktp_5min_seed0", "low-data_ntpseg-25-of-the-training-pairs_5min_seed0"):
         assert reproduce.trained_before(cells[other], tmp_path) is None
     assert reproduce.trained_before(main, tmp_path) is None, "a final model is trained and scored itself"
+
+
+def test_cells_that_need_another_come_after_it(study) -> None:
+    """With several jobs a free one must not decode a model, or train it again, while it is being trained."""
+    assert study.run("--groups", "main", "decoding", "ablation", "sweep", "--jobs", "3", "--seeds", "1") == 0
+    place = {name: index for index, name in enumerate(study.calls)}
+    assert sorted(study.calls) == sorted(
+        c.name for c in qata_cells([5.0], 1, ["main", "decoding", "ablation", "sweep"])
+    )
+    waiting = [name for name in place if name.startswith("decoding_") or name == "ablation_the-recipe_5min_seed0"]
+    waiting += [f"sweep_{row}_5min_seed0" for row in ("k-1", "k-2", "m-0", "m-5", "n-0", "n-16")]
+    assert min(place[name] for name in waiting) > max(place[name] for name in place if name not in waiting)
+
+
+def test_decodings_are_compared_at_one_threshold() -> None:
+    assert {cell.settings["threshold"] for cell in ALL if cell.group == "decoding"} == {"0.5"}
 
 
 def test_tables(tmp_path) -> None:
