@@ -310,12 +310,14 @@ class NativeDecoder:
 
     def repeat(self, times: int) -> None:
         """See `Decoder.repeat`."""
+        before = [layer.cache.buffer.clone() for layer in self.layers]
+        features = None if self.features is None else self.features.repeat(times, 1, 1)
         self.lengths = self.lengths.repeat(times)
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
-        if self.features is not None:
-            self.features = self.features.repeat(times, 1, 1)
-        for layer in self.layers:
-            layer.cache.buffer = layer.cache.buffer.repeat(times, 1, 1, 1)
+        # Steps in fixed memory read there and nowhere else.
+        self._reserve(len(self.lengths), self.capacity, features)
+        for layer, buffer in zip(self.layers, before):
+            layer.cache.buffer.view(times, *buffer.shape).copy_(buffer)
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.norm.shape, self.norm, self.epsilon)

@@ -155,7 +155,9 @@ class Segmenter:
         """
         if len(images) != len(texts):
             raise ValueError(f"texts must have the length of images, {len(images)}, got {len(texts)}")
-        # An image is read and encoded once, however many sentences are about it.
+        # An image is read and encoded once, however many sentences are about it. All are held, or those that a sequence
+        # makes on access would have one address.
+        images = list(images)
         order: dict[int | str, int] = {}
         keys = [id(image) if isinstance(image, np.ndarray) else str(image) for image in images]
         places = [order.setdefault(key, len(order)) for key in keys]

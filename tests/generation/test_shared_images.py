@@ -50,6 +50,17 @@ def test_an_image_is_encoded_once_for_all_its_sentences(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(segmenter.segment(image, text).mask, prediction.mask)
 
 
+def test_images_that_are_made_on_access_are_different_ones() -> None:
+    """Each row of a stack is a new array, which may lie where the last one was."""
+    segmenter = Segmenter(feature_bundle(), DecodingOptions(method="expected", dtype="float32"))
+    stack = np.random.default_rng(0).integers(0, 256, (6, SIDE, SIDE)).astype(np.uint8)
+    found = list(segmenter.segment_all(stack, [TEXTS[0]] * 6))  # type: ignore[arg-type]
+    expected = list(segmenter.segment_all(list(stack), [TEXTS[0]] * 6))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.probability, other.probability)
+    assert len({prediction.probability.tobytes() for prediction in found}) == 6
+
+
 @pytest.mark.parametrize("encoder", ["residual", "huggingface"])
 def test_shared_features_equal_repeated_images(encoder: str) -> None:
     sequence = feature_format()

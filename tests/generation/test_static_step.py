@@ -17,7 +17,9 @@ from ntpseg.generation.static_step import StaticStep
 def make_generator(front_end: str = "features", method: str = "greedy", static: bool = False) -> MaskGenerator:
     sequence = sequence_format("emu3") if front_end == "emu3" else feature_format(front_end)
     model = make_model(sequence) if front_end == "emu3" else make_feature_model(sequence, front_end=front_end)
-    generator = MaskGenerator(model, sequence, DecodingOptions(method=method, dtype="float32", batch_size=4))
+    samples = {"samples": 4} if method == "sample" else {}
+    options = DecodingOptions(method=method, dtype="float32", batch_size=4, **samples)
+    generator = MaskGenerator(model, sequence, options)
     generator.decoder = NativeDecoder(model, torch.float32, static=static)
     return generator
 
@@ -30,7 +32,7 @@ def addresses(decoder: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in held]
 
 
-@pytest.mark.parametrize("method", ["greedy", "expected", "jacobi"])
+@pytest.mark.parametrize("method", ["greedy", "expected", "jacobi", "sample"])
 @pytest.mark.parametrize("front_end", ["features", "both"])
 def test_fixed_memory_gives_the_same_masks(front_end: str, method: str) -> None:
     plain, static = (make_generator(front_end, method, static) for static in (False, True))
@@ -40,7 +42,24 @@ def test_fixed_memory_gives_the_same_masks(front_end: str, method: str) -> None:
         expected, found = (generator(prompts, pixel_values=images) for generator in (plain, static))
         np.testing.assert_array_equal(found.codes, expected.codes)
         np.testing.assert_allclose(found.logprob, expected.logprob, atol=2e-5)
-    assert set(static.decoder.steps) == (set() if method == "jacobi" else {4, 2})  # type: ignore[attr-defined]
+    steps = {"jacobi": set(), "sample": {4}}.get(method, {4, 2})
+    assert set(static.decoder.steps) == steps  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_samples_of_one_image_after_another(rows: int) -> None:
+    """Each call repeats its rows to the same number, whose step must not read an earlier image."""
+    plain, static = (make_generator("features", "sample", static) for static in (False, True))
+    prompts, images = make_prompts(plain.sequence, 4), make_images(4)
+    places = []
+    for first in range(0, 4, rows):
+        chosen = slice(first, first + rows)
+        expected, found = (g(prompts[chosen], pixel_values=images[chosen]) for g in (plain, static))
+        np.testing.assert_array_equal(found.samples, expected.samples)
+        np.testing.assert_allclose(found.probability, expected.probability, atol=2e-5)
+        # A CUDA graph reads and writes the memory that it was captured with.
+        places.append([layer.cache.buffer.data_ptr() for layer in static.decoder.layers])  # type: ignore[attr-defined]
+    assert places == [places[0]] * len(places)
 
 
 def test_steps_of_one_and_of_several_tokens() -> None:
