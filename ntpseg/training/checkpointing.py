@@ -91,8 +91,9 @@ class CheckpointTrainer(StepTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.skipped_in_row:
-            # The weights may be what makes steps fail: older checkpoints must not make room for them.
+        if self.skipped_in_row and self._asked is None:
+            # The weights may be what makes steps fail: older checkpoints must not make room for them. A signal ends
+            # the run with this step, which changed nothing: the weights are those of the last one that counted.
             self._save_due = True
             return
         with self.throughput.pause():

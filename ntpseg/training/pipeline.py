@@ -8,8 +8,8 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ntpseg.generation.options import DecodingOptions
-from ntpseg.models.bundle import Bundle
+from ntpseg.generation.options import DecodingOptions, NonFiniteOutput
+from ntpseg.models.bundle import DECODING, Bundle
 from ntpseg.tokenizers.pixel_cache import PixelSource
 from ntpseg.training.arguments import training_arguments
 from ntpseg.training.attention import check_attention, run_attention
@@ -31,7 +31,7 @@ from ntpseg.training.profiling import ProfileSteps
 from ntpseg.training.same_data import check_same_data
 from ntpseg.utils.files import is_litter, publish_folder, remove_folder, remove_litter, write_json, write_text
 from ntpseg.utils.lock import LOCK, folder_lock
-from ntpseg.utils.manifest import write_manifest
+from ntpseg.utils.manifest import write_json_member, write_manifest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -297,11 +297,16 @@ def _save(
         if not trainer.is_world_process_zero():
             return
         bundle.decoding = {"method": decoding.method, "passes": decoding.passes}
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        bundle.save_tokenizers(partial)
+        write_manifest(partial)
+        publish_folder(partial, final)
+        # Whatever ends this early, the model is there.
         if isinstance(prepared.validation, PixelSource) and trainer.decodes_alone:
-            choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
-            bundle.decoding = choice.options
+            try:
+                choice = choose_decoding(bundle, prepared.validation, decoding, mirrored=mirrored, progress=progress)
+            except NonFiniteOutput as error:
+                print(f"the decoding was not chosen on validation: {error}", file=sys.stderr)
+                return
+            write_json_member(final, DECODING, choice.options)
             write_json(run / "decoding_choice.json", choice.to_dict())
-    (partial / "training_args.bin").unlink(missing_ok=True)
-    bundle.save_tokenizers(partial)
-    write_manifest(partial)
-    publish_folder(partial, final)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from ntpseg.cli import app
 from ntpseg.evaluation.run_directory import training_log
 from ntpseg.generation import DecodingOptions, Segmenter
+from ntpseg.generation.options import NonFiniteOutput
 from ntpseg.models import Bundle
 from ntpseg.tokenizers.pixel_cache import PixelCache
-from ntpseg.training import load_config, train
+from ntpseg.training import load_config, pipeline, train
 from ntpseg.training.pipeline import make_model
 from ntpseg.training.preparation import prepare_run
 
@@ -89,6 +90,24 @@ def test_the_decoding_is_chosen_on_validation_and_saved(run) -> None:
     fitted = choice["calibration"]["calibrated"]
     assert options.calibration_temperature == saved["calibration_temperature"] == fitted["temperature"]
     assert fitted["nll"] <= choice["calibration"]["uncalibrated"]["nll"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NonFiniteOutput("the model's output must be finite"), 0), (RuntimeError("out of memory"), 1)]
+)
+def test_a_model_is_saved_whatever_becomes_of_the_choice(data, tmp_path, monkeypatch, error, code) -> None:
+    def fail(bundle, *arguments, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "choose_decoding", fail)
+    settings = [*FAST, "training.save_strategy=no", "training.eval_strategy=no", "training.num_train_epochs=1"]
+    result = invoke("train", "qata", f"data.path={data}", f"output={tmp_path / 'run'}", *settings)
+    assert result.exit_code == code, result.output
+    if not code:
+        assert "the decoding was not chosen on validation: the model's output must be finite" in result.output
+    assert not (tmp_path / "run" / "model.part").exists()
+    options = DecodingOptions.of_bundle(Bundle.from_pretrained(tmp_path / "run"))
+    assert (options.method, options.passes, options.threshold) == ("refine", 0, 0.5)
 
 
 def test_the_saved_weights_are_the_average(run) -> None:

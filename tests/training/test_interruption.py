@@ -70,6 +70,24 @@ def test_the_run_goes_on_as_if_it_had_not_been_asked(event, step, number, saved,
         assert torch.equal(value, other), name
 
 
+def test_a_signal_in_a_skipped_step_still_saves(tmp_path) -> None:
+    """The step changed nothing, so its checkpoint is that of the last one that did."""
+    trainer = make_trainer(make_toy(32), tmp_path, callbacks=[Send("on_step_begin", 4)], num_train_epochs=3)
+    compute = trainer.compute_loss
+
+    def loss_of(model, inputs, *arguments, **options):
+        loss = compute(model, inputs, *arguments, **options)
+        return loss * float("nan") if trainer.state.global_step == 4 else loss
+
+    trainer.compute_loss = loss_of
+    with pytest.raises(TrainingInterrupted) as stop:
+        trainer.train()
+    assert stop.value.step == 5 and any("skipped" in line for line in trainer.state.log_history)
+    checkpoint = last_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-5"
+    make_trainer(make_toy(32), tmp_path, num_train_epochs=3).train(str(checkpoint))
+
+
 def test_a_second_signal_acts_as_ever() -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
     try:
