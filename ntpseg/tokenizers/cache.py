@@ -7,6 +7,7 @@ the seed; see `ntpseg.tokenizers.cache_folder`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -208,6 +209,7 @@ def _write(
             batch.append(pairs)
             if len(batch) == batch_size or number == len(dataset):
                 encode(batch, number - len(batch))
+                os.utime(path)  # in use, see `remove_stale_folders`
                 advance(len(batch))
                 batch = []
     for array in arrays.values():

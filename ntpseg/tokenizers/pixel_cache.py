@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ntpseg.data import Record
 
 _VERSION = 1
+_TOUCH_EVERY = 1024  # images, see `remove_stale_folders`
 
 
 class PixelSource(ABC):
@@ -128,6 +130,8 @@ def _write(folder: Path, dataset: Sequence[Record], size: int, channels: int, pr
         for index, pair in enumerate(parallel_map(lambda record: preprocess(record, size, channels), dataset)):
             images[index] = np.rint((pair.image + 1) * 127.5)
             masks[index] = np.packbits(pair.mask.ravel() > 0)
+            if index % _TOUCH_EVERY == 0:
+                os.utime(folder)
             advance(1)
     images.flush()
     masks.flush()

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -32,17 +33,17 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{_shortened(path.name)}.", suffix=".tmp")
+    # Not tempfile's, which only their owner can read: asking for the umask sets it, for all threads.
+    temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(6)}.tmp")
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -77,11 +78,10 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_FOLDER}{_shortened(path.name)}."))
+    temporary = path.with_name(f"{TEMPORARY_FOLDER}{_shortened(path.name)}.{secrets.token_hex(6)}")
+    temporary.mkdir()
     try:
         yield temporary
-        # mkdtemp makes folders that only their owner can enter.
-        os.chmod(temporary, 0o777 & ~_umask())
         publish_folder(temporary, path, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +121,10 @@ def fsync_path(path: Path) -> None:
 
 
 def remove_stale_folders(directory: Path) -> None:
-    """Remove what a killed `atomic_folder` left in `directory` more than a day ago."""
+    """Remove what a killed `atomic_folder` left in `directory` more than a day ago.
+
+    Whoever writes for longer into files that are there touches the folder (`os.utime`) from time to time.
+    """
     for path in directory.glob(f"{TEMPORARY_FOLDER}*"):
         try:
             old = time.time() - path.stat().st_mtime > _STALE_SECONDS
@@ -245,9 +248,3 @@ def _is_number(text: str) -> bool:
 def _shortened(name: str) -> str:
     """The beginning of a name that may itself be as long as names can be (255 bytes)."""
     return os.fsencode(name)[:200].decode("utf-8", "ignore")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

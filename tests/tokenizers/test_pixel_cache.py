@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from ntpseg.data import Record, prepare, read_image, read_mask
 from ntpseg.tokenizers import pixel_cache as module
 from ntpseg.tokenizers.pixel_cache import PixelCache
+from ntpseg.utils.files import TEMPORARY_FOLDER, remove_stale_folders
 
 COUNT = 5
 
@@ -142,3 +144,20 @@ def test_wrong_input_is_named(tmp_path, records) -> None:
         build(tmp_path / "cache", [*records[:2], replace(records[2], mask=None)])
     with pytest.raises(ValueError, match=r"key must be that of a cache in .* got 'abc'"):
         PixelCache.open(tmp_path, "abc")
+
+
+def test_a_build_of_more_than_a_day_is_not_litter(tmp_path, records, monkeypatch) -> None:
+    """Another run that looks at the same folder of caches leaves one alone that is being written to."""
+
+    def slow(function, items):
+        for item in items:
+            (building,) = root.glob(f"{TEMPORARY_FOLDER}*")
+            remove_stale_folders(root)
+            assert building.is_dir()
+            os.utime(building, (0, 0))
+            yield function(item)
+
+    root = tmp_path / "cache"
+    monkeypatch.setattr(module, "parallel_map", slow)
+    monkeypatch.setattr(module, "_TOUCH_EVERY", 1)
+    assert len(build(root, records)) == COUNT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -17,9 +18,11 @@ import torch
 from PIL import Image
 
 from ntpseg.data import Augmentation, Record, prepare, read_image, read_mask
+from ntpseg.tokenizers import cache as module
 from ntpseg.tokenizers.cache import TokenCache, cache_key
 from ntpseg.tokenizers.preprocess import parallel_map, stack_pairs
 from ntpseg.tokenizers.text import encode_text, train_text_tokenizer
+from ntpseg.utils.files import TEMPORARY_FOLDER, remove_stale_folders
 
 TEXTS = ["The left lung.", "The right lung.", "Beide Lungenflügel."]
 FLIP = Augmentation(flip=1.0, rotate_degrees=0, scale=0, translate=0, brightness=0, contrast=0, gamma=0, noise=0)
@@ -292,3 +295,22 @@ def test_meta_lists_every_file(tmp_path, records, compact, text):
     path = tmp_path / "cache" / cache.key
     listed = json.loads((path / "meta.json").read_text())["sha256"]
     assert {*listed, "meta.json"} == {p.name for p in path.iterdir()}
+
+
+def test_a_build_of_more_than_a_day_is_not_litter(tmp_path, records, compact, text, monkeypatch) -> None:
+    """Another run that looks at the same folder of caches leaves one alone that is being written to."""
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(compact, name)
+
+        def encode_image(self, images):
+            (building,) = root.glob(f"{TEMPORARY_FOLDER}*")
+            remove_stale_folders(root)
+            assert building.is_dir()
+            os.utime(building, (0, 0))
+            return compact.encode_image(images)
+
+    root = tmp_path / "cache"
+    monkeypatch.setattr(module, "_IMAGES_PER_BATCH", 2)
+    assert len(TokenCache.build(root, records, Slow(), text, progress=False)) == 7

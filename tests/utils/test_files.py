@@ -89,7 +89,11 @@ def test_the_data_is_flushed_before_the_name_and_the_name_after_it(
     assert events == ["file", "file", "folder", "rename", "folder"]
 
 
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(mask: int) -> int:
+        raise AssertionError("the umask is every thread's")
+
+    monkeypatch.setattr(os, "umask", refuse)
     (tmp_path / "plain").touch()
     (tmp_path / "folder").mkdir()
     files.write_text(tmp_path / "a", "x")
