@@ -10,7 +10,8 @@ SIDE_WORD = re.compile(
     rf"(?<!{LETTER})(left|right)(?=(?:s|side|sided|ward|wards|most|hand|handed)?(?!{LETTER}))", re.IGNORECASE
 )
 # QaTa-COV19's captions always name the left lung first: its grammar stays closed if the places change, not the words.
-QATA_CLAUSE = re.compile(r"(?<=, )((?:[a-z]+ )*)left lung and ((?:[a-z]+ )*)right lung")
+_PLACES = r"((?:(?:all|upper|middle|lower) )+)"
+QATA_CLAUSE = re.compile(rf"(?<=, ){_PLACES}left lung and {_PLACES}right lung")
 
 
 def swap_laterality(text: str) -> str:

@@ -50,16 +50,19 @@ class ResidualUnit(nn.Module):
         channels_in, channels: C_in and C.
         stride: 1 or 2.
         caption_dim: E of the caption's vector; 0 for none.
-        group_size: channels of a normalisation group.
+        group_size: least channels of a normalisation group; more where C does not divide.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int, caption_dim: int, group_size: int) -> None:
         super().__init__()
         self.stride = stride
         self.conv1 = Convolution(channels_in, channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(max(1, channels // group_size), channels)
+        most = max(1, channels // group_size)
+        # A pretrained encoder's widths are no multiples of the group's.
+        groups = next(count for count in range(most, 0, -1) if channels % count == 0)
+        self.norm1 = nn.GroupNorm(groups, channels)
         self.conv2 = Convolution(channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(max(1, channels // group_size), channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
         plain = stride == 1 and channels_in == channels
         self.shortcut = nn.Identity() if plain else Convolution(channels_in, channels, 1)
         self.film = CaptionModulation(caption_dim, 2 * channels) if caption_dim else None

@@ -46,6 +46,15 @@ def pair(side: int = 32, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
             "Left pleural fluid, all left lung and lower right lung.",
             "Right pleural fluid, lower left lung and all right lung.",
         ),
+        # Words that say something of both lungs stay where they are.
+        (
+            "Chest film, no left lung and right lung involvement.",
+            "Chest film, no right lung and left lung involvement.",
+        ),
+        (
+            "Small left lung and right lung nodules, larger left lung and no right lung nodules.",
+            "Small right lung and left lung nodules, larger right lung and no left lung nodules.",
+        ),
     ],
 )
 def test_swap_laterality(text: str, swapped: str) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
 from ntpseg.models import NTPSegModel
+from ntpseg.models.image_encoder import ResidualUnit
 from ntpseg.models.pretrained_encoder import huggingface_encoder_config, load_encoder
+from ntpseg.models.stem import FeatureStem, StemOptions
 
 RESNET = {
     "model_type": "resnet",
@@ -61,6 +63,14 @@ def test_a_missing_weight_is_named(resnet) -> None:
     save_file({n: w for n, w in weights.items() if n != name}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"must hold every weight of the encoder, got .* without '.*{name[-20:]}'"):
         encoder.load_weights(path)
+
+
+def test_widths_that_the_group_size_does_not_divide() -> None:
+    pytest.importorskip("monai")
+    FeatureStem(StemOptions(encoder="monai:efficientnet-b4"), 1, 64, (8, 8), 16)  # 24, 32, 56, ...
+    unit = ResidualUnit(56, 56, 1, 0, 16)
+    assert unit.norm1.num_groups == 2 and ResidualUnit(8, 128, 1, 0, 16).norm2.num_groups == 8
+    assert ResidualUnit(8, 53, 1, 0, 16).norm1.num_groups == 1
 
 
 @pytest.mark.parametrize(
