@@ -57,6 +57,7 @@ def plan(
     from ntpseg.cluster.planning.search import PlanOptions
     from ntpseg.training import load_config
     from ntpseg.utils.files import write_json
+    from ntpseg.utils.outputs import check_file, check_not_inputs
 
     options = PlanOptions(
         gpus=gpus,
@@ -68,6 +69,9 @@ def plan(
         sequences_per_step=batch,
         price=price_per_gpu_hour,
     )
+    if json_file is not None:
+        check_file("--json", json_file, (".json",))
+        check_not_inputs("--json", [json_file], [Path(preset), *([measured] if measured else [])])
     made = make_plan(load_config(preset, overrides or ()), gpu_named(gpu), options, data=data, measured=measured)
     _print(made, preset)
     if json_file is not None:

@@ -142,6 +142,12 @@ def _open(path: Path) -> tuple[Image.Image, int]:
         raise ValueError(f"{path} must have at most {MAX_PIXELS:,} pixels, got more; shrink or cut it") from error
     except Exception as error:
         raise _unreadable(path, error) from error
+    if image.mode[:1] not in ("I", "F") and any(";16" in str(tile[3]) for tile in image.tile):
+        image.close()
+        raise ValueError(
+            f"{path} must have 8 bits a channel, or be grey with 16, got 16 bits of colour or transparency, of which "
+            "half would be lost; save it again"
+        )
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,10 @@ def volume_target(
     if job.volume.is_dir() and is_inside(out.parent, job.volume):
         raise ValueError(f"--out must not be in the folder that is read, got {out}; choose another folder")
     _check([target], inputs)
-    # In a folder of volumes the name of another volume's file is not free either.
-    if given != out and same_place(out.parent, job.volume.parent):
-        check_not_inputs("--out", target.files(), [path for path in target.files() if path.exists()])
+    # Beside the volume a name that the program makes up may be another file's: another volume's, a scan's sidecar.
+    if same_place(out.parent, job.volume.parent):
+        made_up = [path for path in target.files() if path.exists() and (path != out or given != out)]
+        check_not_inputs("--out", target.files(), [path for path in made_up if not _is_own_table(path)])
     return target
 
 
@@ -144,6 +146,14 @@ def volume_targets(
     targets = [VolumeTarget(job, out / f"{job.name}.{kind or FORMATS[0]}", maps) for job in jobs]
     _check(targets, inputs, out / TABLE)
     return targets
+
+
+def _is_own_table(path: Path) -> bool:
+    """Whether a JSON file is one that an earlier prediction wrote."""
+    try:
+        return {"labels", "sentences"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check(targets: Sequence[VolumeTarget], inputs: Sequence[Path], *tables: Path) -> None:

@@ -32,7 +32,10 @@ def aligned_labels(
     """
     values = integer_labels(name, labels.voxels)
     known = image.header.spacing_known and labels.header.spacing_known
-    if values.shape == image.voxels.shape[:3] and (not known or grids_agree(image.geometry, labels.geometry)):
+    if not known and labels.stored.shape == image.stored.shape:
+        # Of one of them nobody knows how it lies: voxel on voxel, as the files store them.
+        return image.stored.to_lps(labels.to_stored(values))[0]
+    if known and values.shape == image.voxels.shape[:3] and grids_agree(image.geometry, labels.geometry):
         return values
     if cropped and known and (offset := _offset(image.geometry, labels.geometry)) is not None:
         return _placed(values, offset, image.geometry.shape)

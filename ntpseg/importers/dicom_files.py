@@ -94,7 +94,8 @@ def referenced_uids(dataset: Any) -> tuple[set[str], set[str]]:
             elif element.keyword == "ReferencedSOPInstanceUID":
                 instances.add(str(element.value))
 
-    for keyword in ("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence", "SourceImageSequence"):
+    keywords = ("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence", "SourceImageSequence")
+    for keyword in (*keywords, "ROIContourSequence"):
         for item in dataset.get(keyword, []) or []:
             visit(item)
     return series, instances

@@ -41,31 +41,48 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     numbers: Counter[str] = Counter()
     for _, path in objects:
         header = pydicom.dcmread(path, stop_before_pixels=True)
-        images = source_of(str(path), *referenced_uids(header), series)
+        referenced = referenced_uids(header)
+        images = source_of(str(path), *referenced, series)
         numbers[images.subject] += 1
         name = f"{images.subject}_{numbers[images.subject]:02d}"
-        load = functools.partial(_load, name, images, path, options.resample)
+        load = functools.partial(_load, name, images, path, referenced[1], options.resample)
         cases.append(Case(name, images.subject, load))
     return cases
 
 
-def load_series(series: Series) -> Volume:
-    """The volume of an image series, which may lie among other files."""
+def load_series(series: Series, instances: set[str]) -> Volume:
+    """The volume of an image series, which may lie among other files.
+
+    Args:
+        series: the series.
+        instances: SOPInstanceUIDs that a segmentation names, of one of its phases where there are several.
+
+    Raises:
+        ValueError: no slices that make a volume, or several phases of which the segmentation names none or more.
+    """
     from ntpseg.volumes.reading import list_series, read_volume
 
     if len(series.files) == 1:
         return read_volume(series.files[0])
     folder = Path(os.path.commonpath([path.parent for path in series.files]))
     files = set(series.files)
-    for info in list_series(folder):
-        # A scout view that shares the series has a name of its own.
-        if info.slices > 1 and all(file.path in files for file in info.files):
-            return read_volume(folder, series=info.name)
-    raise ValueError(f"series in {folder} must hold slices that make a volume, got {len(files)} other files")
+    # A scout view that shares the series has a name of its own.
+    found = [one for one in list_series(folder) if one.slices > 1 and all(file.path in files for file in one.files)]
+    if not found:
+        raise ValueError(f"series in {folder} must hold slices that make a volume, got {len(files)} other files")
+    if len(found) > 1:
+        named = [one for one in found if any(plane.instance in instances for plane in one.planes)]
+        if len(named) != 1:
+            raise ValueError(
+                f"a segmentation in {folder} must name the slices of one of the {len(found)} phases of its series, got "
+                f"those of {len(named)}; leave the phase that it was drawn on"
+            )
+        found = named
+    return read_volume(folder, series=found[0].name)
 
 
-def _load(name: str, images: Series, path: Path, resample: bool) -> Sample:
-    volume = load_series(images)
+def _load(name: str, images: Series, path: Path, instances: set[str], resample: bool) -> Sample:
+    volume = load_series(images, instances)
     packer = LayerPacker(volume.voxels.shape[:3])
     parts: dict[str, tuple[tuple[int, int], ...]] = {}
     for segment, labels in _segments(path):

@@ -8,6 +8,7 @@ of the labels are in "labels", as in the Decathlon's files, or in the file of ``
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,15 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
         else read_names(options.names)
     )
     channels = content.get("modality", content.get("channel_names", {}))
+    if isinstance(channels, str):
+        channels = {"0": channels}
+    elif not isinstance(channels, dict):
+        channels = {}
+    files = [source.parent / entry["label"] for _, entry in entries]
+    case_names = _case_names(files)
     named = {_LISTS[key] for key, _ in entries}
     cases = []
-    for key, entry in entries:
+    for (key, entry), case in zip(entries, case_names):
         images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
         names = {number: str(channels.get(str(number), number)) for number in range(len(images))}
         chosen = chosen_channels(names, options.channels if len(images) > 1 else ())
@@ -57,13 +64,21 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
             split = "val" if entry["fold"] == 0 else "train"
         elif split == "train" and "val" not in named:
             split = ""  # subjects are dealt out, but to the splits that have a list
-        case = case_of_file(labels)
         subject = next((str(entry[name]) for name in _SUBJECTS if entry.get(name)), subject_of(case))
         load = functools.partial(
             load_pair, case, paths, labels, structures, modalities=_modalities(names, chosen), resample=options.resample
         )
         cases.append(Case(case, subject, load, split, structures))
     return cases
+
+
+def _case_names(labels: list[Path]) -> list[str]:
+    """The names of the label files; where each case has a folder of its own, and its file one name, the folders'."""
+    names = [case_of_file(path) for path in labels]
+    if len(set(names)) == len(names):
+        return names
+    common = Counter(names)
+    return [f"{path.parent.name}_{name}" if common[name] > 1 else name for name, path in zip(names, labels)]
 
 
 def _modalities(names: dict[int, str], chosen: list[int]) -> list[str]:

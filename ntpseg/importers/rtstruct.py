@@ -1,8 +1,8 @@
 """DICOM structure sets (RTSTRUCT) beside the series that they were drawn on: planar contours, filled slice by slice.
 
-A voxel belongs to a structure where its centre lies inside of an odd number of its contours in that slice, so contours
-inside of others are holes. Contours between two slices count for the nearer one; slices without a contour stay empty,
-as they were left. Files are found as for DICOM-SEG, and patients become numbers in the same way.
+A voxel belongs to a structure where its centre lies inside of an odd number of its contours in one plane, so contours
+inside of others are holes. Of several planes in a slice the nearest to its middle counts; slices without a contour stay
+empty, as they were left. Files are found as for DICOM-SEG, and patients become numbers in the same way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ntpseg.volumes import Geometry
 
 # Of the distance between slices: how far a contour may leave its plane.
 _FLAT = 0.1
+# How far contours of one plane may lie apart.
+_SAME_PLANE = 0.25
 
 
 def read(source: Path, options: ImportOptions) -> list[Case]:
@@ -54,8 +56,8 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
 def _load(images: Series, path: Path) -> Sample:
     import pydicom
 
-    volume = load_series(images)
     dataset = pydicom.dcmread(path)
+    volume = load_series(images, referenced_uids(dataset)[1])
     packer = LayerPacker(volume.voxels.shape[:3])
     try:
         names = {int(roi.ROINumber): str(roi.ROIName) for roi in dataset.StructureSetROISequence}
@@ -84,7 +86,7 @@ def _contours(roi: Any) -> list[np.ndarray]:
 
 
 def fill_contours(name: str, contours: list[np.ndarray], geometry: Geometry) -> np.ndarray:
-    """Voxels whose centres lie inside of an odd number of contours of their slice.
+    """Voxels whose centres lie inside of an odd number of contours of the plane that is nearest to their slice.
 
     Args:
         name: for errors.
@@ -101,11 +103,16 @@ def fill_contours(name: str, contours: list[np.ndarray], geometry: Geometry) -> 
 
     mask = np.zeros(geometry.shape, bool)
     to_voxels = np.linalg.inv(geometry.affine)
-    for contour in contours:
-        place = contour @ to_voxels[:3, :3].T + to_voxels[:3, 3]
-        if np.ptp(place[:, 2]) > _FLAT:
-            raise ValueError(f"contours of {name} must lie in the slices of their series, got one across them")
-        index = round(float(place[:, 2].mean()))
+    places = [contour @ to_voxels[:3, :3].T + to_voxels[:3, 3] for contour in contours]
+    if any(np.ptp(place[:, 2]) > _FLAT for place in places):
+        raise ValueError(f"contours of {name} must lie in the slices of their series, got one across them")
+    heights = np.array([place[:, 2].mean() for place in places])
+    # Halves go up, all of them.
+    slices = np.floor(heights + 0.5).astype(int)
+    nearest = {index: min(heights[slices == index], key=lambda height: abs(height - index)) for index in set(slices)}
+    for contour, place, height, index in zip(contours, places, heights, slices):
+        if abs(height - nearest[index]) > _SAME_PLANE:
+            continue
         low = np.maximum(np.floor(place[:, :2].min(axis=0)), 0).astype(int)
         high = np.minimum(np.ceil(place[:, :2].max(axis=0)), np.array(geometry.shape)[[2, 1]] - 1).astype(int)
         if not 0 <= index < geometry.shape[0] or len(contour) < 3 or (low > high).any():

@@ -22,7 +22,7 @@ def assign_splits(cases: Sequence[Case], fractions: tuple[float, float, float], 
         seed: of the order.
 
     Raises:
-        ValueError: the source has one subject in two splits.
+        ValueError: the source has one subject in two splits, or in one and among the cases without.
     """
     fixed: dict[str, str] = {}
     for case in cases:
@@ -33,6 +33,12 @@ def assign_splits(cases: Sequence[Case], fractions: tuple[float, float, float], 
             raise ValueError(
                 f"a subject must be in one split, got {case.subject!r} in {fixed[case.subject]} and in {case.split} "
                 f"({case.name}); correct the source's lists"
+            )
+    for case in cases:
+        if not case.split and case.subject in fixed:
+            raise ValueError(
+                f"a subject must be in one split, got {case.subject!r} in {fixed[case.subject]} and among the cases to "
+                f"be dealt out ({case.name}); rename one of them, or correct the source's lists"
             )
     free = sorted({case.subject for case in cases} - fixed.keys(), key=lambda name: (_digest(f"{seed}:{name}"), name))
     named = set(fixed.values()) - {"train"}

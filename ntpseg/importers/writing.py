@@ -31,7 +31,7 @@ from ntpseg.importers.splits import assign_splits
 from ntpseg.importers.templates import Target, Templates, read_templates
 from ntpseg.utils.checks import one_line
 from ntpseg.utils.files import atomic_folder, safe_cell
-from ntpseg.utils.outputs import check_folder, name_key
+from ntpseg.utils.outputs import check_folder, check_not_mounted, name_key
 from ntpseg.utils.progress import StageCallback
 from ntpseg.volumes.windows import parse_window
 
@@ -81,6 +81,7 @@ def write_dataset(
     check_folder("out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}, which is not empty")
+    check_not_mounted("out", out)
     parse_window(options.window)
     templates = read_templates(options.templates)
     listed = _merged(case.structures for case in cases)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ SUFFIXES = (
 )
 # Bytes of one entry in the directory of an archive, name included: far more than tools write.
 ENTRY_BYTES = 1024
+# A full disk is no damaged archive, from which a seek to nowhere may come.
+_OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE)
 
 
 class UploadFolder:
@@ -49,7 +53,17 @@ class UploadFolder:
             return
         try:
             self._add_members(source)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+            NotImplementedError,
+            OSError,
+            RuntimeError,
+        ) as error:
+            if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+                raise
             raise Refused(400, "the archive must be a readable .zip file, got a damaged one") from error
 
     def _add_members(self, source: IO[bytes]) -> None:

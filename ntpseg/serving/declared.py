@@ -31,7 +31,7 @@ def check_declared(files: Sequence[Path], options: ServerOptions) -> None:
     for path in files:
         kind = kind_of(path)
         if kind == "dicom":
-            voxels += _dicom(path)
+            voxels += _dicom(path, options)
         elif kind == "nifti":
             voxels += math.prod(open_nifti(path).shape)
         elif kind in ("nrrd", "metaimage"):
@@ -43,7 +43,7 @@ def check_declared(files: Sequence[Path], options: ServerOptions) -> None:
             raise Refused(413, f"a volume must have at most {options.max_voxels:,} voxels, got more; cut it")
 
 
-def _dicom(path: Path) -> int:
+def _dicom(path: Path, options: ServerOptions) -> int:
     pydicom = require("pydicom", "medical", "reading DICOM")
     try:
         syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
@@ -53,11 +53,17 @@ def _dicom(path: Path) -> int:
         tags = ["Rows", "Columns", "NumberOfFrames"]
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
         size = (header.get("Rows"), header.get("Columns"), header.get("NumberOfFrames"))
-        return math.prod(int(number or 1) for number in size)
+        numbers = [int(number or 1) for number in size]
     except Refused:
         raise
     except Exception as error:  # pydicom raises anything on a damaged header
         raise ValueError("the file must be readable DICOM, got a damaged header; copy it again") from error
+    if min(numbers) < 1:
+        raise ValueError("the file must be readable DICOM, got a negative size; copy it again")
+    # Each frame is read as a slice of its own.
+    if numbers[2] > options.max_files:
+        raise Refused(413, f"a file must have at most {options.max_files:,} frames, got more; cut it")
+    return math.prod(numbers)
 
 
 def _itk(path: Path) -> int:

@@ -76,7 +76,8 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         FileExistsError: `replace` is False and, at the end of the block, `path` exists and is not empty.
     """
-    path = Path(path)
+    # Beside the folder itself, where `path` is a link to it or has no name (".").
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY_FOLDER}{_shortened(path.name)}.{secrets.token_hex(6)}")
     temporary.mkdir()
@@ -98,7 +99,7 @@ def publish_folder(source: Path, path: Path, *, replace: bool = True) -> None:
     try:
         os.rename(source, path)
     except OSError as error:
-        if path.exists():
+        if path.is_dir() and any(path.iterdir()):
             raise FileExistsError(f"{path} must be a new or an empty folder, got one with content") from error
         raise
     fsync_path(path.parent)

@@ -92,6 +92,12 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
     check_folder(option, path.parent)
 
 
+def check_not_mounted(option: str, path: Path) -> None:
+    """Refuse a folder that another one cannot be renamed to."""
+    if os.path.ismount(path):
+        raise ValueError(f"{option} must not be a mounted folder itself, got {path}; give the name of one inside it")
+
+
 def check_path(option: str, path: Path) -> None:
     """Refuse a path whose names no file system takes, before asking the operating system about it fails."""
     for part in path.parts:

@@ -128,9 +128,10 @@ def dicom_files(path: Path) -> Iterator[Path]:
 
 def _once(planes: Sequence[Plane]) -> tuple[list[Plane], tuple[str, ...]]:
     """Slices without those that are there twice as the same object."""
-    seen: dict[tuple[str, int], Plane] = {}
+    # Some anonymisers give all slices one instance.
+    seen: dict[tuple[str, int, object], Plane] = {}
     for plane in planes:
-        seen.setdefault((plane.instance or str(plane.path), plane.frame), plane)
+        seen.setdefault((plane.instance or str(plane.path), plane.frame, plane.position), plane)
     copies = len(planes) - len(seen)
     noun = "slice is" if copies == 1 else "slices are"
     return list(seen.values()), (f"{copies} {noun} there twice and read once",) if copies else ()

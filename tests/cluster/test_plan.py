@@ -173,6 +173,15 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path) -> None:
     done = run(*arguments, "--price-per-gpu-hour", 2.0, "--json", file)
     assert done.exit_code == 0, done.output
     assert "fits" in done.output and "predicted" in done.output and "--data for its hours" not in done.output
+    preset = tmp_path / "run.yaml"
+    preset.write_text("data: {size: 64}\n")
+    for target in (preset, tmp_path / "plan.txt"):
+        refused = run("--preset", preset, "--json", target)
+        assert str(refused.exception).startswith("--json must end in .json, got ")
+    named = tmp_path / "run.json"
+    named.write_text("{}")
+    with_json = run("--preset", named, "--json", named)
+    assert str(with_json.exception).startswith("--json must not replace what is read, got ")
     plan = json.loads(file.read_text())
     assert plan["steps_per_epoch"] == -(-training // 4) and plan["sequences"] == 4
     assert plan["cost"] == pytest.approx(plan["hours"] * 2 * 2.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -324,3 +326,26 @@ def test_truth_of_a_record_without_mask_is_refused(tmp_path: Path) -> None:
     make: Callable[..., Record] = Record
     with pytest.raises(ValueError, match="record 'a' must have a mask"):
         read_truth(make(tmp_path, None, "T", "train", "a", "a"))
+
+
+@pytest.mark.parametrize(("kind", "colour"), [("grey", 0), ("rgb", 2), ("grey-alpha", 4), ("rgba", 6)])
+def test_sixteen_bits_are_read_whole_or_refused(tmp_path: Path, kind: str, colour: int) -> None:
+    """Pillow keeps the high byte of colours alone: 12 bits of a detector would become 16 shades."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    values = np.linspace(0, 4095, 64).astype(">u2").reshape(8, 8, 1).repeat(channels, 2)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    path = tmp_path / "a.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    if kind == "grey":
+        assert len(np.unique(read_image(path))) == 64
+        return
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=r"a\.png must have 8 bits a channel, or be grey with 16, got 16 bits of"):
+            read(path)

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from ntpseg.cli import app
 from ntpseg.generation import Segmenter
+from ntpseg.generation.volume_jobs import VolumeJob
+from ntpseg.generation.volume_outputs import volume_target
 from ntpseg.utils.files import read_csv
 from ntpseg.volumes import Geometry, Volume, list_series
 
@@ -302,6 +304,18 @@ def test_what_the_reader_finds_odd_is_told(tmp_path: Path) -> None:
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is refused before a model is loaded."""
     monkeypatch.setattr(Segmenter, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+
+
+def test_a_scans_sidecar_is_not_replaced(tmp_path: Path) -> None:
+    """Tools that convert DICOM write NAME.json beside NAME.nii; only an earlier prediction's is written again."""
+    source = write_nifti(tmp_path / "in" / "sub-01.nii", ct())
+    sidecar, job = tmp_path / "in" / "sub-01.json", VolumeJob(source, ("x",), "sub-01")
+    sidecar.write_text('{"RepetitionTime": 2}')
+    with pytest.raises(ValueError, match=r"--out must not replace what is read, got .*sub-01\.json"):
+        volume_target(job, tmp_path / "in" / "sub-01.nii.gz", None)
+    volume_target(job, tmp_path / "in" / "other.nii.gz", None)
+    sidecar.write_text('{"labels": {}, "sentences": []}')
+    volume_target(job, tmp_path / "in" / "sub-01.nii.gz", None)
 
 
 @pytest.mark.usefixtures("no_decoding")

@@ -85,6 +85,19 @@ def test_without_millimetres_only_the_shape_counts():
         aligned_labels("a", IMAGE, other, resample=True)
 
 
+def test_without_millimetres_the_files_own_voxels_are_joined():
+    """A NIfTI file is turned by its header; one that knows nothing of the patient must not stay behind."""
+    turned = np.diag([-1.0, -1.0, 2.0, 1.0])
+    for image_affine, labels_affine in ((turned, affine()), (affine(), turned)):
+        image = Volume.from_stored(LABELS.astype(np.int16), image_affine)
+        labels = Volume.from_stored(LABELS, labels_affine, Header(spacing_known=False))
+        np.testing.assert_array_equal(aligned_labels("a", image, labels), image.voxels)
+        image = replace(image, header=Header(spacing_known=False))
+        np.testing.assert_array_equal(
+            aligned_labels("a", image, Volume.from_stored(LABELS, labels_affine)), image.voxels
+        )
+
+
 def test_labels_are_integers():
     for values, got in ((LABELS / 3, "fractions"), (np.full(LABELS.shape, np.nan), "fractions")):
         with pytest.raises(ValueError, match=f"labels of a must be integers, got {got}"):

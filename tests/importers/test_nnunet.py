@@ -187,6 +187,19 @@ def test_monai_data_list(tmp_path):
         import_dataset("monai", tmp_path / "bad.json", tmp_path / "bad")
 
 
+def test_a_monai_list_of_a_folder_for_each_case(tmp_path):
+    """Files of one name are different subjects; the modality may be one word."""
+    for number in range(4):
+        save_nifti(tmp_path / f"case{number}" / "image.nii.gz", image(labels(number), number))
+        save_nifti(tmp_path / f"case{number}" / "label.nii.gz", labels(number))
+    entries = [{"image": f"case{n}/image.nii.gz", "label": f"case{n}/label.nii.gz"} for n in range(4)]
+    lists = {"training": entries[:3], "validation": entries[3:], "labels": {"1": "liver"}, "modality": "CT"}
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    import_dataset("monai", tmp_path / "list.json", tmp_path / "out")
+    found = {(row["subject"], row["split"], row["modality"]) for row in rows_of(tmp_path / "out")}
+    assert found == {(f"case{n}_label", "val" if n == 3 else "train", "CT") for n in range(4)}
+
+
 def test_folders_with_a_file_of_names(tmp_path):
     for split, number in (("train", 0), ("test", 1)):
         save_nifti(tmp_path / "src" / split / "images" / f"p{number}_0000.nii.gz", image(labels(number)))

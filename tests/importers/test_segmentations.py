@@ -20,9 +20,11 @@ from volume_files import (
 )
 
 from ntpseg.data import MaskOptions, inspect_dataset, read_mask
-from ntpseg.importers import ImportOptions, import_dataset
+from ntpseg.importers import ImportOptions, dicom_seg, import_dataset
 from ntpseg.importers.names import read_names
+from ntpseg.importers.rtstruct import fill_contours
 from ntpseg.utils.files import read_csv
+from ntpseg.volumes import Geometry
 
 RAS_TO_LPS = np.array([-1, -1, 1])
 ORIGIN = affine()[:3, 3] * RAS_TO_LPS
@@ -128,6 +130,53 @@ def test_structure_sets_are_filled_slice_by_slice_with_their_holes(tmp_path):
     save_structure_set(tmp_path / "src" / "rs.dcm", slices, {"ring": [tilted]})
     with pytest.raises(ValueError, match=r"contours of 'ring' of .*rs\.dcm must lie in the slices of their series"):
         import_dataset("rtstruct", tmp_path / "src", tmp_path / "again")
+
+
+@pytest.mark.parametrize("step", [1.0, 2.0, 2.5, 3.0, 4.5])
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_planes_of_contours_need_not_be_the_slices(step, shift):
+    """Of several planes in a slice one counts: two of the same outline do not cancel each other."""
+    pytest.importorskip("matplotlib")
+    heights = np.arange(0, 16, step) + shift
+    outline = [[2, 2], [15, 2], [15, 15], [2, 15]]
+    contours = [np.array([[x, y, z] for x, y in outline], float) for z in heights]
+    mask = fill_contours("a", contours, Geometry((6, 20, 20), np.diag([1.0, 1.0, 3.0, 1.0])))
+    filled = set(np.floor(heights / 3 + 0.5).astype(int)) & set(range(6))
+    counts = mask.sum((1, 2))
+    assert set(np.flatnonzero(counts)) == filled and len(set(counts[counts > 0])) == 1
+
+
+def test_the_nearest_plane_is_the_slices():
+    pytest.importorskip("matplotlib")
+    square = np.array([[2, 2, 0], [12, 2, 0], [12, 12, 0], [2, 12, 0]], float)
+    near, far = square + np.array([0, 0, 3.4]), square * 0.5 + np.array([0, 0, 4.2])
+    hole = square * 0.2 + np.array([4, 4, 3.5])
+    grid = Geometry((3, 20, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
+    found = fill_contours("a", [far, near, hole], grid)
+    np.testing.assert_array_equal(found, fill_contours("a", [near, hole], grid))
+    assert found[1].any() and not found[[0, 2]].any()
+
+
+def test_a_segmentation_of_one_phase_is_not_laid_on_another(tmp_path):
+    pytest.importorskip("highdicom")
+    pydicom = pytest.importorskip("pydicom")
+    values = labels()
+    folder = tmp_path / "src" / "ct"
+    first = save_dicom(folder / "1", image(values), "MRN-1")
+    second = save_dicom(folder / "2", image(values) + 300, "MRN-1")
+    for number, slices in enumerate((first, second), start=1):
+        for path in sorted((folder / str(number)).iterdir()):
+            one = pydicom.dcmread(path)
+            one.SeriesInstanceUID, one.StudyInstanceUID = first[0].SeriesInstanceUID, first[0].StudyInstanceUID
+            one.FrameOfReferenceUID, one.AcquisitionNumber = first[0].FrameOfReferenceUID, number
+            one.save_as(path)
+        for one in slices:
+            one.SeriesInstanceUID, one.StudyInstanceUID = first[0].SeriesInstanceUID, first[0].StudyInstanceUID
+            one.FrameOfReferenceUID = first[0].FrameOfReferenceUID
+    save_dicom_seg(tmp_path / "src" / "seg.dcm", second, {"liver": values == 1})
+    (case,) = dicom_seg.read(tmp_path / "src", ImportOptions())
+    volume = case.load().image[0]
+    np.testing.assert_array_equal(volume.voxels, shown(image(values) + 300))
 
 
 def coco_files(root: Path, annotations: list[dict]) -> Path:

@@ -127,6 +127,23 @@ def test_a_test_set_of_the_source_stays_what_it_is(tmp_path):
     assert {row["subject"] for row in rows_of(tmp_path / "out") if row["split"] == "test"} == {"t0", "t1", "t2"}
     with pytest.raises(ValueError, match="a subject must be in one split, got 'p' in train and in test"):
         write_dataset([case("a", "train", "p"), case("b", "test", "p")], tmp_path / "leak", ImportOptions())
+    with pytest.raises(ValueError, match=r"got 'p' in test and among the cases to be dealt out \(a\); rename one"):
+        write_dataset([case("a", "", "p"), case("b", "test", "p")], tmp_path / "leak", ImportOptions())
+
+
+def test_out_may_be_a_link_and_no_mount(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_dataset([case()], tmp_path / "link", ImportOptions())
+    assert (tmp_path / "link").is_symlink() and rows_of(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_dataset([case()], Path(), ImportOptions())
+    assert rows_of(tmp_path / "here")
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mount")
+    with pytest.raises(ValueError, match=r"out must not be a mounted folder itself, got .*mount; give the name of one"):
+        write_dataset([case()], tmp_path / "mount", ImportOptions())
 
 
 def test_all_or_nothing(tmp_path):

@@ -74,6 +74,32 @@ def test_numbers_of_files_and_pixels_are_limited(tmp_path: Path) -> None:
         assert upload(client, ("a.png", encode_png(squares()[:, :40]))).status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("frames", "status", "words"), [(2**28, 413, "at most 4,096 frames"), (-9, 400, "negative size")]
+)
+def test_a_small_file_of_many_frames_is_refused_at_once(client: Any, frames: int, status: int, words: str) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    one = pydicom.dataset.FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    one.SOPClassUID, one.Rows, one.Columns, one.NumberOfFrames = pydicom.uid.CTImageStorage, 1, 1, str(frames)
+    content = io.BytesIO()
+    one.save_as(content)
+    started = time.perf_counter()
+    refused(upload(client, ("a.dcm", content.getvalue())), status, words)
+    assert time.perf_counter() - started < 5
+
+
+def test_a_damaged_member_is_no_error_of_the_server(client: Any) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_LZMA) as packed:
+        packed.writestr("a.png", png())
+    broken = bytearray(content.getvalue())
+    broken[60:90] = bytes(30)
+    refused(upload(client, ("a.zip", bytes(broken))), 400, "readable")
+
+
 def test_bombs_are_stopped_while_they_unpack() -> None:
     with make_client(max_unpacked_bytes=2**20) as client:
         zeros = bytes(2**24)

@@ -158,6 +158,10 @@ def test_missing_double_and_uneven_slices(tmp_path):
     save(file, tmp_path / "double" / "copy")
     with pytest.raises(ValueError, match="got 6 slices at 5 places"):
         read_volume(tmp_path / "double")
+    # As some anonymisers leave them.
+    expected = series(tmp_path / "one", SOPInstanceUID="1.2.9")
+    volume = read_volume(tmp_path / "one")
+    assert (volume.voxels == expected).all() and not volume.header.notes
     series(tmp_path / "uneven", count=4)
     file = pydicom.dcmread(tmp_path / "uneven" / "000")
     file.ImagePositionPatient = [-100, -50, float(file.ImagePositionPatient[2]) + 0.6]

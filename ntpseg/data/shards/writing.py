@@ -21,6 +21,7 @@ from ntpseg.data.shards.storage import RemoteStorage, open_storage
 from ntpseg.utils.checks import check_choice, check_integer
 from ntpseg.utils.files import atomic_folder
 from ntpseg.utils.manifest import file_digest, write_manifest
+from ntpseg.utils.outputs import check_not_mounted
 from ntpseg.utils.progress import StageCallback, counter
 
 _NO_HASH = bytes(32)
@@ -263,6 +264,7 @@ def _check_out(out: str | Path) -> None:
     folder = Path(storage.root)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"OUT must be a new or an empty folder, got {folder}; choose another")
+    check_not_mounted("OUT", folder)
 
 
 @contextmanager
