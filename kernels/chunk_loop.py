@@ -119,10 +119,10 @@ def run_segment(
             return
     plan = _Plan.make(segment, weight, result, options, fused, shard)
     forward = segment.forward if plan.would_launch(segment.forward, result) else None
-    buffers = _try_fast(plan, result, options, forward)
+    buffers = _try_fast(plan, result, segment.weights, options, forward)
     if buffers is None:
         plan = _Plan.make(segment, weight, result, options, fused, shard)
-        buffers = _Buffers.allocate(plan, result)
+        buffers = _Buffers.allocate(plan, result, segment.weights)
     if result.d_hidden is not None and buffers.e is None:
         result.d_hidden.zero_()  # a rank without classes
     anchors = segment.anchors
@@ -141,11 +141,11 @@ def run_segment(
 
 
 def _try_fast(
-    plan: _Plan, result: SegmentResult, options: LoopOptions, forward: FusedForward | None
+    plan: _Plan, result: SegmentResult, weights: LossWeights, options: LoopOptions, forward: FusedForward | None
 ) -> _Buffers | None:
     """The buffers; None where "auto" chose more than there is, and will not do so again."""
     try:
-        return _Buffers.allocate(plan, result, forward)
+        return _Buffers.allocate(plan, result, weights, forward)
     except torch.OutOfMemoryError:
         if options.workspace != "auto" or plan.workspace == "small":
             raise
@@ -247,7 +247,9 @@ class _Buffers:
     forward: FusedForward | None
 
     @staticmethod
-    def allocate(plan: _Plan, result: SegmentResult, forward: FusedForward | None = None) -> _Buffers:
+    def allocate(
+        plan: _Plan, result: SegmentResult, weights: LossWeights, forward: FusedForward | None = None
+    ) -> _Buffers:
         shape = (plan.chunks.rows, row_stride(plan.classes))
         wants_gradient = result.d_hidden is not None or result.d_weight is not None
         e = logits = weight_grad = None
@@ -260,7 +262,7 @@ class _Buffers:
             reuse = e is not None and e.dtype == torch.float32
             logits = e if reuse else torch.empty(shape, dtype=torch.float32, device=plan.device)
         if e is not None and result.d_weight is not None:
-            weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, plan.rows, plan.configs)
+            weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, weights, plan.configs)
         return _Buffers(e, logits, weight_grad, forward)
 
 
@@ -412,7 +414,9 @@ def _backward(chunk: _Chunk, token: Tensor, weight: Tensor, plan: _Plan, weight_
             scale_rows(matmul(e, weight, unscaled), scale, out, index=index)
     if weight_grad is not None:
         # here the row scale goes to the other operand: rows are the dimension that is summed over
-        scaled = scale_rows(chunk.hidden, scale, torch.empty_like(chunk.hidden), weight_grad.scaled_by)
+        if weight_grad.scaled_by is not None:
+            scale = scale * weight_grad.scaled_by
+        scaled = scale_rows(chunk.hidden, scale, torch.empty_like(chunk.hidden))
         weight_grad.add(e, scaled, block_mask)
 
 

@@ -125,7 +125,9 @@ def row_reduce_kernel(
     lse_bits = tl.fma(target_logit, LOG2E, nll_bits)
     new_anchor = tl.where(vanish, FAR_ANCHOR, lse_bits - scale_bits)
     new_sum = tl.where(recompute, tl.exp2(tl.fma(target_logit, LOG2E, -new_anchor) + nll_bits), row_sum)
-    scale = tl.where(vanish, 1.0, ce_coeff / new_sum)
+    # without any weight of its own in CE a row's unit is free; float16 holds up to 65504 of it
+    unit = tl.maximum(sparse_coeff * (1.0 / 8192.0), smallest) if FP16 else 1.0
+    scale = tl.where(vanish, unit, ce_coeff / new_sum)
     scale = tl.where(valid, scale, 0.0)
 
     tl.store(nll_ptr + row, nll, mask=row_mask)

@@ -20,6 +20,7 @@ from ntpseg.kernels.gemm_configs import ArchConfigs
 from ntpseg.kernels.gradient_filter import BlockMask, filtered_d_weight
 from ntpseg.kernels.matmul import addmm_, matmul, row_slices
 from ntpseg.kernels.tl_utils import INTERPRETED
+from ntpseg.kernels.workspace import LossWeights
 
 # Entries of a result below which a library may split a product and add its parts up in bf16: PyTorch lets it.
 _SPLIT_K_BELOW = 1 << 24
@@ -73,25 +74,28 @@ class WeightGrad:
         out: ``[V, D]`` result, overwritten.
         operand: dtype of E.
         chunks: the plan; `add` is called once per chunk.
-        rows: R, over all chunks.
+        weights: factors of the loss, of all rows.
         configs: for the filtered product.
     """
 
-    def __init__(self, out: Tensor, operand: torch.dtype, chunks: Chunks, rows: int, configs: ArchConfigs) -> None:
+    def __init__(
+        self, out: Tensor, operand: torch.dtype, chunks: Chunks, weights: LossWeights, configs: ArchConfigs
+    ) -> None:
         self._out, self._configs = out, configs
         self._added, self._num_chunks = 0, chunks.count
         direct = out.dtype == torch.float32 or (chunks.count == 1 and out.numel() >= _SPLIT_K_BELOW)
         self._low = torch.empty_like(out, dtype=torch.uint8) if chunks.split_accumulator and not direct else None
         self._total = out if direct or self._low is not None else torch.empty_like(out, dtype=torch.float32)
-        # row weights are about 1 / R: float16 would flush them to zero
-        self.scaled_by = float(1 << (rows - 1).bit_length()) if operand == torch.float16 else 1.0
+        # Row weights are about 1 / R, which float16 would flush to zero, or whatever the caller has made of them: the
+        # largest becomes about 1.
+        self.scaled_by = _power_of_two(weights) if operand == torch.float16 else None
 
     def add(self, e: Tensor, scaled: Tensor, block_mask: BlockMask | None) -> None:
         """Adds one chunk.
 
         Args:
             e: ``[C, V]``.
-            scaled: ``[C, D]``, hidden rows times their scale and `scaled_by`.
+            scaled: ``[C, D]``, hidden rows times their scale and, unless that is None, `scaled_by`.
             block_mask: leave the other tiles of E out; None takes all.
         """
         first, last = self._added == 0, self._added == self._num_chunks - 1
@@ -109,8 +113,8 @@ class WeightGrad:
             addmm_(self._total, e.t(), scaled)
         if not last:
             return
-        if self.scaled_by != 1.0:
-            self._total.mul_(1.0 / self.scaled_by)
+        if self.scaled_by is not None:
+            self._total.div_(self.scaled_by)
         if self._total is not self._out:
             self._out.copy_(self._total)
 
@@ -119,3 +123,11 @@ class WeightGrad:
             matmul(e.t(), scaled, out)
         else:
             filtered_d_weight(e, scaled, out, block_mask, self._configs.d_weight, accumulate=False)
+
+
+def _power_of_two(weights: LossWeights) -> Tensor:
+    """0-dim fp32, on the device: what brings the largest row scale (see `row_reduce_kernel`) to between 1/2 and 1."""
+    het = weights.entry_weight.abs() * (abs(weights.het_weight) / (8192.0 * weights.temperature))
+    largest = torch.maximum(weights.row_weight.abs().amax(), het)
+    exponent = torch.where(largest > 0, largest.log2().ceil(), 0.0).clamp(-100.0, 100.0)
+    return torch.exp2(-exponent)

@@ -107,6 +107,14 @@ def ntp_loss(
     return evaluate(hidden, weight, labels, settings, het, num_items, token_weights, bias, group)
 
 
+def autocast_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the products here: autocast's, where it is on and the operands are not float64."""
+    kind = hidden.device.type
+    if kind == "meta" or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def evaluate(
     hidden: Tensor,
     weight: Tensor,
@@ -126,9 +134,7 @@ def evaluate(
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise ValueError(f"group must be a torch.distributed.ProcessGroup, got {shown(group)}")
     weight, bias, group = local_shards(weight, bias, group, hidden, labels)
-    casts = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
-    if casts and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden = hidden.to(autocast_dtype(hidden))
     shard_start, vocabulary = 0, weight.shape[-2] if weight.dim() > 1 else 0
     if group is not None:
         shard_start, vocabulary = shard_offset(weight, group)

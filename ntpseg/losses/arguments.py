@@ -137,7 +137,7 @@ def _count(name: str, value: Any, hidden: Tensor) -> Tensor:
         if readable(value):
             check_counts(name, value)
         # a tensor on a GPU is not looked at: that would synchronise
-        return value.detach().to(hidden.device, torch.float64, non_blocking=True)
+        return value.detach().to(hidden.device, torch.float64, non_blocking=hidden.device.type != "cpu")
     numbers: Any = [value] if isinstance(value, int | float | Real) else value
     # torch.compile cannot trace math.isfinite
     if not isinstance(numbers, list | tuple) or not all([is_count(number) for number in numbers]):

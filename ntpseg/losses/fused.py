@@ -36,8 +36,10 @@ def fused_loss(inputs: LossInputs) -> LossOutputs:
         num_het=inputs.num_het,
         signed_weights=inputs.signed_weights,
     )
-    # kernels go to the current device, whatever the tensors are on
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext():
+    # Kernels go to the current device, whatever the tensors are on. Autocast has had its say on the operands: in here
+    # it would round sums that leave float16's range.
+    device = torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext()
+    with device, torch.autocast(hidden.device.type, enabled=False):
         gradient = inputs.hidden_grad or inputs.weight_grad
         compaction = _compact(
             hidden, weight, supervision, classes, options, sharded=bool(inputs.group), gradient=gradient

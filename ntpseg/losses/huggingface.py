@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -150,6 +150,7 @@ def _forward(
     from ntpseg.memory import HardTokens
 
     fusion: Fusion = model.ntp_fusion
+    _check_device(model, (*args, *kwargs.values()))
     if args and args[0] is model:  # accelerate's unwrap_model binds what it finds on the instance once more
         args = args[1:]
     kwargs = {**dict(zip(fusion.argument_names, args)), **kwargs}
@@ -182,6 +183,19 @@ def _forward(
     out = labelled_forward(model, call, kwargs)
     wanted = not model.training if skip_logits is None else not skip_logits
     return _finished(out, call, wanted, predictions=bool(skip_logits))
+
+
+def _check_device(model: Any, values: Iterable[Any]) -> None:
+    """A replica of DataParallel calls what was put on the model that it is a copy of, whose weights are elsewhere."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cuda":
+        return
+    for value in values:
+        if isinstance(value, Tensor) and value.device.type == "cuda" and value.device != weight.device:
+            raise CannotFuse(
+                f"inputs must be on the device of the model's embedding, {weight.device}, got {value.device}; is the "
+                "model wrapped in DataParallel? Start one process for each GPU (torchrun) instead"
+            )
 
 
 def _trainer_has_labels(model: Any) -> bool:

@@ -18,6 +18,7 @@ _CPU_TILE_BYTES, _GPU_TILE_BYTES = 5 << 19, 256 << 20  # on a CPU: a core's seco
 _WIDENED_BYTES = 4 << 20  # of the part of a weight that a CPU holds in a wider dtype at a time
 _WIDENED_BLOCK_BYTES = 80 << 20  # room for that part, and for what is kept in the operands' dtype besides
 _TILE_STEP = 256
+_PAIRS = 4 << 20  # entries of a table of pairs of columns
 _CACHE_LINE = 64
 
 
@@ -109,9 +110,13 @@ def indexed_dot(hidden: Tensor, weight: Tensor, token: Tensor, work: torch.dtype
 def scatter_add_(e: Tensor, column: Tensor, value: Tensor) -> None:
     """``e[r, column[r, i]] += value[r, i]``, the same from run to run: repeated columns are summed beforehand."""
     row = torch.arange(len(e), device=e.device).unsqueeze(1).expand_as(column)
-    same = (column.unsqueeze(2) == column.unsqueeze(1)).to(value.dtype)
-    whole = e[row, column].to(value.dtype) + torch.einsum("rij,rj->ri", same, value)
-    e[row, column] = whole.to(e.dtype)
+    total = e[row, column].to(value.dtype)
+    # the table of equal columns has their square of entries a row
+    step = max(_PAIRS // max(column.shape[1] ** 2, 1), 1)
+    for rows, columns, values in zip(total.split(step), column.split(step), value.split(step)):
+        same = (columns.unsqueeze(2) == columns.unsqueeze(1)).to(value.dtype)
+        rows += torch.einsum("rij,rj->ri", same, values)
+    e[row, column] = total.to(e.dtype)
 
 
 def classes_above(e: Tensor, row_sum: Tensor, threshold: float, tiling: Tiling) -> Tensor:
@@ -127,6 +132,9 @@ def hidden_gradient(
     """``out = diag(row_scale) e @ weight``, over `classes` only unless that is None."""
     if classes is not None:
         e, weight = e.index_select(1, classes), weight.index_select(0, classes)
+    if not e.shape[1]:  # a rank without classes, or a filter that keeps none
+        out.zero_()
+        return
     if loss_cpu.serves_blocks(hidden, weight):
         product = loss_cpu.hidden_gradient(e, weight, hidden, row_scale.dtype)
     elif _mixed(e, row_scale.dtype) and e.dtype == weight.dtype:

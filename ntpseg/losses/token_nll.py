@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ntpseg.losses.api import evaluate, ntp_loss
+from ntpseg.losses.api import autocast_dtype, evaluate, ntp_loss
 from ntpseg.losses.arguments import check_operands
 from ntpseg.losses.options import LossOptions
 from ntpseg.utils.tensor_checks import shown
@@ -49,6 +49,8 @@ def token_nll(
     )
     if options.backend == "reference":
         options = options.with_backend("torch")
+    # Here, so that the backward pass, which autocast does not reach, computes what the forward pass did.
+    hidden = hidden.to(autocast_dtype(hidden))
     return _TokenNLL.apply(hidden, weight, bias, labels, options)
 
 

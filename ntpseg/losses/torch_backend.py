@@ -152,10 +152,12 @@ def _run_block(block: Block, result: RowsResult, matrix: int, options: LossOptio
     result.het[part] = terms.het
     if block.e is None:
         return
-    row_scale = logit_gradient(block, stats, terms, result.lse[part], options)
+    row_scale, het_only = logit_gradient(block, stats, terms, result.lse[part], options)
     classes = None
     if options.gradient_filter > 0:
-        classes = products.classes_above(block.e, stats.row_sum, options.gradient_filter, block.tiling)
+        # rows in units of one have no probabilities: all that they hold is kept
+        unit = stats.row_sum.index_fill(0, het_only, torch.finfo(stats.row_sum.dtype).tiny)
+        classes = products.classes_above(block.e, unit, options.gradient_filter, block.tiling)
     hidden, weight = block.hidden, block.weight
     if result.d_hidden is not None:
         products.hidden_gradient(block.e, hidden, weight, row_scale, result.d_hidden[part], classes)
@@ -296,8 +298,14 @@ def contrastive_terms(block: Block, prediction: Tensor, options: LossOptions) ->
     )
 
 
-def logit_gradient(block: Block, stats: RowStats, terms: ContrastiveTerms, lse: Tensor, options: LossOptions) -> Tensor:
-    """Turns ``block.e`` into logit gradients in units of the returned row scale ``[C]``: ``dz = row_scale * e``."""
+def logit_gradient(
+    block: Block, stats: RowStats, terms: ContrastiveTerms, lse: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Turns ``block.e`` into logit gradients in units of a row scale: ``dz = row_scale * e``.
+
+    Returns:
+        The row scale ``[C]``, and int64 ``[n]``, the rows that no class but their hard tokens and target counts in.
+    """
     e, row_weight = block.e, block.row_weight
     assert e is not None
     tcl_grad = terms.tcl_grad * (options.tcl_weight * row_weight).unsqueeze(1)
@@ -312,7 +320,7 @@ def logit_gradient(block: Block, stats: RowStats, terms: ContrastiveTerms, lse: 
     e[het_only] = 0
     row_scale[het_only] = 1
     if not block.shard.count:
-        return row_scale
+        return row_scale, het_only
     target_e = torch.exp(block.target_logit - stats.anchor)
     target_e[het_only] = 0
     divisor = row_scale.masked_fill(row_scale == 0, 1.0)
@@ -326,4 +334,4 @@ def logit_gradient(block: Block, stats: RowStats, terms: ContrastiveTerms, lse: 
     whole = target_e + target_grad / divisor
     slope = cap_slope(block.target_logit, block.softcap)
     e[row, column[row]] = (whole if slope is None else whole * slope)[row].to(e.dtype)
-    return row_scale
+    return row_scale, het_only

@@ -82,14 +82,14 @@ def local_shards(
         return weight, bias, group
     from torch.distributed.tensor import DTensor, Shard
 
+    if any(isinstance(tensor, DTensor) for tensor in (hidden, labels)):
+        raise ValueError("hidden and labels must be plain tensors, got DTensors: full_tensor()")
     if not isinstance(weight, DTensor):
         return weight, bias, group
     if group is not None:
         raise ValueError("group must be None with a DTensor weight, which brings its own, got both")
     if bias is not None and (not isinstance(bias, DTensor) or bias.placements != weight.placements):
         raise ValueError("bias must be a DTensor placed as the weight is, got another placement")
-    if any(isinstance(tensor, DTensor) for tensor in (hidden, labels)):
-        raise ValueError("hidden and labels must be plain tensors with a DTensor weight, got DTensors: full_tensor()")
     local_bias = None if bias is None else bias.to_local()
     sharded = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
     if not sharded:
@@ -103,7 +103,7 @@ def local_shards(
     own = torch.stack([hidden.detach().double().sum(), labels.double().sum()])
     other = own.clone()
     dist.broadcast(other, dist.get_global_rank(group, 0), group=group)
-    same = torch.equal(own, other)
+    same = torch.equal(own.nan_to_num(), other.nan_to_num())  # a NaN is equal to nothing, itself included
     everywhere = torch.tensor([int(same)], device=own.device)
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)
     if not int(everywhere):

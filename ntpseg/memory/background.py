@@ -48,9 +48,10 @@ class Background:
             self._writes.popleft().result()
         ready = None
         if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(entries.device)  # the copies', whatever the current device is
             sample_ids, entries = (self._to_host(x) for x in (sample_ids, entries))
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(stream)
         self._writes.append(self._writer.submit(self._merge, sample_ids, entries, ready))
 
     def prefetch(self, sample_ids: Tensor) -> None:

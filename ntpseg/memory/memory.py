@@ -125,7 +125,7 @@ class HardTokenMemory:
                 check_largest(int(prediction.amax()))
         elif prediction.numel():
             torch.maximum(self._largest_token, prediction.amax().to(self.device), out=self._largest_token)
-        inputs = (x.detach().to(self.device, non_blocking=True) for x in (sample_ids, prediction, labels, deviation))
+        inputs = (self._here(x.detach()) for x in (sample_ids, prediction, labels, deviation))
         sample_ids, prediction, labels, deviation = inputs
         if self._background is None:
             mark_recorded(self._store, self._epoch, sample_ids)
@@ -206,7 +206,7 @@ class HardTokenMemory:
         if self._background is not None:
             entries = self._background.read(sample_ids)
         else:
-            entries = served_rows(self._store, self._epoch, sample_ids.to(self.device, non_blocking=True))
+            entries = served_rows(self._store, self._epoch, self._here(sample_ids))
         return HardTokens(position=entries[:, 1].long(), token=entries[:, 2].long())
 
     def sync(self, group: Any = None, *, async_op: bool = False) -> None:
@@ -342,7 +342,14 @@ class HardTokenMemory:
         """Add what another rank's `save` wrote; arguments and errors as in `load`."""
         self._take(path, self.merge_state_dict, limits)
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        """On the memory's device. Only a copy to a GPU may be in flight: one to the CPU is read at once."""
+        return tensor.to(self.device, non_blocking=self.device.type != "cpu")
+
     def _take(self, path: str | Path, take: Callable[..., None], limits: dict[str, int | None]) -> None:
+        # All parts before the first is taken: a damaged one leaves this memory as it was.
+        for saved in snapshot.states(Path(path)):
+            self._check_state(saved, limits.get("vocab_size"), limits.get("length"))
         for saved in snapshot.states(Path(path)):
             take(saved, **limits)
             take = self.merge_state_dict

@@ -122,7 +122,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is not None:
         operands = zip(("hidden", "weight"), ctx.saved_tensors, ctx.dtypes, ctx.wanted)
         gradients |= {name: _scaled(saved, grad, dtype) for name, saved, dtype, wanted in operands if wanted}
+        if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+            gradients |= _once_differentiable({n: g for n, g in gradients.items() if g is not None})
     return tuple(gradients.values())
+
+
+def _once_differentiable(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients that raise where they are differentiated, as those of PyTorch's decorator of this name do."""
+    message = "ntp_loss can be differentiated once only, got a second time: give backend='reference'"
+    marked = torch._C._functions.DelayedError(message, len(gradients))(
+        *(gradient.detach().requires_grad_() for gradient in gradients.values())
+    )
+    return dict(zip(gradients, marked if isinstance(marked, tuple) else (marked,)))
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

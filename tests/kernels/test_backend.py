@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "losses"))
 
 from loss_cases import PARTS, Case, draw
 
-from ntpseg import NumItems, ntp_loss
+from ntpseg import HardTokens, NumItems, ntp_loss
 from ntpseg.kernels.tl_utils import INTERPRETED
 from ntpseg.losses import LossOptions
 
@@ -189,3 +189,34 @@ def test_gradient_of_hidden_lands_in_its_place(
     assert not got[plain == 0].any()
     error = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert float((got.double() - plain).norm()) <= error * float(plain.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("case", ["sum", "one row", "mean", "tiny", "hard tokens alone"])
+def test_float16_takes_row_weights_of_any_size(case: str) -> None:
+    """Rows times their weight are a product's operand: the largest must neither overflow nor vanish there."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(1, 513, 16), torch.randn(32, 16) * 0.5, torch.randint(0, 32, (1, 513))
+    hidden[..., 0], weight[:, 0] = 200.0, 0.0
+    hidden[0, :-1, 1:] = weight[labels[0, 1:], 1:] * 4
+    hidden[0, 4, 1:] = 0.0  # a row that is not sure has a gradient of its own
+    hidden, weight = hidden.half(), weight.half()
+    keywords: dict[str, Any] = {"negatives": 0}
+    if case in ("sum", "tiny"):
+        keywords["num_items"] = 1.0 if case == "sum" else 1e9
+    if case == "one row":
+        keywords["token_weights"] = torch.zeros(1, 513)
+        keywords["token_weights"][0, 5] = 1.0
+    if case == "hard tokens alone":
+        keywords["token_weights"] = torch.ones(1, 513)
+        keywords["token_weights"][0, 3] = 0.0
+        token = (labels[0, 3] + 1) % 32
+        keywords |= {"het": HardTokens(torch.tensor([[3]]), token.reshape(1, 1)), "het_weight": 1.0}
+    found = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float16)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        factor = 1e6 if case == "tiny" else 1.0  # a loss scale, so that float16 holds the result
+        (ntp_loss(*leaves, labels, backend=backend, **keywords).loss * factor).backward()
+        found.append([leaf.grad.double() for leaf in leaves])
+    for truth, got in zip(*found):
+        assert got.isfinite().all()
+        assert float((got - truth).norm()) <= 4e-3 * float(truth.norm())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_llama import batch, build
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import (
     BartConfig,
@@ -20,7 +22,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ntpseg.losses.huggingface import fuse_causal_lm, is_fused
+from ntpseg.losses.deferred_logits import CannotFuse
+from ntpseg.losses.huggingface import _check_device, fuse_causal_lm, is_fused
 
 BART = {"vocab_size": 97, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -208,3 +211,13 @@ def test_trainers_label_smoothing_is_no_silent_bypass(accepts: bool) -> None:
         training.label_smoothing_factor = 0.0
         with pytest.raises(ValueError, match="compute_loss_func"):
             Trainer(model, training, train_dataset=rows, compute_loss_func=lambda *_, **__: None).train()
+
+
+def test_a_replica_of_data_parallel_is_told_from_the_model() -> None:
+    """It calls the model that it is a copy of, whose weights lie on another GPU."""
+    with FakeTensorMode():
+        weight, here, there = (torch.empty(1, 3, device=f"cuda:{index}") for index in (0, 0, 1))
+    model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+    _check_device(model, (here, None, 3))
+    with pytest.raises(CannotFuse, match=r"device of the model's embedding, cuda:0, got cuda:1; .*torchrun"):
+        _check_device(model, (None, there))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from loss_cases import draw, error
 
+from ntpseg import HardTokens, ntp_loss
 from ntpseg.losses import LossOptions
 
 
@@ -50,3 +51,23 @@ def test_low_precision(dtype: torch.dtype) -> None:
     _, d_hidden, d_weight = peaked(0.0, dtype=dtype).run()
     _, f_hidden, f_weight = peaked(2.0**-12, dtype=dtype).run()
     assert error(f_weight, d_weight) < 1e-2 and error(f_hidden, d_hidden) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_hard_tokens_of_rows_without_weight_are_kept(backend: str) -> None:
+    """Such a row's gradient is HET's alone: nothing of it is in units of probability."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 8, 16), torch.randn(20_000, 16) * 0.05
+    labels, token_weights = torch.randint(0, 20_000, (1, 8)), torch.ones(1, 8)
+    token_weights[0, 3] = 0
+    found = []
+    for threshold in (0.0, 2.0**-12):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        options = LossOptions(negatives=0, backend=backend, gradient_filter=threshold)
+        het = HardTokens(torch.tensor([[3]]), torch.tensor([[77]]))
+        out = ntp_loss(*leaves, labels, het=het, token_weights=token_weights, options=options)
+        out.loss.backward()
+        found.append((leaves[0].grad[0, 2], leaves[1].grad[77]))
+    for one, other in zip(*found):
+        assert other.norm() > 0.01
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import PARTS, Case, draw, error
 
-from ntpseg import NumItems
-from ntpseg.losses import LossOptions
+from ntpseg import NumItems, ntp_loss
+from ntpseg.losses import LossOptions, products
 
 ROW = 17 * 8  # bytes of one row of 17 float64 logits
 
@@ -154,3 +156,69 @@ def test_reads_nothing_uninitialised(
         torch.use_deterministic_algorithms(False)
     assert torch.equal(plain[0].loss, poisoned[0].loss)
     assert torch.equal(plain[1], poisoned[1]) and torch.equal(plain[2], poisoned[2])
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_does_not_reach_inside(dtype: torch.dtype, softcap: float | None) -> None:
+    """The sum over 70,000 classes leaves float16: gradients are those of operands in that dtype without autocast."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 9, 8), torch.randn(70_000, 8) * 0.3
+    labels = torch.randint(0, 70_000, (1, 9))
+    found = []
+    for inside in (True, False):
+        leaves = [(x if inside else x.to(dtype)).clone().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", dtype, enabled=inside):
+            options = LossOptions(softcap=softcap, backend="torch")
+            ntp_loss(leaves[0], leaves[1], labels, options=options).loss.backward()
+        found.append([leaf.grad.to(dtype) for leaf in leaves])
+    for one, other in zip(*found):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_more_negatives_take_no_more_than_their_columns() -> None:
+    """Equal columns are summed by a table of pairs: of some rows at a time."""
+    case = draw(2, 70, 1, 8, 11, negatives=40)
+    agree(case)
+    before = products._PAIRS
+    try:
+        products._PAIRS = 50  # less than one row's
+        agree(case)
+    finally:
+        products._PAIRS = before
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_a_second_derivative_is_an_error_and_no_wrong_number(wanted: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 6, 4, requires_grad=wanted[0]), torch.randn(9, 4, requires_grad=wanted[1])
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+    labels = torch.randint(0, 9, (1, 6))
+    loss = ntp_loss(hidden, weight, labels, backend="torch").loss + sum((x**3).sum() for x in leaves)
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    plain = torch.autograd.grad(
+        ntp_loss(hidden, weight, labels, backend="torch").loss + sum((x**3).sum() for x in leaves), leaves
+    )
+    for one, other in zip(gradients, plain):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match=r"ntp_loss can be differentiated once only.* give backend='reference'"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+def test_the_loss_per_token_computes_backwards_what_it_did_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A final norm leaves float32 under autocast: both passes multiply in its dtype."""
+    module = importlib.import_module("ntpseg.losses.token_nll")
+    seen = []
+
+    def evaluate(hidden: torch.Tensor, *arguments: object, **keywords: object) -> object:
+        seen.append(hidden.dtype)
+        return original(hidden, *arguments, **keywords)
+
+    original = module.evaluate
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    hidden, weight = torch.randn(1, 6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = module.token_nll(hidden, weight, torch.randint(0, 20, (1, 6)))
+    nll.sum().backward()
+    assert seen == [torch.bfloat16] and hidden.grad.dtype == weight.grad.dtype == torch.float32

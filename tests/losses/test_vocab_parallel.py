@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from loss_cases import PARTS, draw, error
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ntpseg import ntp_loss
 
@@ -31,6 +31,7 @@ CASES = {
     "one rank has no shard": {"slots": 2},
     "filtered": {"gradient_filter": 1e-300},
     "bfloat16": {"dtype": torch.bfloat16, "width": 32, "negatives": 0},
+    "bfloat16 in one rank": {"dtype": torch.bfloat16, "width": 32, "vocab_range": (7, 15), "negatives": 3},
     "scaled": {"logit_scale": 0.3},
     "capped": {"softcap": 3.0, "logit_scale": 0.5, "chunk_bytes": 500},
 }
@@ -102,6 +103,11 @@ def _sharded_rank(rank: int, store: str, folder: str) -> None:
         ntp_loss(hidden.detach() + rank, weight, case.labels, options=case.options)
     with pytest.raises(ValueError, match=r"full_tensor\(\)"):
         ntp_loss(hidden, distribute_tensor(case.weight, mesh, [Shard(1)]), case.labels, options=case.options)
+    # A step whose loss is no number is the caller's to skip, and no difference between ranks.
+    broken = torch.full_like(case.hidden, float("nan"))
+    assert ntp_loss(broken, weight, case.labels, options=case.options).loss.isnan()
+    with pytest.raises(ValueError, match=r"hidden and labels must be plain tensors, got DTensors"):
+        ntp_loss(distribute_tensor(case.hidden, mesh, [Replicate()]), case.weight, case.labels, options=case.options)
     with pytest.raises(ValueError, match=r"group must be None with a DTensor weight"):
         ntp_loss(hidden, weight, case.labels, group=dist.group.WORLD, options=case.options)
     dist.barrier()

@@ -189,6 +189,24 @@ def test_damaged_parts_are_named(memory: HardTokenMemory, tmp_path: Path, how: s
         HardTokenMemory(SAMPLES, N).load(tmp_path / NAME)
 
 
+@pytest.mark.parametrize("how", ["load", "merge"])
+def test_a_damaged_part_leaves_the_memory_as_it_was(memory: HardTokenMemory, tmp_path: Path, how: str) -> None:
+    for number in (0, 1):
+        memory.record(*batch(number))
+        memory.save(tmp_path / str(number) / NAME)
+    last = sorted((tmp_path / "1").glob("*-*.pt"))[-1]
+    last.write_bytes(last.read_bytes()[:50])
+    other = HardTokenMemory(SAMPLES, N)
+    other.record(*batch(2))
+    if how == "load":
+        other.advance()
+        other.record(*batch(3))
+    before = other.state_dict()
+    with pytest.raises(ValueError, match="must hold a hard-token memory"):
+        getattr(other, how)(tmp_path / "1" / NAME)
+    assert equal(other.state_dict(), before)
+
+
 def test_hashes_of_linked_files_are_those_written(memory: HardTokenMemory, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for step, folder in enumerate(folders):
