@@ -119,10 +119,10 @@ def run_segment(
             return
     plan = _Plan.make(segment, weight, result, options, fused, shard)
     forward = segment.forward if plan.would_launch(segment.forward, result) else None
-    buffers = _try_fast(plan, result, segment.weights, options, forward)
+    buffers = _try_fast(plan, result, options, forward)
     if buffers is None:
         plan = _Plan.make(segment, weight, result, options, fused, shard)
-        buffers = _Buffers.allocate(plan, result, segment.weights)
+        buffers = _Buffers.allocate(plan, result)
     if result.d_hidden is not None and buffers.e is None:
         result.d_hidden.zero_()  # a rank without classes
     anchors = segment.anchors
@@ -141,11 +141,11 @@ def run_segment(
 
 
 def _try_fast(
-    plan: _Plan, result: SegmentResult, weights: LossWeights, options: LoopOptions, forward: FusedForward | None
+    plan: _Plan, result: SegmentResult, options: LoopOptions, forward: FusedForward | None
 ) -> _Buffers | None:
     """The buffers; None where "auto" chose more than there is, and will not do so again."""
     try:
-        return _Buffers.allocate(plan, result, weights, forward)
+        return _Buffers.allocate(plan, result, forward)
     except torch.OutOfMemoryError:
         if options.workspace != "auto" or plan.workspace == "small":
             raise
@@ -166,6 +166,7 @@ class _Plan:
         chunks: how the rows are divided.
         workspace: "small" or "fast", what that division is for.
         gradient_filter: see `LoopOptions`.
+        weights: see `Segment`.
         shard: see `run_segment`.
     """
 
@@ -179,6 +180,7 @@ class _Plan:
     chunks: Chunks
     workspace: str
     gradient_filter: float
+    weights: LossWeights
     shard: Shard | None
 
     @staticmethod
@@ -204,8 +206,8 @@ class _Plan:
             workspace = "small"  # has no say, or nothing to gain: without the weight's gradient there is no sum
         workspace = choose_workspace(workspace, weight.device, *sizes, **how, several_ranks=shared)
         chunks = plan_chunks(*sizes, **how, chunk_bytes=options.chunk_bytes, workspace=workspace)
-        device, filtered = weight.device, options.gradient_filter
-        return _Plan(rows, classes, width, dtype, device, fused, configs, chunks, workspace, filtered, shard)
+        device, filtered, weights = weight.device, options.gradient_filter, segment.weights
+        return _Plan(rows, classes, width, dtype, device, fused, configs, chunks, workspace, filtered, weights, shard)
 
     def would_launch(self, forward: FusedForward | None, result: SegmentResult) -> bool:
         """Whether a product that was launched early is the one that this plan has."""
@@ -247,9 +249,7 @@ class _Buffers:
     forward: FusedForward | None
 
     @staticmethod
-    def allocate(
-        plan: _Plan, result: SegmentResult, weights: LossWeights, forward: FusedForward | None = None
-    ) -> _Buffers:
+    def allocate(plan: _Plan, result: SegmentResult, forward: FusedForward | None = None) -> _Buffers:
         shape = (plan.chunks.rows, row_stride(plan.classes))
         wants_gradient = result.d_hidden is not None or result.d_weight is not None
         e = logits = weight_grad = None
@@ -262,7 +262,7 @@ class _Buffers:
             reuse = e is not None and e.dtype == torch.float32
             logits = e if reuse else torch.empty(shape, dtype=torch.float32, device=plan.device)
         if e is not None and result.d_weight is not None:
-            weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, weights, plan.configs)
+            weight_grad = WeightGrad(result.d_weight, plan.dtype, plan.chunks, plan.weights, plan.configs)
         return _Buffers(e, logits, weight_grad, forward)
 
 

@@ -222,10 +222,14 @@ def main(argv: list[str] | None = None) -> int:
         dice = result["val" if "val" in result else "test"]["per_image"]["dice"]["value"]
         print(f"{cell.name}: Dice {dice:.4f} in {result['seconds']:.0f} s", flush=True)
 
-    # Cells that wait for others come last: those that decode another's model or are the same training run.
-    first = {key: cell for cell in reversed(missing) if cell.model != "decode" for key in [_training(cell)]}
-    alone = [cell for cell in missing if cell.final or first.get(_training(cell)) is cell]
-    for cells in (alone, [cell for cell in missing if cell not in alone]):
+    # Cells that need another's model come last: to decode it, or because theirs is the same training run.
+    trained: set[str] = set()
+    own: list[Cell] = []
+    for cell in missing:
+        if cell.final or (cell.model != "decode" and _training(cell) not in trained):
+            own.append(cell)
+            trained.add(_training(cell))
+    for cells in (own, [cell for cell in missing if cell not in own]):
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(one, cells))
     write_result(args.out, " ".join(["ntpseg", "reproduce", *(sys.argv[1:] if argv is None else argv)]))

@@ -75,7 +75,7 @@ def load_series(series: Series, instances: set[str]) -> Volume:
         if len(named) != 1:
             raise ValueError(
                 f"a segmentation in {folder} must name the slices of one of the {len(found)} phases of its series, got "
-                f"those of {len(named)}; leave the phase that it was drawn on"
+                f"those of {len(named)}; keep only the phase that it was drawn on in the folder"
             )
         found = named
     return read_volume(folder, series=found[0].name)

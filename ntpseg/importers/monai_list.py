@@ -49,11 +49,10 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
         channels = {"0": channels}
     elif not isinstance(channels, dict):
         channels = {}
-    files = [source.parent / entry["label"] for _, entry in entries]
-    case_names = _case_names(files)
+    names_of_cases = _case_names([source.parent / entry["label"] for _, entry in entries])
     named = {_LISTS[key] for key, _ in entries}
     cases = []
-    for (key, entry), case in zip(entries, case_names):
+    for (key, entry), case in zip(entries, names_of_cases):
         images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
         names = {number: str(channels.get(str(number), number)) for number in range(len(images))}
         chosen = chosen_channels(names, options.channels if len(images) > 1 else ())

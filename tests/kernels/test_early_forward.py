@@ -28,9 +28,9 @@ def early(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     taken = []
     allocate = chunk_loop._Buffers.allocate
 
-    def seen(plan: Any, result: Any, weights: Any, forward: FusedForward | None = None) -> Any:
+    def seen(plan: Any, result: Any, forward: FusedForward | None = None) -> Any:
         taken.append(forward is not None)
-        return allocate(plan, result, weights, forward)
+        return allocate(plan, result, forward)
 
     monkeypatch.setattr(chunk_loop._Buffers, "allocate", staticmethod(seen))
     return taken
