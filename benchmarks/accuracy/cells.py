@@ -9,7 +9,7 @@ from typing import Any
 # Sizes of the model by core-minutes: a larger one learns more from a longer run (chosen on validation).
 SIZES: tuple[tuple[float, dict[str, str]], ...] = (
     (8, {"model.stem.widths": "[32,64,128,128]", "model.overrides.num_hidden_layers": "1"}),
-    (40, {"model.stem.widths": "[48,96,192,192]", "model.overrides.num_hidden_layers": "2"}),
+    (25, {"model.stem.widths": "[48,96,192,192]", "model.overrides.num_hidden_layers": "2"}),
     (1e9, {"model.stem.widths": "[64,128,256,256]", "model.overrides.num_hidden_layers": "3"}),
 )
 GROUPS = ("main", "decoding", "ablation", "sweep", "low-data")
