@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +17,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ntpseg.utils.checks import check_number
+from ntpseg.utils.files import write_json
 
 # The learning rate at the end over its peak.
 MIN_FACTOR = 0.02
+_FILE = "budget.json"
 
 
 class TimeBudget(TrainerCallback):
     """Cosine learning rate over the larger of the two fractions spent, of the steps or of the minutes.
 
     On a machine of unknown speed a schedule over steps would end too early or never. The price: two runs on machines
-    of different speed are not the same run, and a resumed one starts its clock at the fraction of its steps.
+    of different speed are not the same run. A checkpoint keeps what was spent, and a resumed run has the rest; where it
+    does not, as of an earlier release, the clock starts at the fraction of its steps.
 
     Args:
         minutes: of training.
         warmup_steps: linear warm-up.
         clock: "wall", in which evaluation counts, or "cpu", this process's processor time, in which it does not: the
             clock of comparisons, since what else the machine does changes it little.
+
+    Attributes:
+        is_spent: whether nothing was left when training went on.
 
     Raises:
         ValueError: the minutes are not above 0.
@@ -42,7 +50,8 @@ class TimeBudget(TrainerCallback):
         self.clock = clock
         self.now = time.process_time if clock == "cpu" else time.monotonic
         self.started: float | None = None
-        self.max_steps = 1
+        self._spent: float | None = None
+        self.max_steps, self.is_spent = 1, False
         self._shared: float | None = None
 
     def fraction(self, step: int) -> float:
@@ -72,7 +81,8 @@ class TimeBudget(TrainerCallback):
     ) -> None:
         """Start the clock."""
         self.max_steps = max(1, state.max_steps)
-        self.started = self.now() - self.seconds * state.global_step / self.max_steps
+        spent = self.seconds * state.global_step / self.max_steps if self._spent is None else self._spent
+        self.started = self.now() - spent
         self._shared = None
 
     def on_optimizer_step(
@@ -83,6 +93,26 @@ class TimeBudget(TrainerCallback):
             clock = torch.tensor(self._clock(), dtype=torch.float64, device=args.device)
             dist.broadcast(clock, 0)
             self._shared = float(clock)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the seconds spent so far into a checkpoint's folder."""
+        write_json(checkpoint / _FILE, {"seconds": round(self._clock() * self.seconds, 3)})
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Go on from what `save` wrote, as the next training begins; None: from nothing.
+
+        Raises:
+            ValueError: the file is not what `save` wrote.
+        """
+        self._spent, self.is_spent = None, False
+        path = None if checkpoint is None else checkpoint / _FILE
+        if path is None or not path.is_file():
+            return
+        try:
+            self._spent = float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must say how many seconds were spent, got a damaged file ({error!r})") from error
+        self.is_spent = self._spent >= self.seconds
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -112,15 +112,20 @@ class JsonLog(TrainerCallback):
 
 
 def evaluation_due(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the epoch of a checkpoint had ended without its evaluation, which is to be made up then.
+    """Whether the step of a checkpoint should have been evaluated and was not, which is to be made up then.
 
-    A checkpoint that the last step of an epoch wrote is older than the evaluation, and a kill may have cut that off.
+    A checkpoint that the last step of an epoch wrote is older than the evaluation, and a kill may have cut that off; a
+    signal leaves it out, whatever the step.
     """
-    epoch = state.epoch or 0.0
-    if args.eval_strategy != IntervalStrategy.EPOCH or not state.global_step or args.eval_delay > epoch:
+    step, epoch = state.global_step, state.epoch or 0.0
+    if not step or any("eval_loss" in line and line["step"] == step for line in state.log_history):
         return False
-    ended = abs(epoch - round(epoch)) < 1e-6 or state.global_step >= state.max_steps
-    return ended and not any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+    last = step >= state.max_steps
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return args.eval_delay <= epoch and (last or abs(epoch - round(epoch)) < 1e-6)
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        return args.eval_delay <= step and (last or step % state.eval_steps == 0)
+    return False
 
 
 def moved_position(args: TrainingArguments, state: TrainerState, batches: Sized) -> str | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ntpseg.training import resharding
+from ntpseg.training.budget import TimeBudget
 from ntpseg.training.checkpoint import (
     begin,
     check_resumable,
@@ -25,8 +28,12 @@ from ntpseg.training.divergence import check_weights
 from ntpseg.training.ema import WeightAverage, average_files
 from ntpseg.training.parallelism import Parallelism
 from ntpseg.training.pickles import weights_only
+from ntpseg.training.resumed_settings import OptimizerSettings
 from ntpseg.training.sharded_weights import gather_fsdp2
 from ntpseg.training.steps import StepTrainer
+
+# More than there are ranks: those that join at one step draw otherwise than those that joined at another.
+_SEEDS_APART = 1_000_003
 
 
 class CheckpointTrainer(StepTrainer):
@@ -37,16 +44,25 @@ class CheckpointTrainer(StepTrainer):
 
     Args:
         optimizer_options: its `ema` is the decay of the average of the weights, see `WeightAverage`; 0: none is kept.
+        budget: whose spent time is saved; None: there is none.
         **kwargs: see `StepTrainer`.
     """
 
-    def __init__(self, *args: Any, optimizer_options: OptimizerConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        optimizer_options: OptimizerConfig | None = None,
+        budget: TimeBudget | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.budget = budget
         self.optimizer_options = optimizer_options or OptimizerConfig()
         self.average: WeightAverage | None = None
         self._average_from: Path | None = None
         self._saved: Parallelism | None = None
         self._resharding: resharding.Resharding | None = None
+        self._settings: OptimizerSettings | None = None
         self._evaluation_due = False
 
     @property
@@ -91,9 +107,10 @@ class CheckpointTrainer(StepTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.skipped_in_row and self._asked is None:
-            # The weights may be what makes steps fail: older checkpoints must not make room for them. A signal ends
-            # the run with this step, which changed nothing: the weights are those of the last one that counted.
+        # The weights may be what makes steps fail: older checkpoints must not make room for them, but for those that an
+        # evaluation found to be the best. Where the run ends with this step, there is no later one to save.
+        ends = self._asked is not None or self.control.should_training_stop
+        if self.skipped_in_row and not ends and self.state.best_global_step != self.state.global_step:
             self._save_due = True
             return
         with self.throughput.pause():
@@ -107,6 +124,8 @@ class CheckpointTrainer(StepTrainer):
         self.wait_for_ranks()
         if self.args.should_save:
             Parallelism.of(self).save(folder)
+        if self.budget is not None and self.is_world_process_zero():
+            self.budget.save(folder)
         self._means.save(folder, write=self.is_world_process_zero())
         if self.memory is not None:
             save_memory(self.memory, folder, self.args.process_index)
@@ -134,11 +153,15 @@ class CheckpointTrainer(StepTrainer):
         """Take from a checkpoint what the Trainer does not; the checkpoint's path, None where training starts anew."""
         self._saved, self._resharding, self._average_from, self._save_due = None, None, None, False
         if not resume_from_checkpoint:
+            if self.budget is not None:
+                self.budget.load(None)
             return None
         checkpoint = last_checkpoint(self._run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         if checkpoint is None:
             raise ValueError(f"resume must find a checkpoint in {self._run}, got none")
         check_resumable(checkpoint, self.args.process_index)
+        if self.budget is not None:
+            self.budget.load(checkpoint)
         if self.optimizer_options.ema:
             average_files(checkpoint)
         self._saved, now = Parallelism.read(checkpoint), Parallelism.of(self)
@@ -166,16 +189,31 @@ class CheckpointTrainer(StepTrainer):
         for name, reason in [(n, "without") for n in missing] + [(n, "with") for n in load_result.unexpected_keys]:
             raise ValueError(f"checkpoint must hold the weights of this model, got one {reason} {name!r}")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; what this run sets of it is remembered, since a checkpoint's state replaces that."""
+        made: Any = super().create_optimizer(*args, **kwargs)
+        self._settings = OptimizerSettings(made)
+        return made
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._resharding is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._resharding is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._resharding.load()
+        known = None if self._resharding is not None else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, known)
+        if self._resharding is not None:
+            self._resharding.load()
+        if resume_from_checkpoint:
+            self._keep_settings(max_steps)
         return prepared
+
+    def _keep_settings(self, max_steps: int) -> None:
+        """What this run sets holds, not what the one of the checkpoint had set."""
+        self.state.compute_steps(self.args, max_steps)
+        changed = [] if self._settings is None else self._settings.restore(self.optimizer, self.lr_scheduler)
+        if changed and self.is_world_process_zero():
+            print(f"resumed with other settings: {', '.join(changed)}", file=sys.stderr)
 
     def _load_best_model(self) -> None:
         best, now = Path(str(self.state.best_model_checkpoint)), Parallelism.of(self)
@@ -187,17 +225,35 @@ class CheckpointTrainer(StepTrainer):
             super()._load_best_model()
 
     def _load_rng_state(self, checkpoint: Any) -> None:
-        if self._saved is None or self._saved.ranks == self.args.world_size:
+        saved, now = self._saved, Parallelism.of(self)
+        if saved is None or (saved.ranks, saved.data_parallel_size) == (now.ranks, now.data_parallel_size):
             super()._load_rng_state(checkpoint)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                rank, ranks = self.args.process_index, self.args.world_size
-                resharding.write_random_state(Path(checkpoint), self._saved, rank, ranks, Path(folder))
+                resharding.write_random_state(Path(checkpoint), saved, self.args.process_index, now, Path(folder))
                 super()._load_rng_state(folder)
+            if self._share >= saved.data_parallel_size:
+                self._draw_apart(self.state.global_step)
         # Here the state is that of the unbroken run before the evaluation.
         if self._evaluation_due:
             self._make_up_evaluation()
 
+    @property
+    def _share(self) -> int:
+        """Which part of each batch this rank reads; ranks that share sequences read one."""
+        return self.args.process_index // self.sequence_parallel_size
+
+    def start_random_numbers(self) -> None:
+        """Have each part of a batch draw its own, as a run begins: dropout, and which mask inputs are replaced."""
+        if self._share:
+            self._draw_apart(0)
+
+    def _draw_apart(self, step: int) -> None:
+        set_seed((self.args.seed + self._share + _SEEDS_APART * step) % 2**32)
+
     def _make_up_evaluation(self) -> None:
         self._evaluation_due = False
-        self._evaluate(None, None)
+        metrics = self._evaluate(None, None)
+        folder = self._run / f"checkpoint-{self.state.global_step}"
+        if self._determine_best_metric(metrics, None) and folder.is_dir():
+            self.state.best_model_checkpoint = str(folder)

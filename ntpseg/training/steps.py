@@ -28,6 +28,8 @@ from ntpseg.training.throughput import Throughput, count_batch
 from ntpseg.utils.ranges import part
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
+# A loss scaler halves its scale of 65,536 at each; after so many it is below 1e-7.
+MAX_OVERFLOWS = 40
 # Only of models that have losses on pixels.
 DENSE_TERMS = ("dice", "pixel", "soft")
 
@@ -81,7 +83,8 @@ class StepTrainer(Trainer):
         self._step_sums = torch.zeros(0)
         self._supervised = torch.zeros(())
         self._gradient_norm: Tensor | float | None = None
-        self._steps_counted, self._moved = 0, False
+        self._steps_counted, self._moved, self._may_move = 0, False, False
+        self._overflows = 0
         self._skip_reason: str | None = None
         self._interruption = Interruption()
         self._asked: str | None = None
@@ -253,7 +256,7 @@ class StepTrainer(Trainer):
         if reason is None:
             self.skipped_in_row = 0
             self._steps_counted += 1
-            self._moved |= any(group["lr"] > 0 for group in cast(Any, self.optimizer).param_groups)
+            self._may_move = any(group["lr"] > 0 for group in cast(Any, self.optimizer).param_groups)
             self._means.steps += 1
             self._means.add(self._step_sums)
             if self.memory is not None:
@@ -266,6 +269,22 @@ class StepTrainer(Trainer):
                 # Without gradients optimizers leave weights and their own state alone, decay included.
                 cast(Any, self.model).zero_grad(set_to_none=True)
         self._step = []
+
+    def _count_overflow(self, skipped: bool) -> None:
+        """Note whether a loss scaler took the step that was settled.
+
+        Raises:
+            TrainingDiverged: it has found no scale for `MAX_OVERFLOWS` steps: no scale is small enough.
+        """
+        self._overflows = self._overflows + 1 if skipped else 0
+        self._moved |= self._may_move and not skipped
+        if self._overflows >= MAX_OVERFLOWS:
+            last = last_checkpoint(Path(str(self.args.output_dir)))
+            raise TrainingDiverged(
+                f"training stopped after {self._overflows} steps in a row, the last of them step "
+                f"{self.state.global_step}, whose gradient is not finite in float16 at any scale; {CURE}, or use "
+                f"training.bf16; last checkpoint: {'none' if last is None else last.name}"
+            )
 
     def _report_skipped(self, reason: str) -> None:
         step = self.state.global_step

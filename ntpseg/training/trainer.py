@@ -65,8 +65,9 @@ class NTPSegTrainer(CheckpointTrainer):
         **kwargs: Any,
     ) -> None:
         options = optimizer_options or OptimizerConfig()
-        super().__init__(*args, memory=memory, max_skipped_steps=max_skipped_steps, optimizer_options=options, **kwargs)
-        self.budget, self.generation_metrics = budget, generation_metrics
+        kwargs |= {"memory": memory, "max_skipped_steps": max_skipped_steps}
+        super().__init__(*args, optimizer_options=options, budget=budget, **kwargs)
+        self.generation_metrics = generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._matrix_parameters: int | None = None
         self.add_callback(_Epochs(self))
@@ -100,6 +101,7 @@ class NTPSegTrainer(CheckpointTrainer):
             TrainingInterrupted: SIGTERM or SIGUSR1 came (to any rank); a checkpoint of the step then was saved.
         """
         self._step, self._steps_counted, self._moved, self.skipped_in_row, self._asked = [], 0, False, 0, None
+        self._overflows = 0
         self._means.reset()
         self.throughput.reset()
         checkpoint = self._restore(resume_from_checkpoint)
@@ -119,10 +121,13 @@ class NTPSegTrainer(CheckpointTrainer):
                 f"max_steps={self.args.max_steps})"
             )
         if not self._steps_counted:
-            step, last = self.state.global_step, self.state.max_steps
-            self._warn(f"no step was left to train: the checkpoint is of step {step}, and training ends with {last}")
+            last = f"training ends with {self.state.max_steps}"
+            if self.budget is not None and self.budget.is_spent:
+                last = "the minutes of max_minutes were spent"
+            self._warn(f"no step was left to train: the checkpoint is of step {self.state.global_step}, and {last}")
         elif not self._moved:
-            self._warn("every step had a learning rate of 0: the weights are those of the start")
+            why = "a learning rate of 0" + (" or a gradient that overflowed" if self.args.fp16 else "")
+            self._warn(f"every step had {why}: the weights are those of the start")
         if self.budget is not None and self.state.global_step < self.state.max_steps and (self.state.epoch or 0) < 1:
             self._warn(
                 f"max_minutes ended training after step {self.state.global_step} of {self.state.max_steps}, before "
@@ -159,13 +164,16 @@ class NTPSegTrainer(CheckpointTrainer):
         Raises:
             ValueError: Muon is asked for, and FSDP divides the matrices.
         """
+        if self.optimizer_options.name == "muon" and self.optimizer is None:
+            if self.is_fsdp_enabled:
+                raise ValueError("optimizer.name must be adamw with FSDP, which divides the matrices, got 'muon'")
+            self.optimizer = self._muon()
+        return super().create_optimizer(*args, **kwargs)
+
+    def _muon(self) -> Muon:
         options = self.optimizer_options
-        if options.name == "adamw" or self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            raise ValueError("optimizer.name must be adamw with FSDP, which divides the matrices, got 'muon'")
         matrices, decayed, plain = split_parameters(cast(Any, self.model))
-        self.optimizer = Muon(
+        return Muon(
             [
                 {"params": matrices, "muon": True, "weight_decay": 0.0},
                 {"params": decayed},
@@ -178,7 +186,6 @@ class NTPSegTrainer(CheckpointTrainer):
             eps=self.args.adam_epsilon,
             weight_decay=self.args.weight_decay,
         )
-        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule, or the time budget's."""
@@ -254,7 +261,8 @@ class NTPSegTrainer(CheckpointTrainer):
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= self.state.max_steps:
+        spent = self.budget is not None and self.budget.is_spent
+        if spent or self.state.global_step >= self.state.max_steps:
             # A run that had ended; the Trainer would add a step.
             self.control.should_training_stop = True
             return None
@@ -271,6 +279,8 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.start_average()
+        if not state.global_step:
+            self.trainer.start_random_numbers()
         memory = self.trainer.memory
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.trainer.throughput.prepare(self.trainer.model, dtype, first=state.is_world_process_zero)
@@ -284,7 +294,8 @@ class _Epochs(TrainerCallback):
         if state.is_world_process_zero and moved:
             print(moved, file=sys.stderr)
         self.trainer._evaluation_due = evaluation_due(args, state)
-        if self.trainer._evaluation_due and state.global_step >= state.max_steps:
+        spent = self.trainer.budget is not None and self.trainer.budget.is_spent
+        if self.trainer._evaluation_due and (spent or state.global_step >= state.max_steps):
             # No step follows whose random state would matter.
             self.trainer._make_up_evaluation()
 
@@ -305,7 +316,9 @@ class _Epochs(TrainerCallback):
         if trainer._skip_reason is not None:
             trainer._report_skipped(trainer._skip_reason)
             return
-        if trainer.average is not None and not trainer.accelerator.optimizer_step_was_skipped:
+        skipped = trainer.accelerator.optimizer_step_was_skipped
+        trainer._count_overflow(skipped)
+        if trainer.average is not None and not skipped:
             trainer.average.update(cast(Any, trainer.model))
         if trainer._save_due:
             control.should_save, trainer._save_due = True, False

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy import make_toy, make_trainer
 from transformers import TrainerControl
 
 from ntpseg.training import budget as module
@@ -59,6 +60,63 @@ def test_resumed_clock_stands_where_its_steps_were(clock: Clock) -> None:
     budget = TimeBudget(10.0)
     begin(budget, step=25)
     assert budget.fraction(25) == pytest.approx(0.25)
+
+
+def test_a_checkpoint_keeps_what_was_spent(clock: Clock, tmp_path) -> None:
+    """Of a run whose steps are an upper bound: 2 of 100 at the end of its time."""
+    budget = TimeBudget(1.0)
+    begin(budget)
+    clock.now += 57
+    rate = budget.factor(60)
+    budget.save(tmp_path)
+    clock.now += 1000
+    resumed = TimeBudget(1.0)
+    resumed.load(tmp_path)
+    control = begin(resumed, step=2)
+    assert not resumed.is_spent
+    assert resumed.fraction(2) == pytest.approx(0.95) and resumed.factor(60) == pytest.approx(rate)
+    clock.now += 4
+    resumed.on_step_end(None, SimpleNamespace(global_step=3, max_steps=100), control)  # type: ignore[arg-type]
+    assert control.should_training_stop
+    resumed.save(tmp_path)
+    resumed.load(tmp_path)
+    assert resumed.is_spent
+    longer = TimeBudget(2.0)
+    longer.load(tmp_path)
+    begin(longer, step=3)
+    assert not longer.is_spent and longer.fraction(3) == pytest.approx(61 / 120)
+    resumed.load(None)
+    begin(resumed)
+    assert not resumed.is_spent and resumed.fraction(0) == 0.0
+    (tmp_path / "budget.json").write_text("{")
+    with pytest.raises(ValueError, match=r"budget\.json must say how many seconds were spent, got a damaged file"):
+        resumed.load(tmp_path)
+
+
+def test_a_run_whose_time_is_up_takes_no_step(tmp_path, capsys) -> None:
+    toy = make_toy(8)
+    options = {"max_steps": 40, "save_strategy": "steps", "save_steps": 1}
+    first = make_trainer(toy, tmp_path, trainer_options={"budget": TimeBudget(30.0)}, **options)
+    first.budget.started = None
+    stop = first.budget.on_step_end
+
+    def spent(args, state, control, **kwargs) -> None:
+        if state.global_step == 3:
+            first.budget.started -= 3600.0
+        stop(args, state, control, **kwargs)
+
+    first.budget.on_step_end = spent  # type: ignore[method-assign]
+    first.train()
+    assert first.state.global_step == 3
+    weights = {name: value.clone() for name, value in first.model.state_dict().items()}
+    resumed = make_trainer(toy, tmp_path, trainer_options={"budget": TimeBudget(30.0)}, **options)
+    capsys.readouterr()
+    resumed.train(str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 3
+    assert "no step was left to train: the checkpoint is of step 3, and the minutes of max_minutes were spent" in (
+        capsys.readouterr().err
+    )
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 
 
 def test_scheduler_drives_the_optimizer(clock: Clock) -> None:

@@ -154,6 +154,46 @@ def test_training_that_diverges_ends_and_keeps_its_good_checkpoints(tmp_path) ->
     assert [line["loss"] for line in lines if line["step"] in (2, 3) and "loss" in line] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "broken", "left"), [("steps", 4, [2, 4]), ("best", 4, [2, 4]), ("steps", 2, [2, 4])]
+)
+def test_a_skipped_step_costs_neither_the_best_nor_the_last_checkpoint(tmp_path, strategy, broken, left) -> None:
+    """The step is skipped, the weights are good: those of an evaluation that is the best, or of the end."""
+    fields = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "evaluate": True}
+    fields |= {"save_strategy": strategy, "metric_for_best_model": "loss", "greater_is_better": False}
+    trainer = make_trainer(make_toy(8), tmp_path, **fields)
+    compute = trainer.compute_loss
+
+    def loss_of(model, inputs, *arguments, **options):
+        loss = compute(model, inputs, *arguments, **options)
+        spoilt = options.get("num_items_in_batch") is not None and trainer.state.global_step == broken - 1
+        return loss * float("nan") if spoilt else loss
+
+    trainer.compute_loss = loss_of
+    evaluate = trainer.evaluation_loop
+
+    def loop(*args, **kwargs):
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_loss"] = 100.0 - trainer.state.global_step
+        return output
+
+    trainer.evaluation_loop = loop
+    trainer.train()
+    assert any("skipped" in line for line in trainer.state.log_history)
+    assert [step for step, _ in checkpoints(tmp_path)] == left
+    assert trainer.state.best_global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+def test_float16_that_finds_no_scale_is_no_success(tmp_path, monkeypatch) -> None:
+    """A loss scaler skips without a word: so many steps in a row are none of its search for a scale."""
+    trainer = make_trainer(make_toy(8), tmp_path, max_steps=90)
+    skipped = property(lambda self: trainer.state.global_step != 40)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+    with pytest.raises(TrainingDiverged, match="stopped after 40 steps in a row, the last of them step 80, whose grad"):
+        trainer.train()
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path) -> None:
     trainer = make_trainer(make_toy(8), tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
 

@@ -70,6 +70,46 @@ def test_the_run_goes_on_as_if_it_had_not_been_asked(event, step, number, saved,
         assert torch.equal(value, other), name
 
 
+def descend(trainer) -> None:
+    """Let each evaluation be better than the one before, whatever the model."""
+    evaluate = trainer.evaluation_loop
+
+    def loop(*args, **kwargs):
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_loss"] = 100.0 - trainer.state.global_step
+        return output
+
+    trainer.evaluation_loop = loop
+
+
+@pytest.mark.parametrize(("strategy", "step", "saved"), [("epoch", 11, 12), ("steps", 7, 8), ("steps", 11, 12)])
+def test_the_evaluation_of_a_signals_step_is_made_up_and_may_be_the_best(strategy, step, saved, tmp_path) -> None:
+    fields = {"num_train_epochs": 3, "eval_strategy": strategy, "save_strategy": strategy, "evaluate": True}
+    fields |= {"eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    toy, whole, asked = make_toy(16), tmp_path / "whole", tmp_path / "asked"
+    expected = make_trainer(toy, whole, **fields)
+    descend(expected)
+    expected.train()
+    trainer = make_trainer(toy, asked, callbacks=[Send("on_step_begin", step)], **fields)
+    descend(trainer)
+    with pytest.raises(TrainingInterrupted):
+        trainer.train()
+    resumed = make_trainer(toy, asked, **fields)
+    descend(resumed)
+    resumed.train(str(asked / f"checkpoint-{saved}"))
+
+    def evaluated(trainer) -> list[int]:
+        return [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+
+    assert evaluated(resumed) == evaluated(expected) == [4, 8, 12]
+    assert resumed.state.best_global_step == expected.state.best_global_step == 12
+    assert resumed.state.best_model_checkpoint == str(asked / "checkpoint-12")
+    for (name, value), other in zip(
+        expected.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
 def test_a_signal_in_a_skipped_step_still_saves(tmp_path) -> None:
     """The step changed nothing, so its checkpoint is that of the last one that did."""
     trainer = make_trainer(make_toy(32), tmp_path, callbacks=[Send("on_step_begin", 4)], num_train_epochs=3)

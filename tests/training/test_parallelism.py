@@ -114,7 +114,18 @@ def test_each_rank_has_a_random_state(tmp_path: Path, saved: int, rank: int, now
     for number in range(saved):
         name = "rng_state.pth" if saved == 1 else f"rng_state_{number}.pth"
         torch.save({"cpu": torch.tensor(number)}, tmp_path / name)
-    write_random_state(tmp_path, Parallelism("plain", saved), rank, now, out)
+    write_random_state(tmp_path, Parallelism("plain", saved), rank, Parallelism("plain", now), out)
     (written,) = out.iterdir()
     assert written.name == ("rng_state.pth" if now == 1 else f"rng_state_{rank}.pth")
     assert int(torch.load(written, weights_only=True)["cpu"]) == source
+
+
+@pytest.mark.parametrize(("rank", "source"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0)])
+def test_ranks_that_share_sequences_share_random_numbers(tmp_path: Path, rank: int, source: int) -> None:
+    """From two ranks on to groups of two: mask inputs and dropout of one sequence are drawn alike."""
+    (tmp_path / "out").mkdir()
+    for number in range(2):
+        torch.save({"cpu": torch.tensor(number)}, tmp_path / f"rng_state_{number}.pth")
+    now = Parallelism("plain", 6, sequence_parallel_size=2)
+    write_random_state(tmp_path, Parallelism("plain", 2), rank, now, tmp_path / "out")
+    assert int(torch.load(tmp_path / "out" / f"rng_state_{rank}.pth", weights_only=True)["cpu"]) == source
