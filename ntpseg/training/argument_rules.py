@@ -335,6 +335,12 @@ def check_combinations(fields: Mapping[str, Any], *, max_minutes: float | None, 
             )
     if fields.get("bf16") is True and fields.get("fp16"):
         raise ValueError("training.fp16 must be false with training.bf16=true, got true")
+    version = (fields.get("fsdp_config") or {}).get("version", 2)
+    if fields.get("fsdp") and ema and str(version) != "2":
+        raise ValueError(
+            "training.fsdp_config.version must be 2 with optimizer.ema, of which each rank averages its part, "
+            f"got {shown(version)}"
+        )
     if fields.get("load_best_model_at_end") and ema:
         raise ValueError(
             "training.load_best_model_at_end must be false with optimizer.ema, whose averaged weights are saved, "

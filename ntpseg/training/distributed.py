@@ -22,7 +22,8 @@ def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
     """The DeepSpeed configuration of a name of `ZERO_STAGES` or of a JSON file; None for None.
 
     Raises:
-        ValueError: neither, invalid JSON, or DeepSpeed is not installed.
+        ValueError: neither, invalid JSON, a setting that takes steps whose gradient is not finite, or DeepSpeed is not
+            installed.
     """
     if choice is None:
         return None
@@ -34,6 +35,7 @@ def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed must be a file of valid JSON, got {path} ({error})") from error
+    _check_skips(config, path)
     try:
         import deepspeed  # noqa: F401  # only to see that it is there
     except ImportError as error:
@@ -41,6 +43,20 @@ def deepspeed_config(choice: str | None) -> dict[str, Any] | None:
             f"the package deepspeed must be installed for deepspeed={choice!r}, got none; run: pip install deepspeed"
         ) from error
     return config
+
+
+def _check_skips(config: Any, path: Path) -> None:
+    """Refuse what has DeepSpeed take a step whose gradient is not finite: the weights would be lost."""
+    section = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = section.get("stage", 0) if isinstance(section, dict) else 0
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"deepspeed must have zero_optimization.stage 1, 2 or 3, got {stage!r} in {path}; without DeepSpeed "
+            "training is that of stage 0 (DDP)"
+        )
+    bf16 = config.get("bf16")
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow") is False:
+        raise ValueError(f"deepspeed must leave bf16.check_grad_overflow on, got false in {path}")
 
 
 def prepare_deepspeed() -> None:

@@ -148,15 +148,17 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Matrices for Muon, other weights, and weights without decay (biases, norms, tables of embeddings).
 
     Muon gets the linear layers and convolutions inside the model. The output matrix, embeddings and whatever reads out
-    pixels go to AdamW, since their rows are classes or pixels, not directions of a common space.
+    pixels go to AdamW, since their rows are classes or pixels, not directions of a common space; so do the k heads'
+    transforms, which are several matrices in one tensor.
     """
-    outside = ("heads.weight", "embed_tokens", "grid.", "draft.", ".film.", "caption.project")
+    outside = ("heads.", "embed_tokens", "grid.", "draft.", ".film.", "caption.project")
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         sides = (parameter.shape[0], parameter[0].numel()) if parameter.dim() >= 2 else (0, 0)
-        if parameter.dim() < 2 or "embed_tokens" in name or name.startswith("grid."):
+        is_bias = parameter.dim() < 2 or name.endswith("bias")
+        if is_bias or "embed_tokens" in name or name.startswith("grid."):
             plain.append(parameter)
         elif min(sides) < MIN_SIDE or any(part in name for part in outside):
             decayed.append(parameter)

@@ -28,6 +28,7 @@ from ntpseg.memory import HardTokenMemory
 from ntpseg.models import NTPSegModel, preset_config
 from ntpseg.training import load_config
 from ntpseg.training.arguments import training_arguments
+from ntpseg.training.config import CONFIGS
 
 SMALL = ("model.overrides={hidden_size: 64, intermediate_size: 160, num_attention_heads: 4, num_key_value_heads: 2}",)
 
@@ -204,6 +205,15 @@ def test_the_settings_carry_the_plan_out(zero: str, tmp_path: Path) -> None:
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, batch.accumulation)
     assert config.training["activation_checkpointing"] is True
     assert plan.arguments[-2:] == ("--deepspeed", f"zero{zero}") or args.fsdp_plugin_args["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_deepspeed_file_offloads_where_the_plan_does(zero: str, offload: bool) -> None:
+    plan = make_plan(load_config("tiny"), gpu("l4"), PlanOptions(2, zero, offload=offload))
+    file = CONFIGS / f"{plan.arguments[plan.arguments.index('--deepspeed') + 1]}.json"
+    assert ("offload_optimizer" in json.loads(file.read_text())["zero_optimization"]) is offload
+    assert (plan.chosen.numerics.offload == "optimizer") is offload
 
 
 def test_measured_utilisation_replaces_the_predicted_one(tmp_path: Path) -> None:

@@ -148,6 +148,19 @@ def test_the_hint_of_unknown_fields_needs_no_text_keys() -> None:
     assert argument_rules.shown(SimpleNamespace(text="x" * 200)).endswith("...")
 
 
+@pytest.mark.parametrize("version", [1, "1"])
+def test_the_average_of_fsdp_1_is_refused(version) -> None:
+    """There each rank would take its part of a weight for all of it."""
+    from ntpseg.training.argument_rules import check_combinations
+
+    fields = {"fsdp": True, "fsdp_config": {"version": version}}
+    with pytest.raises(ValueError, match=r"training\.fsdp_config\.version must be 2 with optimizer\.ema, .* got .?1"):
+        check_combinations(fields, max_minutes=None, optimizer="adamw", ema=0.99)
+    check_combinations(fields, max_minutes=None, optimizer="adamw", ema=0.0)
+    for config in ({"version": 2}, {}, None):
+        check_combinations({"fsdp": True, "fsdp_config": config}, max_minutes=None, optimizer="adamw", ema=0.99)
+
+
 @pytest.mark.parametrize("installed", ["activation_checkpointing", "gradient_checkpointing"])
 def test_activation_checkpointing_is_one_switch_in_every_release(monkeypatch, installed) -> None:
     from ntpseg.training import argument_rules

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from ntpseg.models import NTPSegModel, preset_config
+from ntpseg.tokenizers.sequence import SequenceFormat
+from ntpseg.tokenizers.vocabulary import Vocabulary
 from ntpseg.training.muon import _COEFFICIENTS, Muon, orthogonalize, split_parameters
 
 BAND = 0.125
@@ -152,9 +155,6 @@ def test_parameters_without_a_gradient_stay() -> None:
 
 
 def test_which_weights_are_matrices() -> None:
-    from ntpseg.models import NTPSegModel, preset_config
-    from ntpseg.tokenizers.sequence import SequenceFormat
-    from ntpseg.tokenizers.vocabulary import Vocabulary
 
     config = preset_config(
         "tiny",
@@ -182,6 +182,19 @@ def test_which_weights_are_matrices() -> None:
     model.front_end.requires_grad_(False)
     frozen = [p for group in split_parameters(model) for p in group]
     assert not any(names[id(p)].startswith("front_end") for p in frozen)
+
+
+@pytest.mark.parametrize("k", [4, 12])
+def test_the_heads_transforms_are_no_matrix_of_all_heads(k) -> None:
+    """Flattened, [k - 1, D, D] would be orthogonalised across heads, and a bias [k - 1, D] is none to decay."""
+    sequence = SequenceFormat(Vocabulary(40, 16, 8), (3, 3), (3, 3))
+    overrides = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    model = NTPSegModel(preset_config("tiny", sequence, overrides=overrides, num_heads_k=k))
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, decayed, plain = ({names[id(p)] for p in group} for group in split_parameters(model))
+    assert "heads.transform_weight" in decayed and "heads.transform_bias" in plain
+    assert not any(name.startswith("heads.") for name in matrices)
+    assert not any(name.endswith("bias") for name in matrices | decayed)
 
 
 def test_wrong_input_is_named() -> None:

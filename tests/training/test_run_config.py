@@ -227,3 +227,23 @@ def test_deepspeed_errors(tmp_path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps({})[:-1])
     with pytest.raises(ValueError, match="must be a file of valid JSON"):
         deepspeed_config(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "have zero_optimization.stage 1, 2 or 3, got 0 in"),
+        ({"zero_optimization": {"stage": 0}}, "have zero_optimization.stage 1, 2 or 3, got 0 in .*; without DeepSpeed"),
+        ([], "have zero_optimization.stage 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True, "check_grad_overflow": False}},
+            "leave bf16.check_grad_overflow on, got false",
+        ),
+    ],
+)
+def test_deepspeed_must_skip_steps_that_are_not_finite(tmp_path, content, message) -> None:
+    """Stage 0 takes them, and the weights are lost."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"deepspeed must {message}"):
+        deepspeed_config(str(path))

@@ -168,4 +168,5 @@ def _arguments(chosen: Candidate) -> tuple[str, ...]:
     ]
     if sharding == "fsdp2":
         settings.append("training.fsdp=true")
-    return (*settings, *(("--deepspeed", sharding) if chosen.numerics.zero else ()))
+    stage = sharding if chosen.numerics.offload == "none" else f"{sharding}_offload"
+    return (*settings, *(("--deepspeed", stage) if chosen.numerics.zero else ()))
