@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -87,6 +88,30 @@ def test_the_pingpong_product_runs_in_a_step_of_its_own() -> None:
     (step,) = (step for step in stage_steps("2", native=True) if step.name == "pingpong")
     (limit,) = re.findall(r"pytest\.mark\.timeout\((\d+)", (ROOT / file).read_text())
     assert file in step.command and 2 * int(limit) <= step.seconds
+
+
+def _captured_steps(tree: ast.AST) -> list[ast.FunctionDef]:
+    """Functions with a backward pass, by the names that are called under ``with torch.cuda.graph(...)``."""
+    captures = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "torch.cuda.graph(" in ast.unparse(node.items[0])
+    ]
+    called = {ast.unparse(node.func) for each in captures for node in ast.walk(each) if isinstance(node, ast.Call)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in called]
+    return [function for function in functions if ".backward()" in ast.unparse(function)]
+
+
+def test_no_captured_step_returns_a_loss_with_its_graph() -> None:
+    """Kept until the capture, it holds nodes of the leaves that were made on another stream: the capture fails."""
+    files = [*(ROOT / "tests" / "gpu").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    steps = [step for path in files for step in _captured_steps(ast.parse(path.read_text()))]
+    assert len(steps) >= 4
+    for step in steps:
+        for node in ast.walk(step):
+            if isinstance(node, ast.Return) and node.value is not None:
+                text = ast.unparse(node.value)
+                assert not re.search(r"\bloss\b(?!\.detach\(\)|['\"])", text), f"{step.name} returns {text}"
 
 
 def test_steps_share_the_time() -> None:
