@@ -178,6 +178,24 @@ def test_the_steps_find_what_the_kit_brought(tmp_path: Path, monkeypatch: pytest
     assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(kit / "site-packages")]
 
 
+def test_the_operators_are_those_of_the_kit(tmp_path: Path) -> None:
+    kit, package = tmp_path / "kit", tmp_path / "package"
+    (kit / "ntpseg").mkdir(parents=True)
+    package.mkdir()
+    (package / "_C_cuda.cpython-27-x86_64-linux-gnu.so").write_text("another Python's")
+    assert not gpu_check.install_native(tmp_path / "none", package)
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (kit / "ntpseg" / name).write_text("new")
+        (package / name).write_text("of an earlier commit")
+    assert gpu_check.install_native(tmp_path / "none", package)
+    loaded = (package / "_C.abi3.so").open()
+    assert gpu_check.install_native(kit, package)
+    assert [(package / name).read_text() for name in ("_C.abi3.so", "_C_cuda.abi3.so")] == ["new", "new"]
+    assert loaded.read() == "of an earlier commit"
+    loaded.close()
+    assert not list(package.glob("*.part"))
+
+
 def test_kernels_are_found_in_a_cache_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.cache import FileCacheManager
 
