@@ -79,7 +79,7 @@ def _first(python: str, results: str) -> list[Step]:
     timed = "tests/gpu/test_topn_cuda.py::test_timing_targets"
     # the ping-pong product is off by default: were it to hang, the device would be busy for everyone
     left_out = ("--deselect", timed, "--ignore", _PINGPONG)
-    tests = _tests(python, "tests/gpu", "-m", "not slow", *left_out)
+    tests = _tests(python, "tests/gpu", "tests/generation/test_static_step.py", "-m", "gpu and not slow", *left_out)
     return [
         Step("environment", 15.0, (python, "-c", _ENVIRONMENT)),
         Step("tests", 75.0, tests),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -81,13 +82,34 @@ def test_the_first_stage_asks_first_whether_it_is_right() -> None:
 
 def test_the_pingpong_product_runs_in_a_step_of_its_own() -> None:
     file = "tests/gpu/test_pingpong_cuda.py"
-    for stage in STAGES:
-        for step in stage_steps(stage, native=True):
-            if step.name != "pingpong" and "tests/gpu" in step.command and "not slow" in step.command:
-                assert step.command[step.command.index("--ignore") + 1] == file
+    steps = [step for stage in STAGES for step in stage_steps(stage, native=True)]
+    (tests,) = (step for step in steps if "tests/gpu" in step.command and "gpu and not slow" in step.command)
+    assert tests.command[tests.command.index("--ignore") + 1] == file
     (step,) = (step for step in stage_steps("2", native=True) if step.name == "pingpong")
     (limit,) = re.findall(r"pytest\.mark\.timeout\((\d+)", (ROOT / file).read_text())
     assert file in step.command and 2 * int(limit) <= step.seconds
+
+
+def test_every_test_that_needs_a_gpu_is_run_by_a_stage() -> None:
+    commands = [step.command for stage in STAGES for step in stage_steps(stage, native=True)]
+    options = ("--ignore", "--deselect")
+    run = {
+        part
+        for command in commands
+        for before, part in itertools.pairwise(command)
+        if part.startswith("tests/") and before not in options
+    }
+    needing = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text()
+        marked = "pytest.mark.gpu" in text
+        if re.search(r"skipif\(\s*not torch\.cuda\.is_available", text):
+            assert marked, f"{path.name}: what needs a GPU must be marked gpu"  # the steps choose by the mark
+        if marked and path != Path(__file__).resolve():
+            needing.add(path.relative_to(ROOT).as_posix())
+    assert len(needing) >= 6
+    for name in needing:
+        assert any(name == part or name.startswith(f"{part}/") for part in run), f"no stage runs {name}"
 
 
 def _captured_steps(tree: ast.AST) -> list[ast.FunctionDef]:
