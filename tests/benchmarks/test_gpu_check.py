@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check.runner import archive, run_step, time_limit
+from benchmarks.gpu_check.runner import _GRACE, OWN_LIMIT, archive, own_limit, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
 from benchmarks.gpu_check.triton_cache import relocate
 from benchmarks.gpu_check.wheels import unpack
@@ -143,6 +143,33 @@ def test_steps_share_the_time() -> None:
         assert share == pytest.approx(seconds[index])
         left -= share
     assert time_limit(seconds[1:], 139.0) > 75.0  # the first was fast
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_with_a_limit_of_its_own_ends_before_it_is_interrupted(stage: str) -> None:
+    steps = stage_steps(stage, native=True)
+    limited = [index for index, step in enumerate(steps) if "--time-limit" in step.command]
+    assert len(limited) == {"1": 1, "2": 2, "3": 0}[stage]
+    shares = [step.seconds for step in steps]
+    for index in limited:
+        command = steps[index].command
+        assert command[command.index("--time-limit") + 1] == OWN_LIMIT
+        # every step before it takes all that it may
+        limit = time_limit(shares[index:], SECONDS[stage] * sum(shares[index:]) / sum(shares))
+        # a limit starts when PyTorch and Triton are imported
+        assert limit - _GRACE >= own_limit(limit) + 15 and own_limit(limit) >= 20
+
+
+def test_a_step_is_told_its_own_limit(tmp_path: Path) -> None:
+    told = run_step("told", [sys.executable, "-c", "import sys; print(sys.argv[1])", OWN_LIMIT], 60.0, {}, tmp_path)
+    assert told["tail"] == ["37"] and own_limit(10.0) == 1
+
+
+def test_the_sanitizer_has_a_minute_and_one_tool() -> None:
+    steps = stage_steps("3", native=True)
+    assert steps[-1].name == "sanitizer" and "memcheck" in " ".join(steps[-1].command)
+    shares = [step.seconds for step in steps]
+    assert time_limit(shares[-1:], SECONDS["3"] * shares[-1] / sum(shares)) - _GRACE >= 60
 
 
 def test_a_step_is_stopped_at_its_limit_and_may_still_speak(tmp_path: Path) -> None:
