@@ -60,7 +60,9 @@ def shapes(device: torch.device, grid: Grid) -> list[Shape]:
     if grid == "quick":  # what matters most comes first: a run may be cut off
         sizes = [(4096, 32768), (4096, 184622), (2048, 32768), (1024, 32768), (2048, 184622), (1024, 184622)]
         points = [Shape(6272, d, v, logits="peaked") for d, v in sizes]
-        return [*points[:4], Shape(6272, 4096, 32768), *points[4:], Shape(32768, 2048, 32768, 4, 5, "peaked")]
+        points = [*points[:4], Shape(6272, 4096, 32768), *points[4:], Shape(32768, 2048, 32768, 4, 5, "peaked")]
+        # a width that does not divide the slices of the weight's gradient, and so many rows that it is summed in them
+        return [*points, Shape(32768, 1536, 151936, logits="peaked")]
     wide = itertools.product((6272, 32768), (1024, 2048, 4096), (4096, 32768, 184622), logits)
     points = [Shape(r, d, v, logits=x) for r, d, v, x in wide]
     points += [Shape(6272, 2048, 32768, k, m, "peaked") for k, m in ((1, 0), (1, 20), (2, 5), (4, 5))]

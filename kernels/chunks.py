@@ -22,7 +22,7 @@ MIN_ROWS = 2048
 MIN_ROWS_SPLIT = 1536
 # A product that passes through a temporary does so in slices that stay in the second-level cache of a large GPU.
 SLICE_BYTES = 32 << 20
-_ALIGNMENT = 64  # columns: rows of E start on 128 bytes (16-bit) or more
+ALIGNMENT = 64  # columns: rows of E start on 128 bytes (16-bit) or more
 _BLOCK_ROWS = 128
 _SINGLE_CHUNK_EXCESS = 2.0
 
@@ -72,7 +72,7 @@ def sum_share(chunks: Chunks, rows: int, itemsize: int, *, needs_accumulator: bo
 
 def row_stride(classes: int) -> int:
     """Columns from one row of E to the next."""
-    return -(-classes // _ALIGNMENT) * _ALIGNMENT
+    return -(-classes // ALIGNMENT) * ALIGNMENT
 
 
 def bytes_per_row(classes: int, width: int, dtype: torch.dtype, *, fused: bool, BLOCK_N: int) -> int:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ntpseg.kernels.chunks import SLICE_BYTES
+from ntpseg.kernels.chunks import ALIGNMENT, SLICE_BYTES
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -39,8 +39,12 @@ def addmm_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def row_slices(out: Tensor, unit: int = 1) -> list[slice]:
-    """Rows of `out` in slices, whole multiples of `unit`, whose fp32 form has about `SLICE_BYTES`."""
+def row_slices(out: Tensor, unit: int = ALIGNMENT) -> list[slice]:
+    """Rows of `out` in slices, whole multiples of `unit`, whose fp32 form has about `SLICE_BYTES`.
+
+    They are columns of the other factor, E: with fewer than `ALIGNMENT` of them a slice may start between two 16-byte
+    words, for which cuBLAS has slow kernels alone.
+    """
     step = max(1, SLICE_BYTES // (4 * out.shape[1] * unit)) * unit
     return [slice(low, low + step) for low in range(0, out.shape[0], step)]
 

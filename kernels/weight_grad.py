@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ntpseg.kernels.chunks import Chunks
+from ntpseg.kernels.chunks import ALIGNMENT, Chunks
 from ntpseg.kernels.gemm_configs import ArchConfigs
 from ntpseg.kernels.gradient_filter import BlockMask, filtered_d_weight
 from ntpseg.kernels.matmul import addmm_, matmul, row_slices
@@ -101,7 +101,7 @@ class WeightGrad:
         first, last = self._added == 0, self._added == self._num_chunks - 1
         self._added += 1
         if self._low is not None:
-            for cut in row_slices(self._out, block_mask.BLOCK_N if block_mask else 1):
+            for cut in row_slices(self._out, block_mask.BLOCK_N if block_mask else ALIGNMENT):
                 part = torch.empty_like(self._out[cut], dtype=torch.float32)
                 self._product(e[:, cut], scaled, part, block_mask.classes(cut) if block_mask else None)
                 split_accumulate(part, self._out[cut], self._low[cut], first=first, last=last)

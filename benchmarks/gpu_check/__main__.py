@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = "this PyTorch was built without CUDA" if built is None else "PyTorch finds no CUDA device"
         print(f"gpu-check: {why} (torch {torch.__version__}); nothing was checked", file=sys.stderr)
         return 1
-    steps = stage_steps(args.stage, native=_install_native(args.kit))
+    steps = stage_steps(args.stage, native=install_native(args.kit, ROOT / "ntpseg"))
     if args.steps is not None:
         unknown = set(args.steps) - {step.name for step in steps}
         if unknown:
@@ -114,13 +115,14 @@ def step_environment(kit: Path, wheels: Path | None, work: Path) -> dict[str, st
     return environment
 
 
-def _install_native(kit: Path) -> bool:
-    """Puts the kit's native operators beside the package, where it has none; whether there are CUDA ones then."""
-    package = ROOT / "ntpseg"
+def install_native(kit: Path, package: Path) -> bool:
+    """Puts the kit's native operators into `package`; whether it then has CUDA ones that this Python would load."""
     for library in sorted((kit / "ntpseg").glob("_C*.so")):
-        if not (package / library.name).exists():
-            shutil.copy2(library, package / library.name)
-    return bool(list(package.glob("_C_cuda*.so")))
+        # whatever lies there: git ignores it, so that it may be of an earlier commit
+        partial = package / f"{library.name}.part"
+        shutil.copy2(library, partial)
+        os.replace(partial, package / library.name)  # a process that has the old one loaded keeps it
+    return any((package / f"_C_cuda{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ from typing import Any
 from benchmarks.harness.environment import ROOT
 
 _GRACE = 8.0  # seconds between asking a process to end, which lets pytest write its failures, and killing it
+# Seconds between the end of a process by its own limit, which starts after the imports, and its interruption.
+_MARGIN = 15.0
 _TAIL = 12
+# Stands in a command for the seconds after which the process ends by itself.
+OWN_LIMIT = "{own limit}"
 
 
 def time_limit(seconds: Sequence[float], left: float) -> float:
@@ -24,6 +28,11 @@ def time_limit(seconds: Sequence[float], left: float) -> float:
     A slow step takes nothing from those after it, a fast one leaves them more.
     """
     return seconds[0] / sum(seconds) * left
+
+
+def own_limit(limit: float) -> int:
+    """What `OWN_LIMIT` stands for in a step that may take `limit` seconds."""
+    return max(1, int(limit - _GRACE - _MARGIN))
 
 
 def run_step(
@@ -36,6 +45,7 @@ def run_step(
         return {"step": name, "seconds": 0.0, "result": "out of time", "tail": []}
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{name}.log"
+    command = [str(own_limit(limit)) if part == OWN_LIMIT else part for part in command]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with (
         subprocess.Popen(

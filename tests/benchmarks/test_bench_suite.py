@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
 from benchmarks.report.tables import COLUMNS, summary
 from benchmarks.suite import BENCHMARKS
+from ntpseg.kernels.chunks import plan_chunks
 from ntpseg.models import causal_blocks
 from ntpseg.models.attention import AttentionUse
 
@@ -246,7 +248,11 @@ def test_quick_on_a_gpu_measures_what_matters_first() -> None:
     assert [(s.width, s.classes) for s in quick[:2]] == [(4096, 32768), (4096, 184622)]
     plain = {(s.width, s.classes) for s in quick if (s.rows, s.heads, s.dtype) == (6272, 1, "bfloat16")}
     assert plain == {(d, v) for d in (1024, 2048, 4096) for v in (32768, 184622)}
-    assert (quick[-1].rows, quick[-1].heads) == (32768, 4)
+    assert [(s.rows, s.heads) for s in quick[-2:]] == [(32768, 4), (32768, 1)]
+    many = quick[-1]
+    plan = partial(plan_chunks, many.rows, many.classes, many.width, torch.bfloat16, fused=True, BLOCK_N=256)
+    for workspace in ("small", "fast"):
+        assert plan(needs_accumulator=True, workspace=workspace).split_accumulator
     assert {s.logits for s in quick} == {"random", "peaked"}
     full = loss.shapes(torch.device("cuda"), "full")
     assert {(s.width, s.classes, s.rows) for s in full if s.classes == 184622} == {

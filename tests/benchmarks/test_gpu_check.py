@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import os
 import re
@@ -18,7 +20,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check.runner import archive, run_step, time_limit
+from benchmarks.gpu_check.runner import _GRACE, OWN_LIMIT, archive, own_limit, run_step, time_limit
 from benchmarks.gpu_check.stages import SECONDS, STAGES, stage_steps
 from benchmarks.gpu_check.triton_cache import relocate
 from benchmarks.gpu_check.wheels import unpack
@@ -80,13 +82,58 @@ def test_the_first_stage_asks_first_whether_it_is_right() -> None:
 
 def test_the_pingpong_product_runs_in_a_step_of_its_own() -> None:
     file = "tests/gpu/test_pingpong_cuda.py"
-    for stage in STAGES:
-        for step in stage_steps(stage, native=True):
-            if step.name != "pingpong" and "tests/gpu" in step.command and "not slow" in step.command:
-                assert step.command[step.command.index("--ignore") + 1] == file
+    steps = [step for stage in STAGES for step in stage_steps(stage, native=True)]
+    (tests,) = (step for step in steps if "tests/gpu" in step.command and "gpu and not slow" in step.command)
+    assert tests.command[tests.command.index("--ignore") + 1] == file
     (step,) = (step for step in stage_steps("2", native=True) if step.name == "pingpong")
     (limit,) = re.findall(r"pytest\.mark\.timeout\((\d+)", (ROOT / file).read_text())
     assert file in step.command and 2 * int(limit) <= step.seconds
+
+
+def test_every_test_that_needs_a_gpu_is_run_by_a_stage() -> None:
+    commands = [step.command for stage in STAGES for step in stage_steps(stage, native=True)]
+    options = ("--ignore", "--deselect")
+    run = {
+        part
+        for command in commands
+        for before, part in itertools.pairwise(command)
+        if part.startswith("tests/") and before not in options
+    }
+    needing = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text()
+        marked = "pytest.mark.gpu" in text
+        if re.search(r"skipif\(\s*not torch\.cuda\.is_available", text):
+            assert marked, f"{path.name}: what needs a GPU must be marked gpu"  # the steps choose by the mark
+        if marked and path != Path(__file__).resolve():
+            needing.add(path.relative_to(ROOT).as_posix())
+    assert len(needing) >= 6
+    for name in needing:
+        assert any(name == part or name.startswith(f"{part}/") for part in run), f"no stage runs {name}"
+
+
+def _captured_steps(tree: ast.AST) -> list[ast.FunctionDef]:
+    """Functions with a backward pass, by the names that are called under ``with torch.cuda.graph(...)``."""
+    captures = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "torch.cuda.graph(" in ast.unparse(node.items[0])
+    ]
+    called = {ast.unparse(node.func) for each in captures for node in ast.walk(each) if isinstance(node, ast.Call)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in called]
+    return [function for function in functions if ".backward()" in ast.unparse(function)]
+
+
+def test_no_captured_step_returns_a_loss_with_its_graph() -> None:
+    """Kept until the capture, it holds nodes of the leaves that were made on another stream: the capture fails."""
+    files = [*(ROOT / "tests" / "gpu").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    steps = [step for path in files for step in _captured_steps(ast.parse(path.read_text()))]
+    assert len(steps) >= 4
+    for step in steps:
+        for node in ast.walk(step):
+            if isinstance(node, ast.Return) and node.value is not None:
+                text = ast.unparse(node.value)
+                assert not re.search(r"\bloss\b(?!\.detach\(\)|['\"])", text), f"{step.name} returns {text}"
 
 
 def test_steps_share_the_time() -> None:
@@ -96,6 +143,33 @@ def test_steps_share_the_time() -> None:
         assert share == pytest.approx(seconds[index])
         left -= share
     assert time_limit(seconds[1:], 139.0) > 75.0  # the first was fast
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_with_a_limit_of_its_own_ends_before_it_is_interrupted(stage: str) -> None:
+    steps = stage_steps(stage, native=True)
+    limited = [index for index, step in enumerate(steps) if "--time-limit" in step.command]
+    assert len(limited) == {"1": 1, "2": 2, "3": 0}[stage]
+    shares = [step.seconds for step in steps]
+    for index in limited:
+        command = steps[index].command
+        assert command[command.index("--time-limit") + 1] == OWN_LIMIT
+        # every step before it takes all that it may
+        limit = time_limit(shares[index:], SECONDS[stage] * sum(shares[index:]) / sum(shares))
+        # a limit starts when PyTorch and Triton are imported
+        assert limit - _GRACE >= own_limit(limit) + 15 and own_limit(limit) >= 20
+
+
+def test_a_step_is_told_its_own_limit(tmp_path: Path) -> None:
+    told = run_step("told", [sys.executable, "-c", "import sys; print(sys.argv[1])", OWN_LIMIT], 60.0, {}, tmp_path)
+    assert told["tail"] == ["37"] and own_limit(10.0) == 1
+
+
+def test_the_sanitizer_has_a_minute_and_one_tool() -> None:
+    steps = stage_steps("3", native=True)
+    assert steps[-1].name == "sanitizer" and "memcheck" in " ".join(steps[-1].command)
+    shares = [step.seconds for step in steps]
+    assert time_limit(shares[-1:], SECONDS["3"] * shares[-1] / sum(shares)) - _GRACE >= 60
 
 
 def test_a_step_is_stopped_at_its_limit_and_may_still_speak(tmp_path: Path) -> None:
@@ -151,6 +225,24 @@ def test_the_steps_find_what_the_kit_brought(tmp_path: Path, monkeypatch: pytest
     environment = gpu_check.step_environment(kit, None, tmp_path)
     assert environment["TRITON_CACHE_DIR"] == str(kit / "triton-cache") and environment["NTPSEG_COMMIT"] == "abc1234"
     assert environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(kit / "site-packages")]
+
+
+def test_the_operators_are_those_of_the_kit(tmp_path: Path) -> None:
+    kit, package = tmp_path / "kit", tmp_path / "package"
+    (kit / "ntpseg").mkdir(parents=True)
+    package.mkdir()
+    (package / "_C_cuda.cpython-27-x86_64-linux-gnu.so").write_text("another Python's")
+    assert not gpu_check.install_native(tmp_path / "none", package)
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (kit / "ntpseg" / name).write_text("new")
+        (package / name).write_text("of an earlier commit")
+    assert gpu_check.install_native(tmp_path / "none", package)
+    loaded = (package / "_C.abi3.so").open()
+    assert gpu_check.install_native(kit, package)
+    assert [(package / name).read_text() for name in ("_C.abi3.so", "_C_cuda.abi3.so")] == ["new", "new"]
+    assert loaded.read() == "of an earlier commit"
+    loaded.close()
+    assert not list(package.glob("*.part"))
 
 
 def test_kernels_are_found_in_a_cache_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_a_batch_leaves_nothing_behind(static: bool) -> None:
     np.testing.assert_array_equal(found.logprob, expected.logprob)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_graph_is_captured_once_and_replayed() -> None:
     weight, calls = torch.randn(5, 5, device="cuda"), []
 
@@ -119,7 +119,7 @@ def test_a_graph_is_captured_once_and_replayed() -> None:
     assert len(calls) == 3, "two warm-ups and the capture"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["greedy", "jacobi"])
 def test_on_a_gpu_graphs_give_the_masks_of_the_cpu(method: str) -> None:
     generator = make_generator(method=method)

@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 
 from kernel_cases import DESCRIPTORS, distance, draw_rows
 
+from ntpseg.kernels import matmul as products
+from ntpseg.kernels import weight_grad
 from ntpseg.kernels.anchored_gemm import anchored_gemm
+from ntpseg.kernels.chunks import Chunks
 from ntpseg.kernels.contrastive import contrastive, contrastive_tokens
 from ntpseg.kernels.gemm_configs import GEMM_CONFIGS, GemmConfig
 from ntpseg.kernels.indexed_dot import indexed_dot
@@ -20,7 +23,7 @@ from ntpseg.kernels.matmul import addmm_, matmul
 from ntpseg.kernels.row_reduce import overflow_gap, recompute_blocks, row_reduce
 from ntpseg.kernels.scale_rows import scale_, scale_rows
 from ntpseg.kernels.tl_utils import INTERPRETED
-from ntpseg.kernels.weight_grad import split_accumulate
+from ntpseg.kernels.weight_grad import WeightGrad, split_accumulate
 from ntpseg.kernels.workspace import Anchors, BlockStats, LossWeights, RowStats
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors need Triton's interpreter")
@@ -119,6 +122,34 @@ def test_a_split_accumulator() -> None:
     split_accumulate(exact, total, low, first=True, last=False)
     split_accumulate(torch.zeros_like(exact), total, low, first=False, last=True)
     assert distance(total, exact.double()) <= 1.001 * distance(exact.bfloat16(), exact.double())
+
+
+@pytest.mark.parametrize("width", [1536, 2560, 3072])
+def test_slices_of_the_weight_gradient_start_on_16_bytes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise cuBLAS takes kernels for unaligned operands: right, and slow."""
+    whole = torch.empty(151936, width, dtype=torch.bfloat16, device="meta")
+    assert all(cut.start % 8 == 0 for cut in products.row_slices(whole))
+
+    monkeypatch.setattr(products, "SLICE_BYTES", 4 * width * 85)
+    out = torch.empty(300, width, dtype=torch.bfloat16)
+    e, scaled = torch.randn(4, 320).bfloat16()[:, :300], torch.randn(4, width).bfloat16()
+    addresses = []
+
+    def recorded(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        addresses.append(left.data_ptr() - e.data_ptr())
+        return matmul(left, right, out)
+
+    for module in (products, weight_grad):
+        monkeypatch.setattr(module, "matmul", recorded)
+    factors = LossWeights(torch.ones(4), torch.ones(()), 1.0, 1.0, 0.0, 1.0)
+    chunks = Chunks(4, 2, split_accumulator=True)
+    accumulator = WeightGrad(out, torch.bfloat16, chunks, factors, GEMM_CONFIGS["interpreter"])
+    for _ in range(chunks.count):
+        accumulator.add(e, scaled, None)
+    assert len(addresses) == 2 * 5 and len(set(addresses)) == 5
+    assert distance(out, 2 * e.double().t() @ scaled.double()) < 2.5e-3
+    addmm_(torch.zeros(300, width), e.t(), scaled)  # as where PyTorch adds no 16-bit product to an fp32 matrix
+    assert len(addresses) == 3 * 5 and not any(address % 16 for address in addresses)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
