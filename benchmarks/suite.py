@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import Case, DeviceLost, Grid, Settings, run_case
 from benchmarks.harness.ceilings import copy_bytes, matmul_flops
 from benchmarks.harness.environment import describe, slug
-from benchmarks.harness.rows import Row, read_file, write
+from benchmarks.harness.rows import Row, read_file, rounded, write
 from benchmarks.harness.timing import Budget
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report.tables import ceiling_fraction
@@ -77,6 +77,8 @@ def run_settings(args: argparse.Namespace, without: Sequence[str] = ()) -> Setti
         raise ValueError(f"device must be cpu with --gate or --clock cpu, got {str(device)!r}")
     budget = _BUDGETS[device.type, grid_of(args)]
     if args.seconds is not None:
+        if not 0 <= args.seconds < float("inf"):
+            raise ValueError(f"--seconds must be >= 0, got {args.seconds}")
         budget = Budget(args.seconds, budget.min_rounds, budget.max_rounds, budget.warmup)
     only = frozenset(args.only) if args.only else None
     return Settings(device, budget, only, without=frozenset(without), cpu_time=args.clock == "cpu")
@@ -102,7 +104,14 @@ def parse_device(text: str) -> torch.device:
 
 
 def cases_of(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """The cases of one benchmark that `--where` leaves."""
+    """The cases of one benchmark that `--where` leaves.
+
+    Raises:
+        ValueError: `--where` is no list of KEY=VALUE.
+    """
+    odd = [item for item in args.where if "=" not in item]
+    if odd:
+        raise ValueError(f"--where must be KEY=VALUE, got {odd[0]!r}")
     parameters = dict(item.split("=", 1) for item in args.where)
     module = importlib.import_module(f"benchmarks.{name}")
     cases = module.cases(device, grid_of(args)) if args.run is None else module.trained_cases(args.run)
@@ -111,8 +120,28 @@ def cases_of(name: str, args: argparse.Namespace, device: torch.device) -> Itera
             yield case
 
 
+def check_where(names: Sequence[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Raise a `ValueError` where `--where` leaves no case of any of these benchmarks."""
+    if args.where and not any(True for name in names for _ in cases_of(name, args, device)):
+        raise ValueError(f"--where must leave a case of {', '.join(names)}, got {' '.join(args.where)}")
+
+
+def check_only(names: Sequence[str], args: argparse.Namespace, device: torch.device) -> None:
+    """Raise a `ValueError` where `--only` names what none of the cases that were run has."""
+    rows = [row for name in names for row in _rows(results_file(name, args, device))]
+    unknown = sorted(set(args.only or ()) - {row["contestant"] for row in rows})
+    if unknown:
+        raise ValueError(f"--only must name providers of {', '.join(names)}, got {unknown[0]!r}, which no case has")
+
+
+def _rows(path: Path) -> list[Row]:
+    return read_file(path) if path.is_file() else []
+
+
 def run(name: str, args: argparse.Namespace, settings: Settings, done: int = 0) -> int:
     """Runs one benchmark; the file is written anew after every case. Returns how many of ours are wrong or failed.
+
+    With `--only` or `--where` the file keeps its rows of other providers and cases.
 
     Args:
         name: the benchmark.
@@ -121,8 +150,9 @@ def run(name: str, args: argparse.Namespace, settings: Settings, done: int = 0) 
         done: so many cases are in the file already.
     """
     path = results_file(name, args, settings.device)
-    rows: list[Row] = read_file(path) if done else []
-    failures = count_failures(rows)
+    partial = args.only is not None or bool(args.where)
+    rows: list[Row] = _rows(path) if done or partial else []
+    failures = count_failures(rows) if done else 0
     for number, case in enumerate(cases_of(name, args, settings.device)):
         if number < done:
             continue
@@ -134,6 +164,9 @@ def run(name: str, args: argparse.Namespace, settings: Settings, done: int = 0) 
         for row in case_rows:
             row["grid"] = grid_of(args)
         add_ceilings(case_rows, settings.device)
+        again = {row["contestant"] for row in case_rows}
+        parameters = json.loads(json.dumps(rounded(case.parameters)))  # as a file has them
+        rows = [row for row in rows if row["contestant"] not in again or row["case"] != parameters]
         rows += case_rows
         write(path, rows)
         print(f"\n{name}  {json.dumps(case.parameters)}  ({time.perf_counter() - start:.1f} s)")

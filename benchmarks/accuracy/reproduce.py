@@ -197,8 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cells trained at a time")
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     args = parser.parse_args(argv)
+    for name, value in (("--jobs", args.jobs), ("--threads", args.threads), ("--seeds", args.seeds)):
+        if value < 1:
+            parser.error(f"{name} must be >= 1, got {value}")
+    if not args.list and not args.data.is_dir():
+        parser.error(f"data must be a folder, got {str(args.data)!r}")
     cells = qata_cells(args.minutes, args.seeds, args.groups)
     cells = [cell for cell in cells if args.only is None or fnmatch.fnmatch(cell.name, args.only)]
+    if not cells:
+        parser.error(f"--only must match the name of a cell, got {args.only!r}; --list shows them")
     missing = [cell for cell in cells if not (args.out / "cells" / f"{cell.name}.json").is_file()]
     if args.list:
         for cell in cells:

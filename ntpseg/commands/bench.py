@@ -30,5 +30,6 @@ def bench(
     options: Annotated[bool, typer.Option("--options", help="List the further options and stop.")] = False,
 ) -> None:
     """Measure this package beside its peers on this machine's GPU, or else its CPU; rows go to benchmarks/results/."""
-    arguments = [what, *(["--quick"] if quick else []), *context.args, *(["--base", base] if base else [])]
+    # An unknown option in front of the benchmark is `what`, and its value the next argument: the order must stay.
+    arguments = [what, *context.args, *(["--quick"] if quick else []), *(["--base", base] if base else [])]
     raise typer.Exit(run_in_checkout("bench", ["benchmarks", *arguments, *(["--help"] if options else [])]))

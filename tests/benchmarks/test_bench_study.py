@@ -58,6 +58,22 @@ def test_list_runs_nothing(tmp_path, capsys, monkeypatch) -> None:
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "data must be a folder, got 'nowhere'"),
+        ([".", "--jobs", "0"], "--jobs must be >= 1, got 0"),
+        ([".", "--seeds", "0"], "--seeds must be >= 1, got 0"),
+        ([".", "--only", "nomatch"], "--only must match the name of a cell, got 'nomatch'; --list shows them"),
+    ],
+)
+def test_a_study_of_nothing_is_no_success(arguments, message, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["qata", *arguments, "--out", str(tmp_path / "study")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Runs a study whose cells are only written; those in `broken` fail."""
@@ -79,7 +95,7 @@ def study(tmp_path, monkeypatch):
 
     def run(*more: str) -> int:
         calls.clear()
-        return reproduce.main(["qata", "nowhere", "--out", str(tmp_path), "--minutes", "5", "--seeds", "2", *more])
+        return reproduce.main(["qata", str(tmp_path), "--out", str(tmp_path), "--minutes", "5", "--seeds", "2", *more])
 
     return SimpleNamespace(run=run, calls=calls, broken=broken, path=tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks import attention, loss, packed_attention, profile_loss
-from benchmarks.command import main
+from benchmarks.command import main, parser
 from benchmarks.harness import Case, Comparison, Provider, Settings, run_case
 from benchmarks.harness.rows import read
 from benchmarks.harness.timing import Budget
@@ -24,6 +26,7 @@ from benchmarks.report.pages import BEGIN, END, write_report
 from benchmarks.report.plots import draw
 from benchmarks.report.tables import COLUMNS, summary
 from benchmarks.suite import BENCHMARKS
+from ntpseg.cli import app
 from ntpseg.kernels.chunks import plan_chunks
 from ntpseg.models import causal_blocks
 from ntpseg.models.attention import AttentionUse
@@ -145,6 +148,55 @@ def test_where_picks_cases(tmp_path: Path) -> None:
         ("three products", "peaked"),
         ("ntpseg torch", "peaked"),
     ]
+
+
+def test_a_part_of_a_benchmark_leaves_the_other_rows(tmp_path: Path) -> None:
+    def run(*arguments: str) -> int:
+        return main(["topn", *QUICK, "--results", str(tmp_path), *arguments])
+
+    assert run() == 0
+    whole = read(tmp_path)
+    names = {row["contestant"] for row in whole}
+    case = whole[0]["case"]
+    where = [f"{key}={value}" for key, value in case.items()]
+    (name,) = sorted(n for n in names if n.startswith("ntpseg"))[:1]
+    assert run("--only", name, "--where", *where) == 0
+    again = read(tmp_path)
+
+    def keys(rows):
+        return sorted((json.dumps(row["case"]), row["contestant"]) for row in rows)
+
+    assert keys(again) == keys(whole)
+    # Those of the case that ran are new, the others what they were.
+    kept = [row for row in whole if row["case"] != case or row["contestant"] not in (name, "copies")]
+    assert all(row in again for row in kept) and len(kept) < len(whole)
+    assert run() == 0
+    assert keys(read(tmp_path)) == keys(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nope"], "--only must name providers of topn, got 'nope', which no case has"),
+        (["--where", "nope=1"], "--where must leave a case of topn, got nope=1"),
+        (["--where", "nope"], "--where must be KEY=VALUE, got 'nope'"),
+        (["--threads", "-2"], "--threads must be >= 1, got -2"),
+        (["--threads", "0"], "--threads must be >= 1, got 0"),
+        (["--seconds", "-1"], "--seconds must be >= 0, got -1"),
+    ],
+)
+def test_options_that_choose_nothing_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(["topn", *QUICK, "--results", str(tmp_path), *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "1", "topn", "--quick"], ["topn", "--quick", "--threads", "1"]])
+def test_options_may_stand_before_the_benchmark(monkeypatch, arguments: list[str]) -> None:
+    given = []
+    monkeypatch.setattr("ntpseg.commands.bench.run_in_checkout", lambda command, module: given.append(module) or 0)
+    assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 0
+    args = parser().parse_args(given[0][1:])
+    assert (args.what, args.threads, args.quick) == ("topn", 1, True)
 
 
 def test_profile_runs(tmp_path: Path) -> None:
