@@ -192,7 +192,8 @@ class CheckpointTrainer(StepTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; what this run sets of it is remembered, since a checkpoint's state replaces that."""
         made: Any = super().create_optimizer(*args, **kwargs)
-        self._settings = OptimizerSettings(made)
+        # Where DeepSpeed's own JSON file names the optimizer, only a placeholder is here.
+        self._settings = OptimizerSettings(made) if hasattr(made, "param_groups") else None
         return made
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

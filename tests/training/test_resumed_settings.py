@@ -75,6 +75,14 @@ def test_a_rate_keeps_its_place_in_the_schedule(step) -> None:
     assert settings.restore(now, follow) == []
 
 
+def test_an_optimizer_of_deepspeeds_json_file_is_left_to_it(tmp_path) -> None:
+    from accelerate.utils import DummyOptim
+
+    trainer = make_trainer(make_toy(4), tmp_path)
+    trainer.optimizer = DummyOptim(trainer.model.parameters())
+    assert trainer.create_optimizer() is trainer.optimizer
+
+
 def test_a_schedule_without_base_rates_keeps_the_checkpoints() -> None:
     optimizer = optimizer_of(1e-2, 0.1)
     settings = OptimizerSettings(optimizer)
