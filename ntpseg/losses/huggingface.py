@@ -279,8 +279,9 @@ def _check_model(model: Any) -> None:
         raise CannotFuse(f"model must be a causal language model with an output head, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotFuse(
-            f"model must be a decoder alone, got {name}, an encoder-decoder, whose labels are not shifted: call "
-            "ntp_loss(..., shift=False) on its decoder's hidden states"
+            f"model must be a decoder alone, got {name}, an encoder-decoder: call ntp_loss on its decoder's hidden "
+            "states, with shift=False where each position's logits are for the label at that position (T5 and Bart "
+            "shift the decoder's inputs in place of the labels)"
         )
     check_head(head, model)
     loss = getattr(model, "loss_function", None)

@@ -149,7 +149,7 @@ REFUSALS = {
     "hook on the gradient": "must have no backward hooks",
     "user's loss": "loss_function must be transformers' ForCausalLMLoss, got user_loss",
     "another loss type": "loss_function must be transformers' ForCausalLMLoss, got ForMaskedLMLoss",
-    "encoder-decoder": "encoder-decoder, whose labels are not shifted",
+    "encoder-decoder": "an encoder-decoder: .* with shift=False where each position's logits are for the label at that",
     "unshifted": r"must take its loss from self\.loss_function\(logits, labels\)",
     "nothing loaded": "must have a finite loss on random tokens",
     "own loss": r"must take its loss from self\.loss_function\(logits, labels\)",
