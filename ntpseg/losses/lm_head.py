@@ -20,14 +20,15 @@ OUTPUT_FIELDS = tuple(NTPOutput.__dataclass_fields__)  # made once: torch.compil
 
 
 def linear_of(head: Any) -> Any:
-    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter."""
+    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter (without one, the original)."""
     while True:
         if hasattr(head, "_fsdp_wrapped_module"):
             head = head._fsdp_wrapped_module
         elif isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
             active = head.active_adapter
             active = active[0] if isinstance(active, list | tuple) else active
-            head = dict(head.modules_to_save.items()).get(active, head.original_module)
+            copies = {} if getattr(head, "disable_adapters", False) else dict(head.modules_to_save.items())
+            head = copies.get(active, head.original_module)
         else:
             return head
 

@@ -26,6 +26,7 @@ class ModulesToSave(nn.Module):
         self.original_module = base
         self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(base)})
         self.active_adapter = "default"
+        self.disable_adapters = False
         base.requires_grad_(False)
 
     @property
@@ -33,7 +34,8 @@ class ModulesToSave(nn.Module):
         return self.modules_to_save[self.active_adapter].weight
 
     def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.modules_to_save[self.active_adapter](hidden, *args, **kwargs)
+        head = self.original_module if self.disable_adapters else self.modules_to_save[self.active_adapter]
+        return head(hidden, *args, **kwargs)
 
 
 class Adapted(nn.Module):
