@@ -30,7 +30,7 @@ class DeferredLogits:
 
     Attributes:
         hidden: ``[B, T, D]``, what the head was given.
-        head: called with this object it returns the logits, or the loss if labels are given too.
+        head: what `call_head` calls.
         classes: how many classes, from the first.
         biased: whether the head adds a bias.
         dtype: of the logits.
@@ -99,9 +99,16 @@ class DeferredLogits:
 
     ndim = property(dim)
 
+    def call_head(self, **arguments: Any) -> Any:
+        """What the head makes of these logits (`ntpseg.losses.lm_head`): themselves, or a loss if labels are given.
+
+        They are given twice, since hooks of the head change what is passed by position.
+        """
+        return self.head(self, deferred=self, **arguments)
+
     def logits(self) -> Tensor:
         """The logits after all, ``[B, T, V]``."""
-        return self.head(self)
+        return self.call_head()
 
     def finish(self, z: Tensor) -> Tensor:
         """What the model does to the logits `z` of the head."""
@@ -181,7 +188,7 @@ class DeferredLogits:
     def logsumexp(self, dim: int = -1, keepdim: bool = False) -> Tensor:
         if dim not in (-1, 2) or keepdim or self.transposed:
             raise self._refusal(f"logsumexp over dimension {dim}")
-        return self.head(self, log_sum_exp=True)
+        return self.call_head(log_sum_exp=True)
 
     def __getitem__(self, index: Any) -> DeferredLogits:
         if self.flat or self.transposed:

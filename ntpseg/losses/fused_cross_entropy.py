@@ -107,10 +107,10 @@ def fused_cross_entropy(
         if reduction == "none":
             if settings.negatives or settings.label_smoothing:
                 raise CannotFuse("negatives and label_smoothing must be 0 with reduction='none', got others")
-            nll = logits.head(logits, labels=labels, options=settings, per_token=True)
+            nll = logits.call_head(labels=labels, options=settings, per_token=True)
             return (nll if token_weights is None else nll * token_weights).reshape(target.shape)
         num_items = 1.0 if reduction == "sum" else None
-        fields = logits.head(logits, labels=labels, options=settings, token_weights=token_weights, num_items=num_items)
+        fields = logits.call_head(labels=labels, options=settings, token_weights=token_weights, num_items=num_items)
         results.append(NTPOutput(*fields))
         return results[-1].loss
 

@@ -259,8 +259,8 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
     tensors = dict(call.tensors)
     if kwargs.get("num_items_in_batch") is not None:
         tensors["num_items"] = kwargs["num_items_in_batch"]
-    result = logits.head(
-        logits, labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
+    result = logits.call_head(
+        labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
     )
     if not isinstance(result, tuple) or len(result) != len(OUTPUT_FIELDS):
         raise CannotFuse(

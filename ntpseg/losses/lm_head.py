@@ -68,6 +68,7 @@ def _forward(
     options: LossOptions | None = None,
     log_sum_exp: bool = False,
     per_token: bool = False,
+    deferred: DeferredLogits | None = None,
     **tensors: Any,
 ) -> Any:
     """Logits, deferred logits, or for deferred logits what they stand for: loss, losses, their logsumexp, logits.
@@ -76,6 +77,9 @@ def _forward(
     """
     call = self.ntp_call
     weight, bias = self.weight, self.bias
+    if deferred is not None:
+        # pre-hooks have changed the hidden states in the call that deferred the logits, and now once more
+        hidden = deferred
     if isinstance(hidden, DeferredLogits):
         if call is not None and call.leaves is not None:
             _, weight, bias = call.leaves

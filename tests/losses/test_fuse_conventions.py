@@ -70,6 +70,33 @@ def test_a_head_in_modules_to_save(when: str) -> None:
     assert_same(gradients(model, batch()), truth)
 
 
+def test_a_disabled_adapter_leaves_the_original_head() -> None:
+    plain, model = with_saved_head(build()), fuse_causal_lm(with_saved_head(build()), negatives=0)
+    losses = []
+    for adapted in (plain, model):
+        wrapper = adapted.base_model.lm_head
+        with torch.no_grad():
+            wrapper.modules_to_save["default"].weight.mul_(1.5)
+        for wrapper.disable_adapters in (True, False):
+            losses.append(float(adapted(**batch()).loss.detach()))
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.1
+    unfuse_causal_lm(model)
+    assert "forward" not in vars(model.base_model.lm_head.original_module)
+
+
+def test_peft_disables_its_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = fuse_causal_lm(peft.get_peft_model(build(), config), negatives=0)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    own = float(build()(**batch()).loss.detach())
+    with model.disable_adapter():
+        assert float(model(**batch()).loss.detach()) == pytest.approx(own, rel=1e-5)
+    assert abs(float(model(**batch()).loss.detach()) - own) > 0.1
+
+
 def resized(model: Any) -> Any:
     torch.manual_seed(3)
     model.resize_token_embeddings(113)
@@ -208,6 +235,16 @@ def test_hooks_that_watch_or_change_what_goes_in() -> None:
     seen.clear()
     assert_same(gradients(model, batch()), truth)
     assert set(seen) == {1, 2}
+
+
+@pytest.mark.parametrize("factor", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_a_hook_before_the_head_changes_loss_and_logits_once(factor: Any) -> None:
+    model = build().eval()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * factor,))
+    truth = model(**batch())
+    out = fuse_causal_lm(model, negatives=0)(**batch())
+    assert float(out.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
+    assert torch.allclose(out.logits, truth.logits, rtol=1e-4, atol=1e-5)
 
 
 class Rows(torch.utils.data.Dataset):
