@@ -35,7 +35,7 @@ class DeferredLogits:
         biased: whether the head adds a bias.
         dtype: of the logits.
         inner, squashed, outer: see above; `outer` is 1 unless `squashed`.
-        ignore_masks: leave out what the model writes into its logits (``logits[..., ids] = -inf``).
+        ignore_masks: leave out masks of classes that the model writes into its logits (``logits[..., ids] = -inf``).
         cross_entropy: what ``F.cross_entropy`` of these logits is; None: refused, and so is flattening them for it.
         flat: ``[B * T, V]`` to the outside.
         transposed: ``[B, V, T]`` to the outside, for nothing but ``F.cross_entropy``.
@@ -209,6 +209,10 @@ class DeferredLogits:
     def __setitem__(self, index: Any, value: Any) -> None:
         if not self.ignore_masks:
             raise self._refusal("writing into them (a mask of classes)")
+        # only what hides classes may be left out: another value there, or a position, is a loss of the model's own
+        lowest = isinstance(value, int | float) and value <= torch.finfo(self.dtype).min
+        if not lowest or not _selects_classes(index, self.dim()):
+            raise self._refusal(f"writing {_shown(value)} into [{_shown(index)}] of them, which masks no classes")
 
     # what it cannot
 
@@ -235,9 +239,9 @@ class DeferredLogits:
     def _refusal(self, what: str) -> UnsupportedLogits:
         if self.cross_entropy is not None:
             return UnsupportedLogits(
-                "the head's logits must go to F.cross_entropy, and be no more than scaled, capped, sliced, flattened or "
-                f"transposed on the way, got {what}. The fused loss has no such logits: leave this use of them outside "
-                "of fused_cross_entropy, or call ntp_loss on the hidden states"
+                "the head's logits must go to F.cross_entropy, and be no more than scaled, capped, sliced, flattened "
+                f"or transposed on the way, got {what}. The fused loss has no such logits: leave this use of them "
+                "outside of fused_cross_entropy, or call ntp_loss on the hidden states"
             )
         return UnsupportedLogits(
             "model must take its loss from self.loss_function(logits, labels) and do no more to its logits than "
@@ -257,5 +261,21 @@ for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", 
     setattr(DeferredLogits, f"__{_name}__", _refuse_operator(f"__{_name}__"))
 
 
+def _selects_classes(index: Any, dims: int) -> bool:
+    """Whether an index of logits takes all positions, and of the last dimension some classes."""
+    *rows, last = index if isinstance(index, tuple) else (index,)
+    spread = any(part is Ellipsis for part in rows)
+    if len(rows) != dims - 1 and not (spread and len(rows) <= dims):
+        return False
+    if not all(part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in rows):
+        return False
+    if isinstance(last, Tensor):
+        return last.dim() <= 1
+    ids = last if isinstance(last, list | tuple) else [last]
+    return isinstance(last, slice) or all(isinstance(id_, int) for id_ in ids)
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):  # an index: the repr of a tensor in it may take several lines
+        return f"({', '.join(map(_shown, value))})"
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -31,9 +31,9 @@ def fused_cross_entropy(
             _, loss = model(cond_idx=classes, idx=codes[:, :-1], targets=codes)
 
     What may happen to the logits on the way: a change of dtype, slices of rows and positions, a scale, a softcap, and
-    being flattened or transposed to ``[B, V, T]``. Everything else raises. Several cross-entropies of parts of the logits are as many losses. Labels
-    are taken as they are given, already shifted; the negatives of TCL are those before in the same row of
-    ``[B, T]``, as the head saw it.
+    being flattened or transposed to ``[B, V, T]``. Everything else raises. Several cross-entropies of parts of the
+    logits are as many losses. Labels are taken as they are given, already shifted; the negatives of TCL are those
+    before in the same row of ``[B, T]``, as the head saw it.
 
     ``weight``, ``ignore_index``, ``label_smoothing`` and ``reduction`` ("mean", "sum" and, without negatives, "none")
     of ``F.cross_entropy`` mean what they mean there.
@@ -47,8 +47,9 @@ def fused_cross_entropy(
         A list that gets the `NTPOutput` of each loss (none with ``reduction="none"``).
 
     Raises:
-        ValueError: `head` is no plain linear layer, or fused already; the logits are used in another way; a cross-entropy has
-            probabilities as its target, ``reduction="none"`` with negatives, or both class weights and label smoothing.
+        ValueError: `head` is no plain linear layer, or fused already; the logits are used in another way; a
+            cross-entropy has probabilities as its target, ``reduction="none"`` with negatives, or both class weights
+            and label smoothing.
     """
     options = NTPLoss(options, **keywords).options
     check_head(head)

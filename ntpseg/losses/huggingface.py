@@ -64,8 +64,8 @@ def fuse_causal_lm(
         options: a `LossOptions`, or
         check: compare the fused loss with the model's own, and the gradients at its head, on a few random tokens with
             ``negatives=0``: now, or in the first labelled call where the weights are not here yet (meta device,
-            ZeRO-3, FSDP). False also accepts a model that hides classes in its logits (Chameleon: its image tokens),
-            and leaves that mask out, as training on these classes needs.
+            ZeRO-3, FSDP). False also accepts a model that hides classes in its logits (Chameleon: its image tokens)
+            by writing -inf or the lowest number there, and leaves that mask out, as training on these classes needs.
         skip_logits: True: no logits in eval mode either; the output then is a `FusedLMOutput`, whose ``prediction``
             and ``nll`` are what Trainer's ``compute_metrics`` is given. None: logits in eval mode only.
         **keywords: the fields of `LossOptions` one by one. TCL and HET are on by default; ``negatives=0`` leaves

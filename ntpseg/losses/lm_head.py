@@ -20,7 +20,7 @@ OUTPUT_FIELDS = tuple(NTPOutput.__dataclass_fields__)  # made once: torch.compil
 
 
 def linear_of(head: Any) -> Any:
-    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter (without one, the original)."""
+    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter, if any."""
     while True:
         if hasattr(head, "_fsdp_wrapped_module"):
             head = head._fsdp_wrapped_module

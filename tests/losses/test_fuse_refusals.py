@@ -81,6 +81,18 @@ class WeightDirectly(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, 97), logits=logits)
 
 
+class WritesLogits(LlamaForCausalLM):
+    """A subclass that writes into its logits."""
+
+    where: Any = (..., [3, 5])
+    value: Any = float("-inf")
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits[self.where] = self.value
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, 97), logits=logits)
+
+
 class TwoLosses(LlamaForCausalLM):
     """A subclass that supervises twice, as multi-token prediction does."""
 
@@ -172,6 +184,36 @@ def test_refused_in_the_first_call_without_the_check(kind: str) -> None:
     model = fuse_causal_lm(spoil(kind), negatives=0, check=False)
     with pytest.raises(ValueError, match="must"):
         model(**batch())
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ((..., [3, 5]), 0.0),
+        ((..., [3, 5]), -100.0),
+        ((..., [3, 5]), torch.zeros(2)),
+        ((slice(None), slice(0, 4)), float("-inf")),
+        ((0, ..., 5), float("-inf")),
+        ((slice(None), 2, torch.tensor([3])), float("-inf")),
+        (..., float("-inf")),
+        (torch.ones(2, 11, 97) > 0, float("-inf")),
+    ],
+    ids=str,
+)
+def test_only_masks_of_classes_are_left_out(where: Any, value: Any) -> None:
+    model = fuse_causal_lm(build(WritesLogits), negatives=0, check=False)
+    model.where, model.value = where, value
+    with pytest.raises(ValueError, match=r"got writing .* into \[.*\] of them, which masks no classes"):
+        model(**batch())
+
+
+def test_masks_of_classes_are_left_out_without_the_check() -> None:
+    model, plain = fuse_causal_lm(build(WritesLogits), negatives=0, check=False), build()
+    truth = float(plain(**batch()).loss.detach())
+    for where in ((..., [3, 5]), (slice(None), slice(None), torch.tensor([3])), (..., slice(3, 9)), (..., 4)):
+        for value in (float("-inf"), torch.finfo(torch.float32).min):
+            model.where, model.value = where, value
+            assert float(model(**batch()).loss.detach()) == pytest.approx(truth, rel=1e-5)
 
 
 def test_refused_when_it_changes_later() -> None:
