@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ntpseg.losses.api import NTPLoss
+from ntpseg.losses.batch_arguments import BATCH_KEYS, BatchArguments
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.fused_call import Call, Fusion, labelled_forward
 from ntpseg.losses.lm_head import OUTPUT_FIELDS, check_head, fuse_head, is_fused_head, linear_of, unfuse_head
@@ -30,10 +31,6 @@ from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.self_check import check_fusion, weights_are_here
 from ntpseg.utils.checks import check_bool
 from ntpseg.utils.tensor_checks import shown
-
-# What `forward` takes besides the arguments of the model's own; named in its signature, since Trainer drops the columns
-# of a data set that are not.
-_MORE_ARGUMENTS = ("het_position", "het_token", "token_weights", "shift_labels", "skip_logits")
 
 
 def fuse_causal_lm(
@@ -52,6 +49,9 @@ def fuse_causal_lm(
 
     - ``het_position`` and ``het_token``: ``[B, n]`` int64, see `ntpseg.HardTokens`;
     - ``token_weights``: ``[B, T]`` float;
+    - ``num_het_in_batch`` and ``num_weights_in_batch``: one number each, how many hard tokens count and the sum of the
+      weights of supervised tokens, over the same micro-batches and ranks as ``num_items_in_batch``; needed where that
+      is given (Trainer does) and there are hard tokens or token weights;
     - ``shift_labels``: ``[B, T]`` int64, labels that are shifted already (context parallelism), used in place of
       ``labels``; the positions of hard tokens and token weights then are those of ``shift_labels``;
     - ``skip_logits``: see below.
@@ -139,17 +139,12 @@ def _inner(model: Any) -> Any:
 def _forward(
     model: Any,
     *args: Any,
-    num_items_in_batch: Tensor | float | None = None,
-    het_position: Tensor | None = None,
-    het_token: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    shift_labels: Tensor | None = None,
+    num_items_in_batch: Any = None,
     skip_logits: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    from ntpseg.memory import HardTokens
-
     fusion: Fusion = model.ntp_fusion
+    given = BatchArguments(num_items_in_batch, **{name: kwargs.pop(name, None) for name in BATCH_KEYS})
     _check_device(model, (*args, *kwargs.values()))
     if args and args[0] is model:  # accelerate's unwrap_model binds what it finds on the instance once more
         args = args[1:]
@@ -161,24 +156,18 @@ def _forward(
                 "compute_loss_func Trainer takes the labels out and computes the loss from logits. Leave these out; "
                 "fuse_causal_lm(model, negatives=0, label_smoothing=...) smooths the labels"
             )
+        given.check_labels()
         return type(model).forward(model, **kwargs)
     if fusion.check_pending and not torch.compiler.is_compiling():
         check_fusion(model)
     if skip_logits is None:
         skip_logits = fusion.skip_logits
-    if (het_position is None) != (het_token is None):  # half of them would be none, without a word
-        missing, other = ("het_position", "het_token") if het_position is None else ("het_token", "het_position")
-        raise ValueError(f"{missing} must be given with {other}, got None")
     call = Call(
         head=model.get_output_embeddings(),
         options=fusion.options,
         ignore_masks=fusion.ignore_masks,
-        shift_labels=shift_labels,
-        tensors={
-            "het": None if het_position is None or het_token is None else HardTokens(het_position, het_token),
-            "num_items": num_items_in_batch,
-            "token_weights": token_weights,
-        },
+        shift_labels=given.shift_labels,
+        tensors=given.loss_arguments(fusion.options),
     )
     out = labelled_forward(model, call, kwargs)
     wanted = not model.training if skip_logits is None else not skip_logits
@@ -258,6 +247,11 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
         changes["ignore_index"] = kwargs["ignore_index"]
     tensors = dict(call.tensors)
     if kwargs.get("num_items_in_batch") is not None:
+        if tensors.get("het") is not None or tensors.get("token_weights") is not None:
+            raise CannotFuse(
+                "model must leave num_items_in_batch to a batch with hard tokens or token weights, got one from "
+                f"{type(model).__name__}"
+            )
         tensors["num_items"] = kwargs["num_items_in_batch"]
     result = logits.call_head(
         labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
@@ -316,7 +310,7 @@ def _signature(own: Any) -> inspect.Signature:
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in known]
         names = {p.name for p in plain}
         yield from (p for p in plain if p.kind != inspect.Parameter.VAR_KEYWORD)
-        for name in _MORE_ARGUMENTS:
+        for name in (*BATCH_KEYS, "skip_logits"):
             if name not in names:
                 yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         yield from (p for p in plain if p.kind == inspect.Parameter.VAR_KEYWORD)

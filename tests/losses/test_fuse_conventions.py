@@ -272,14 +272,18 @@ def test_trainer_keeps_the_columns_of_the_loss_and_metrics_get_predictions(tmp_p
         seen["prediction"], seen["nll"] = prediction.predictions
         return {}
 
-    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics)
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        supervised = columns["labels"][:, 1:] != -100
+        return columns | {"num_weights_in_batch": float(columns["token_weights"][:, 1:][supervised].sum())}
+
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics, data_collator=collate)
     loss = trainer.evaluate()["eval_loss"]
     assert seen["prediction"].shape == (4, 11)
     weights = torch.arange(11.0)
     nll = torch.from_numpy(seen["nll"])[0]
     assert weights[nll > 0].sum() > 0
-    # Trainer's count of items is the denominator, as in training
-    assert loss == pytest.approx(float((weights * nll).sum() / (nll > 0).sum()), rel=1e-5)
+    assert loss == pytest.approx(float((weights * nll).sum() / weights[nll > 0].sum()), rel=1e-5)
 
 
 def test_trainer_trains_as_without(tmp_path: Path) -> None:
