@@ -92,8 +92,15 @@ def fuse_causal_lm(
     _check_model(inner)
 
     own = type(inner).forward
-    names = [name for name in inspect.signature(own).parameters if name not in ("self", "kwargs", "args")]
-    inner.ntp_fusion = Fusion(options=options, skip_logits=skip_logits, ignore_masks=not check, argument_names=names)
+    parameters = inspect.signature(own).parameters
+    inner.ntp_fusion = Fusion(
+        options=options,
+        skip_logits=skip_logits,
+        ignore_masks=not check,
+        argument_names=[name for name in parameters if name not in ("self", "kwargs", "args")],
+        takes_shift_labels="shift_labels" in parameters
+        or any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()),
+    )
     inner.ntp_call = None
     forward: Any = functools.partial(_forward, inner)
     forward.__signature__ = _signature(own)
@@ -169,6 +176,9 @@ def _forward(
         shift_labels=given.shift_labels,
         tensors=given.loss_arguments(fusion.options),
     )
+    if given.shift_labels is not None and fusion.takes_shift_labels:
+        # some models choose by them which logits have labels (GIT)
+        kwargs["shift_labels"] = given.shift_labels
     out = labelled_forward(model, call, kwargs)
     wanted = not model.training if skip_logits is None else not skip_logits
     return _finished(out, call, wanted, predictions=bool(skip_logits))
@@ -229,6 +239,11 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     call: Call | None = model.ntp_call
+    if call is None and torch.is_grad_enabled():
+        raise CannotFuse(
+            "self.loss_function must be called by the forward of the fused model on labels, got a call outside of it, "
+            "where it is plain cross-entropy: take the loss from model(..., labels=labels), or unfuse the model"
+        )
     if call is None or call.own:
         classes = vocab_size if vocab_size is not None else logits.shape[-1]
         return ForCausalLMLoss(logits, labels, classes, **kwargs)
@@ -239,7 +254,13 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
         )
     if call.result is not None:
         raise CannotFuse("model must call self.loss_function once, got a second call")
-    options, shift_labels = call.options, kwargs.get("shift_labels", call.shift_labels)
+    options, shift_labels = call.options, kwargs.get("shift_labels")
+    if shift_labels is None:
+        shift_labels = call.shift_labels
+    elif call.shift_labels is not None and shift_labels is not call.shift_labels:
+        raise CannotFuse(
+            f"model must pass the batch's shift_labels to self.loss_function, got others from {type(model).__name__}"
+        )
     if shift_labels is not None:
         labels, options = shift_labels, dataclasses.replace(options, shift=False)
     changes: dict[str, Any] = {"logit_scale": logits.logit_scale, "softcap": logits.softcap}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_llama import assert_same, batch, build, gradients
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GitConfig, GitForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ntpseg.losses.fused_output import FusedLMOutput
@@ -172,6 +173,43 @@ def test_shifted_labels() -> None:
     assert_same(gradients(model, half | {"num_items_in_batch": 7}), truth)
     whole = batch() | {"shift_labels": shifted}
     assert_same(gradients(model, whole), gradients(model, batch()))
+
+
+def test_git_shifts_no_shifted_labels() -> None:
+    """GIT takes the logits from shift_labels' presence: all of the text's with them, all but the last without."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    model = GitForCausalLM(GitConfig(**sizes, vocab_size=97, pad_token_id=0, vision_config=vision)).eval()
+    inputs = batch() | {"pixel_values": torch.randn(2, 3, 32, 32)}
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    twice = inputs | {"labels": shifted, "shift_labels": shifted}
+    truths = gradients(model, inputs), gradients(model, twice)
+    fuse_causal_lm(model, negatives=0, check=False)
+    for given, truth in zip((inputs, twice), truths):
+        assert_same(gradients(model, given), truth)
+
+
+class OwnShift(LlamaForCausalLM):
+    """A subclass that shifts the labels itself, and hears nothing of shift_labels."""
+
+    shifted: Any = None
+
+    def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = self.loss_function(logits, labels, 97, shift_labels=self.shifted)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_shift_labels_that_the_model_does_not_take() -> None:
+    model, inputs = fuse_causal_lm(build(OwnShift), negatives=0, check=False), batch()
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    truth = float(build()(**inputs).loss.detach())
+    inputs |= {"labels": torch.full_like(shifted, 5), "shift_labels": shifted}
+    assert float(model(**inputs).loss.detach()) == pytest.approx(truth, rel=1e-5)  # its None is not the user's
+    model.shifted = shifted.clone()
+    with pytest.raises(ValueError, match=r"^model must pass the batch's shift_labels .* got others from OwnShift"):
+        model(**inputs)
 
 
 def test_further_keywords_of_the_loss() -> None:

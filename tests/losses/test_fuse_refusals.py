@@ -231,6 +231,15 @@ def test_refused_when_it_changes_later() -> None:
         model(**batch())
 
 
+def test_refused_outside_of_a_labelled_call() -> None:
+    model, inputs = fuse_causal_lm(build(), negatives=5), batch()
+    logits = model(input_ids=inputs["input_ids"]).logits
+    with pytest.raises(ValueError, match=r"^self\.loss_function must be called by the forward of the fused model"):
+        model.loss_function(logits, inputs["labels"], 97)
+    with torch.no_grad():  # nothing is trained on it
+        assert float(model.loss_function(logits, inputs["labels"], 97)) > 0
+
+
 @pytest.mark.parametrize("keywords", [{"logit_scale": 0.5}, {"softcap": 30.0}], ids=str)
 def test_what_the_model_does_to_its_logits_is_no_option(keywords: dict) -> None:
     with pytest.raises(ValueError, match="logit_scale and softcap must be left to the model"):
