@@ -23,6 +23,7 @@ class Fusion:
         argument_names: of the model's own forward, in order.
         takes_shift_labels: whether the model's own forward does.
         check_pending: whether the next labelled call compares the fused loss with the model's own first.
+        forward_ran: whether the fused forward has run in the current or latest call of the model.
     """
 
     options: LossOptions
@@ -31,6 +32,7 @@ class Fusion:
     argument_names: list[str]
     takes_shift_labels: bool
     check_pending: bool = False
+    forward_ran: bool = False
 
 
 @dataclass

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ntpseg.losses.api import NTPLoss
 from ntpseg.losses.batch_arguments import BATCH_KEYS, BatchArguments
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
+from ntpseg.losses.forward_guard import unwatch_forward, watch_forward
 from ntpseg.losses.fused_call import Call, Fusion, labelled_forward
 from ntpseg.losses.lm_head import OUTPUT_FIELDS, check_head, fuse_head, is_fused_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
@@ -105,6 +106,7 @@ def fuse_causal_lm(
     forward: Any = functools.partial(_forward, inner)
     forward.__signature__ = _signature(own)
     _set_forward(inner, forward)
+    watch_forward(inner)
     inner._loss_function = functools.partial(_loss_function, inner)
     fuse_head(linear_of(inner.get_output_embeddings()))
     if check:
@@ -125,6 +127,7 @@ def unfuse_causal_lm(model: nn.Module) -> nn.Module:
         if is_fused_head(module):
             unfuse_head(module)
     if is_fused(inner):
+        unwatch_forward(inner)
         if _is_ours(inner.__dict__.get("_old_forward")):
             inner._old_forward = type(inner).forward.__get__(inner)
         else:
@@ -151,6 +154,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     fusion: Fusion = model.ntp_fusion
+    fusion.forward_ran = True
     given = BatchArguments(num_items_in_batch, **{name: kwargs.pop(name, None) for name in BATCH_KEYS})
     _check_device(model, (*args, *kwargs.values()))
     if args and args[0] is model:  # accelerate's unwrap_model binds what it finds on the instance once more

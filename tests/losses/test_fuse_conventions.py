@@ -344,6 +344,9 @@ def test_compiles() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = gradients(compiled, batch())
     assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, truth)
+    model.forward = lambda input_ids, labels: model.model(input_ids).last_hidden_state.sum()
+    with pytest.raises(ValueError, match=r"model\.forward must be the one that fuse_causal_lm put there"):
+        torch.compile(model, backend="eager")(**batch())
 
 
 def test_label_smoothing_is_trainers() -> None:

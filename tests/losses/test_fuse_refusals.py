@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import tempfile
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ntpseg.losses.deferred_logits import CannotFuse
-from ntpseg.losses.huggingface import _check_device, fuse_causal_lm, is_fused
+from ntpseg.losses.huggingface import _check_device, fuse_causal_lm, is_fused, unfuse_causal_lm
 
 BART = {"vocab_size": 97, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -100,6 +103,27 @@ class TwoLosses(LlamaForCausalLM):
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
         loss = self.loss_function(logits, labels, 97) + self.loss_function(logits, labels.roll(-1, 1), 97)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def patched_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A forward as those that Liger and cut cross-entropy put on instances: it goes around loss_function."""
+    given = {**dict(zip(inspect.signature(LlamaForCausalLM.forward).parameters, (self, *args))), **kwargs}
+    return OwnCrossEntropy.forward(self, given["input_ids"], given.get("labels"))
+
+
+class Wrapped(nn.Module):
+    """A model in another, as in DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def reloaded(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
 
 
 def user_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
@@ -229,6 +253,31 @@ def test_refused_when_it_changes_later() -> None:
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(ValueError, match="hooks of the output head must not change its output"):
         model(**batch())
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Identity(), copy.deepcopy, reloaded, Wrapped], ids=["itself", "copied", "pickled", "wrapped"]
+)
+def test_refused_when_the_forward_is_replaced_later(change: Any) -> None:
+    model = fuse_causal_lm(build(), negatives=5)
+    changed = change(model)
+    inner = getattr(changed, "module", changed)
+    assert changed(**batch()).logits is None
+    inner.forward = MethodType(patched_forward, inner)
+    message = r"^model\.forward must be the one that fuse_causal_lm put there, got another"
+    names = list(inspect.signature(LlamaForCausalLM.forward).parameters)
+    positional = [batch().get(name) for name in names[1 : names.index("labels") + 1]]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            changed(**batch())
+        with pytest.raises(ValueError, match=message):
+            changed(*positional)
+    assert changed(input_ids=batch()["input_ids"]).logits is not None
+    unfuse_causal_lm(inner)
+    assert changed(**batch()).logits is not None
+    assert not inner._forward_hooks
+    assert not inner._forward_pre_hooks
+    assert not inner._forward_hooks_with_kwargs
 
 
 def test_refused_outside_of_a_labelled_call() -> None:
