@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_llama import assert_same, batch, build, gradients
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ntpseg.losses import NumItems, count_items
 from ntpseg.losses.deferred_logits import CannotFuse
@@ -106,6 +107,23 @@ def test_counts_that_do_not_fit() -> None:
             model(**inputs, **{name: 3})
     with pytest.raises(ValueError, match=r"^num_items_in_batch must be one number with further counts, got a NumItems"):
         model(**inputs, num_items_in_batch=counted(inputs), num_het_in_batch=3)
+
+
+class OwnCount(LlamaForCausalLM):
+    """A subclass that counts the labels itself."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = self.loss_function(logits, labels, 97, num_items_in_batch=7)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_models_own_count_is_of_labels_alone() -> None:
+    model, inputs = fuse_causal_lm(build(OwnCount), negatives=0, check=False), everything()
+    truth = float(build(OwnCount)(**batch()).loss.detach())
+    assert float(model(**batch()).loss.detach()) == pytest.approx(truth, rel=1e-5)
+    with pytest.raises(CannotFuse, match=r"^model must leave num_items_in_batch to a batch with .* from OwnCount"):
+        model(**inputs)
 
 
 def test_trainer_counts_by_its_own_ignore_index() -> None:

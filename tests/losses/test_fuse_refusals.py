@@ -222,7 +222,7 @@ def test_refused_in_the_first_call_without_the_check(kind: str) -> None:
         (..., float("-inf")),
         (torch.ones(2, 11, 97) > 0, float("-inf")),
     ],
-    ids=str,
+    ids=["zero", "finite", "tensor", "positions", "a row", "a position", "everything", "mask of entries"],
 )
 def test_only_masks_of_classes_are_left_out(where: Any, value: Any) -> None:
     model = fuse_causal_lm(build(WritesLogits), negatives=0, check=False)
