@@ -30,14 +30,15 @@ class DeferredLogits:
 
     Attributes:
         hidden: ``[B, T, D]``, what the head was given.
-        head: called with this object it returns the logits, or the loss if labels are given too.
+        head: what `call_head` calls.
         classes: how many classes, from the first.
         biased: whether the head adds a bias.
         dtype: of the logits.
         inner, squashed, outer: see above; `outer` is 1 unless `squashed`.
-        ignore_masks: leave out what the model writes into its logits (``logits[..., ids] = -inf``).
+        ignore_masks: leave out masks of classes that the model writes into its logits (``logits[..., ids] = -inf``).
         cross_entropy: what ``F.cross_entropy`` of these logits is; None: refused, and so is flattening them for it.
         flat: ``[B * T, V]`` to the outside.
+        transposed: ``[B, V, T]`` to the outside, for nothing but ``F.cross_entropy``.
     """
 
     hidden: Tensor
@@ -51,6 +52,7 @@ class DeferredLogits:
     ignore_masks: bool = False
     cross_entropy: Callable[..., Tensor] | None = None
     flat: bool = False
+    transposed: bool = False
 
     _TORCH_FUNCTIONS: ClassVar[dict[str, str]] = {
         "mul": "__mul__",
@@ -60,6 +62,8 @@ class DeferredLogits:
         "divide": "__truediv__",
         "tanh": "tanh",
         "logsumexp": "logsumexp",
+        "transpose": "transpose",
+        "permute": "permute",
     }
 
     @property
@@ -74,8 +78,10 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        """``[B, T, V]``, or ``[B * T, V]`` if `flat`."""
+        """``[B, T, V]``, ``[B * T, V]`` if `flat` or ``[B, V, T]`` if `transposed`."""
         leading = self.hidden.shape[:-1]
+        if self.transposed:
+            return torch.Size((leading[0], self.classes, leading[1]))
         return torch.Size((leading.numel(), self.classes) if self.flat else (*leading, self.classes))
 
     @property
@@ -93,9 +99,16 @@ class DeferredLogits:
 
     ndim = property(dim)
 
+    def call_head(self, **arguments: Any) -> Any:
+        """What the head makes of these logits (`ntpseg.losses.lm_head`): themselves, or a loss if labels are given.
+
+        They are given twice, since hooks of the head change what is passed by position.
+        """
+        return self.head(self, deferred=self, **arguments)
+
     def logits(self) -> Tensor:
         """The logits after all, ``[B, T, V]``."""
-        return self.head(self)
+        return self.call_head()
 
     def finish(self, z: Tensor) -> Tensor:
         """What the model does to the logits `z` of the head."""
@@ -124,6 +137,8 @@ class DeferredLogits:
 
     def reshape(self, *shape: Any) -> DeferredLogits:
         sizes = tuple(shape[0]) if len(shape) == 1 else shape
+        if self.transposed:
+            raise self._refusal(f".view{sizes} of the transposed ones")
         if self.cross_entropy is None or sizes not in ((-1, self.classes), (self.shape[:-1].numel(), self.classes)):
             raise self._refusal(f".view{sizes} of them")
         return dataclasses.replace(self, flat=True)
@@ -134,6 +149,18 @@ class DeferredLogits:
         if (start_dim, end_dim) not in ((0, -2), (0, self.dim() - 2)):
             raise self._refusal(f".flatten({start_dim}, {end_dim}) of them")
         return self.reshape(-1, self.classes)
+
+    def transpose(self, dim0: int, dim1: int) -> DeferredLogits:
+        pair = {dim0 % 3, dim1 % 3}
+        if self.cross_entropy is None or self.flat or self.transposed or self.dim() != 3 or pair != {1, 2}:
+            raise self._refusal(f".transpose({dim0}, {dim1}) of them")
+        return dataclasses.replace(self, transposed=True)
+
+    def permute(self, *dims: Any) -> DeferredLogits:
+        order = tuple(dims[0]) if len(dims) == 1 else dims
+        if self.dim() != 3 or [dim % 3 for dim in order] != [0, 2, 1]:
+            raise self._refusal(f".permute{order} of them")
+        return self.transpose(1, 2)
 
     def __mul__(self, factor: Any) -> DeferredLogits:
         if isinstance(factor, Tensor) and factor.numel() == 1 and not self.squashed and not self.biased:
@@ -159,13 +186,13 @@ class DeferredLogits:
         return dataclasses.replace(self, squashed=True)
 
     def logsumexp(self, dim: int = -1, keepdim: bool = False) -> Tensor:
-        if dim not in (-1, 2) or keepdim:
+        if dim not in (-1, 2) or keepdim or self.transposed:
             raise self._refusal(f"logsumexp over dimension {dim}")
-        return self.head(self, log_sum_exp=True)
+        return self.call_head(log_sum_exp=True)
 
     def __getitem__(self, index: Any) -> DeferredLogits:
-        if self.flat:
-            raise self._refusal("indices into the flattened ones")
+        if self.flat or self.transposed:
+            raise self._refusal(f"indices into the {'flattened' if self.flat else 'transposed'} ones")
         parts = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
             at = parts.index(Ellipsis)
@@ -182,6 +209,10 @@ class DeferredLogits:
     def __setitem__(self, index: Any, value: Any) -> None:
         if not self.ignore_masks:
             raise self._refusal("writing into them (a mask of classes)")
+        # only what hides classes may be left out: another value there, or a position, is a loss of the model's own
+        lowest = isinstance(value, int | float) and value <= torch.finfo(self.dtype).min
+        if not lowest or not _selects_classes(index, self.dim()):
+            raise self._refusal(f"writing {_shown(value)} into [{_shown(index)}] of them, which masks no classes")
 
     # what it cannot
 
@@ -206,6 +237,12 @@ class DeferredLogits:
         raise first._refusal(f"torch's {name} of them")
 
     def _refusal(self, what: str) -> UnsupportedLogits:
+        if self.cross_entropy is not None:
+            return UnsupportedLogits(
+                "the head's logits must go to F.cross_entropy, and be no more than scaled, capped, sliced, flattened "
+                f"or transposed on the way, got {what}. The fused loss has no such logits: leave this use of them "
+                "outside of fused_cross_entropy, or call ntp_loss on the hidden states"
+            )
         return UnsupportedLogits(
             "model must take its loss from self.loss_function(logits, labels) and do no more to its logits than "
             f"scale or cap them, got {what}. The fused loss has no such logits: train this model with its own loss, or "
@@ -224,5 +261,21 @@ for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", 
     setattr(DeferredLogits, f"__{_name}__", _refuse_operator(f"__{_name}__"))
 
 
+def _selects_classes(index: Any, dims: int) -> bool:
+    """Whether an index of logits takes all positions, and of the last dimension some classes."""
+    *rows, last = index if isinstance(index, tuple) else (index,)
+    spread = any(part is Ellipsis for part in rows)
+    if len(rows) != dims - 1 and not (spread and len(rows) <= dims):
+        return False
+    if not all(part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in rows):
+        return False
+    if isinstance(last, Tensor):
+        return last.dim() <= 1
+    ids = last if isinstance(last, list | tuple) else [last]
+    return isinstance(last, slice) or all(isinstance(id_, int) for id_ in ids)
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):  # an index: the repr of a tensor in it may take several lines
+        return f"({', '.join(map(_shown, value))})"
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -21,14 +21,18 @@ class Fusion:
         options: of the loss.
         skip_logits, ignore_masks: see `ntpseg.losses.huggingface.fuse_causal_lm`.
         argument_names: of the model's own forward, in order.
+        takes_shift_labels: whether the model's own forward does.
         check_pending: whether the next labelled call compares the fused loss with the model's own first.
+        forward_ran: whether the fused forward has run in the current or latest call of the model.
     """
 
     options: LossOptions
     skip_logits: bool | None
     ignore_masks: bool
     argument_names: list[str]
+    takes_shift_labels: bool
     check_pending: bool = False
+    forward_ran: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntpseg.losses.api import NTPLoss
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
 from ntpseg.losses.fused_call import Call
-from ntpseg.losses.lm_head import check_head, fuse_head, linear_of, unfuse_head
+from ntpseg.losses.lm_head import check_head, fuse_head, is_fused_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.utils.tensor_checks import check_tensor, shown
 
@@ -31,9 +31,9 @@ def fused_cross_entropy(
             _, loss = model(cond_idx=classes, idx=codes[:, :-1], targets=codes)
 
     What may happen to the logits on the way: a change of dtype, slices of rows and positions, a scale, a softcap, and
-    being flattened. Everything else raises. Several cross-entropies of parts of the logits are as many losses. Labels
-    are taken as they are given, already shifted; the negatives of TCL are those before in the same row of
-    ``[B, T]``, as the head saw it.
+    being flattened or transposed to ``[B, V, T]``. Everything else raises. Several cross-entropies of parts of the
+    logits are as many losses. Labels are taken as they are given, already shifted; the negatives of TCL are those
+    before in the same row of ``[B, T]``, as the head saw it.
 
     ``weight``, ``ignore_index``, ``label_smoothing`` and ``reduction`` ("mean", "sum" and, without negatives, "none")
     of ``F.cross_entropy`` mean what they mean there.
@@ -47,12 +47,18 @@ def fused_cross_entropy(
         A list that gets the `NTPOutput` of each loss (none with ``reduction="none"``).
 
     Raises:
-        ValueError: `head` is no plain linear layer; the logits are used in another way; a cross-entropy has
-            probabilities as its target, ``reduction="none"`` with negatives, or both class weights and label smoothing.
+        ValueError: `head` is no plain linear layer, or fused already; the logits are used in another way; a
+            cross-entropy has probabilities as its target, ``reduction="none"`` with negatives, or both class weights
+            and label smoothing.
     """
     options = NTPLoss(options, **keywords).options
     check_head(head)
     linear = linear_of(head)
+    if is_fused_head(linear):
+        # leaving this one would undo the other too, which would then be given logits in silence
+        raise CannotFuse(
+            "head must be in one fused_cross_entropy at a time and of no fused model, got one that is fused already"
+        )
     results: list[NTPOutput] = []
 
     def cross_entropy(
@@ -68,9 +74,18 @@ def fused_cross_entropy(
         states = logits.hidden
         if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
             raise CannotFuse(f"reduction must be mean, sum or none, got {reduction!r}")
+        if logits.dim() != 2 and not logits.transposed:
+            raise CannotFuse(
+                f"logits must be [N, V] or [B, V, T] in F.cross_entropy, got {list(logits.shape)} with V last: flatten "
+                "or transpose them"
+            )
         integers = isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
         if not integers or target.numel() != states.shape[:-1].numel():
             raise CannotFuse(f"target must be an int64 tensor for {list(logits.shape)} logits, got {shown(target)}")
+        if logits.transposed and target.shape != states.shape[:-1]:
+            raise CannotFuse(
+                f"target must be {list(states.shape[:-1])} for {list(logits.shape)} logits, got {shown(target)}"
+            )
         if weight is not None:
             check_tensor("weight", weight, "float", (logits.classes,))
         if weight is not None and (label_smoothing or options.label_smoothing):
@@ -93,10 +108,10 @@ def fused_cross_entropy(
         if reduction == "none":
             if settings.negatives or settings.label_smoothing:
                 raise CannotFuse("negatives and label_smoothing must be 0 with reduction='none', got others")
-            nll = logits.head(logits, labels=labels, options=settings, per_token=True)
+            nll = logits.call_head(labels=labels, options=settings, per_token=True)
             return (nll if token_weights is None else nll * token_weights).reshape(target.shape)
         num_items = 1.0 if reduction == "sum" else None
-        fields = logits.head(logits, labels=labels, options=settings, token_weights=token_weights, num_items=num_items)
+        fields = logits.call_head(labels=labels, options=settings, token_weights=token_weights, num_items=num_items)
         results.append(NTPOutput(*fields))
         return results[-1].loss
 

@@ -23,17 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from ntpseg.losses.api import NTPLoss
+from ntpseg.losses.batch_arguments import BATCH_KEYS, BatchArguments
 from ntpseg.losses.deferred_logits import CannotFuse, DeferredLogits
+from ntpseg.losses.forward_guard import unwatch_forward, watch_forward
 from ntpseg.losses.fused_call import Call, Fusion, labelled_forward
 from ntpseg.losses.lm_head import OUTPUT_FIELDS, check_head, fuse_head, is_fused_head, linear_of, unfuse_head
 from ntpseg.losses.options import LossOptions, NTPOutput
 from ntpseg.losses.self_check import check_fusion, weights_are_here
 from ntpseg.utils.checks import check_bool
 from ntpseg.utils.tensor_checks import shown
-
-# What `forward` takes besides the arguments of the model's own; named in its signature, since Trainer drops the columns
-# of a data set that are not.
-_MORE_ARGUMENTS = ("het_position", "het_token", "token_weights", "shift_labels", "skip_logits")
 
 
 def fuse_causal_lm(
@@ -52,6 +50,9 @@ def fuse_causal_lm(
 
     - ``het_position`` and ``het_token``: ``[B, n]`` int64, see `ntpseg.HardTokens`;
     - ``token_weights``: ``[B, T]`` float;
+    - ``num_het_in_batch`` and ``num_weights_in_batch``: one number each, how many hard tokens count and the sum of the
+      weights of supervised tokens, over the same micro-batches and ranks as ``num_items_in_batch``; needed where that
+      is given (Trainer does) and there are hard tokens or token weights;
     - ``shift_labels``: ``[B, T]`` int64, labels that are shifted already (context parallelism), used in place of
       ``labels``; the positions of hard tokens and token weights then are those of ``shift_labels``;
     - ``skip_logits``: see below.
@@ -64,8 +65,8 @@ def fuse_causal_lm(
         options: a `LossOptions`, or
         check: compare the fused loss with the model's own, and the gradients at its head, on a few random tokens with
             ``negatives=0``: now, or in the first labelled call where the weights are not here yet (meta device,
-            ZeRO-3, FSDP). False also accepts a model that hides classes in its logits (Chameleon: its image tokens),
-            and leaves that mask out, as training on these classes needs.
+            ZeRO-3, FSDP). False also accepts a model that hides classes in its logits (Chameleon: its image tokens)
+            by writing -inf or the lowest number there, and leaves that mask out, as training on these classes needs.
         skip_logits: True: no logits in eval mode either; the output then is a `FusedLMOutput`, whose ``prediction``
             and ``nll`` are what Trainer's ``compute_metrics`` is given. None: logits in eval mode only.
         **keywords: the fields of `LossOptions` one by one. TCL and HET are on by default; ``negatives=0`` leaves
@@ -92,12 +93,20 @@ def fuse_causal_lm(
     _check_model(inner)
 
     own = type(inner).forward
-    names = [name for name in inspect.signature(own).parameters if name not in ("self", "kwargs", "args")]
-    inner.ntp_fusion = Fusion(options=options, skip_logits=skip_logits, ignore_masks=not check, argument_names=names)
+    parameters = inspect.signature(own).parameters
+    inner.ntp_fusion = Fusion(
+        options=options,
+        skip_logits=skip_logits,
+        ignore_masks=not check,
+        argument_names=[name for name in parameters if name not in ("self", "kwargs", "args")],
+        takes_shift_labels="shift_labels" in parameters
+        or any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()),
+    )
     inner.ntp_call = None
     forward: Any = functools.partial(_forward, inner)
     forward.__signature__ = _signature(own)
     _set_forward(inner, forward)
+    watch_forward(inner)
     inner._loss_function = functools.partial(_loss_function, inner)
     fuse_head(linear_of(inner.get_output_embeddings()))
     if check:
@@ -118,6 +127,7 @@ def unfuse_causal_lm(model: nn.Module) -> nn.Module:
         if is_fused_head(module):
             unfuse_head(module)
     if is_fused(inner):
+        unwatch_forward(inner)
         if _is_ours(inner.__dict__.get("_old_forward")):
             inner._old_forward = type(inner).forward.__get__(inner)
         else:
@@ -139,17 +149,13 @@ def _inner(model: Any) -> Any:
 def _forward(
     model: Any,
     *args: Any,
-    num_items_in_batch: Tensor | float | None = None,
-    het_position: Tensor | None = None,
-    het_token: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    shift_labels: Tensor | None = None,
+    num_items_in_batch: Any = None,
     skip_logits: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    from ntpseg.memory import HardTokens
-
     fusion: Fusion = model.ntp_fusion
+    fusion.forward_ran = True
+    given = BatchArguments(num_items_in_batch, **{name: kwargs.pop(name, None) for name in BATCH_KEYS})
     _check_device(model, (*args, *kwargs.values()))
     if args and args[0] is model:  # accelerate's unwrap_model binds what it finds on the instance once more
         args = args[1:]
@@ -161,25 +167,22 @@ def _forward(
                 "compute_loss_func Trainer takes the labels out and computes the loss from logits. Leave these out; "
                 "fuse_causal_lm(model, negatives=0, label_smoothing=...) smooths the labels"
             )
+        given.check_labels()
         return type(model).forward(model, **kwargs)
     if fusion.check_pending and not torch.compiler.is_compiling():
         check_fusion(model)
     if skip_logits is None:
         skip_logits = fusion.skip_logits
-    if (het_position is None) != (het_token is None):  # half of them would be none, without a word
-        missing, other = ("het_position", "het_token") if het_position is None else ("het_token", "het_position")
-        raise ValueError(f"{missing} must be given with {other}, got None")
     call = Call(
         head=model.get_output_embeddings(),
         options=fusion.options,
         ignore_masks=fusion.ignore_masks,
-        shift_labels=shift_labels,
-        tensors={
-            "het": None if het_position is None or het_token is None else HardTokens(het_position, het_token),
-            "num_items": num_items_in_batch,
-            "token_weights": token_weights,
-        },
+        shift_labels=given.shift_labels,
+        tensors=given.loss_arguments(fusion.options),
     )
+    if given.shift_labels is not None and fusion.takes_shift_labels:
+        # some models choose by them which logits have labels (GIT)
+        kwargs["shift_labels"] = given.shift_labels
     out = labelled_forward(model, call, kwargs)
     wanted = not model.training if skip_logits is None else not skip_logits
     return _finished(out, call, wanted, predictions=bool(skip_logits))
@@ -240,6 +243,11 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     call: Call | None = model.ntp_call
+    if call is None and torch.is_grad_enabled():
+        raise CannotFuse(
+            "self.loss_function must be called by the forward of the fused model on labels, got a call outside of it, "
+            "where it is plain cross-entropy: take the loss from model(..., labels=labels), or unfuse the model"
+        )
     if call is None or call.own:
         classes = vocab_size if vocab_size is not None else logits.shape[-1]
         return ForCausalLMLoss(logits, labels, classes, **kwargs)
@@ -250,7 +258,13 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
         )
     if call.result is not None:
         raise CannotFuse("model must call self.loss_function once, got a second call")
-    options, shift_labels = call.options, kwargs.get("shift_labels", call.shift_labels)
+    options, shift_labels = call.options, kwargs.get("shift_labels")
+    if shift_labels is None:
+        shift_labels = call.shift_labels
+    elif call.shift_labels is not None and shift_labels is not call.shift_labels:
+        raise CannotFuse(
+            f"model must pass the batch's shift_labels to self.loss_function, got others from {type(model).__name__}"
+        )
     if shift_labels is not None:
         labels, options = shift_labels, dataclasses.replace(options, shift=False)
     changes: dict[str, Any] = {"logit_scale": logits.logit_scale, "softcap": logits.softcap}
@@ -258,9 +272,14 @@ def _loss_function(model: Any, logits: Any, labels: Tensor, vocab_size: int | No
         changes["ignore_index"] = kwargs["ignore_index"]
     tensors = dict(call.tensors)
     if kwargs.get("num_items_in_batch") is not None:
+        if tensors.get("het") is not None or tensors.get("token_weights") is not None:
+            raise CannotFuse(
+                "model must leave num_items_in_batch to a batch with hard tokens or token weights, got one from "
+                f"{type(model).__name__}"
+            )
         tensors["num_items"] = kwargs["num_items_in_batch"]
-    result = logits.head(
-        logits, labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
+    result = logits.call_head(
+        labels=labels.to(logits.device), options=dataclasses.replace(options, **changes), **tensors
     )
     if not isinstance(result, tuple) or len(result) != len(OUTPUT_FIELDS):
         raise CannotFuse(
@@ -279,8 +298,9 @@ def _check_model(model: Any) -> None:
         raise CannotFuse(f"model must be a causal language model with an output head, got {name}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotFuse(
-            f"model must be a decoder alone, got {name}, an encoder-decoder, whose labels are not shifted: call "
-            "ntp_loss(..., shift=False) on its decoder's hidden states"
+            f"model must be a decoder alone, got {name}, an encoder-decoder: call ntp_loss on its decoder's hidden "
+            "states, with shift=False where each position's logits are for the label at that position (T5 and Bart "
+            "shift the decoder's inputs in place of the labels)"
         )
     check_head(head, model)
     loss = getattr(model, "loss_function", None)
@@ -315,7 +335,7 @@ def _signature(own: Any) -> inspect.Signature:
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in known]
         names = {p.name for p in plain}
         yield from (p for p in plain if p.kind != inspect.Parameter.VAR_KEYWORD)
-        for name in _MORE_ARGUMENTS:
+        for name in (*BATCH_KEYS, "skip_logits"):
             if name not in names:
                 yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         yield from (p for p in plain if p.kind == inspect.Parameter.VAR_KEYWORD)

@@ -20,14 +20,15 @@ OUTPUT_FIELDS = tuple(NTPOutput.__dataclass_fields__)  # made once: torch.compil
 
 
 def linear_of(head: Any) -> Any:
-    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter."""
+    """The module that computes the logits: beneath FSDP's wrapper, or PEFT's copy of the active adapter, if any."""
     while True:
         if hasattr(head, "_fsdp_wrapped_module"):
             head = head._fsdp_wrapped_module
         elif isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
             active = head.active_adapter
             active = active[0] if isinstance(active, list | tuple) else active
-            head = dict(head.modules_to_save.items()).get(active, head.original_module)
+            copies = {} if getattr(head, "disable_adapters", False) else dict(head.modules_to_save.items())
+            head = copies.get(active, head.original_module)
         else:
             return head
 
@@ -67,6 +68,7 @@ def _forward(
     options: LossOptions | None = None,
     log_sum_exp: bool = False,
     per_token: bool = False,
+    deferred: DeferredLogits | None = None,
     **tensors: Any,
 ) -> Any:
     """Logits, deferred logits, or for deferred logits what they stand for: loss, losses, their logsumexp, logits.
@@ -75,6 +77,9 @@ def _forward(
     """
     call = self.ntp_call
     weight, bias = self.weight, self.bias
+    if deferred is not None:
+        # pre-hooks have changed the hidden states in the call that deferred the logits, and now once more
+        hidden = deferred
     if isinstance(hidden, DeferredLogits):
         if call is not None and call.leaves is not None:
             _, weight, bias = call.leaves

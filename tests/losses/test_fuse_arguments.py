@@ -60,7 +60,7 @@ def test_a_batch_is_checked_as_the_loss_does() -> None:
         model(**{**inputs, "labels": labels})
     with pytest.raises(ValueError, match=r"^token_weights must be finite and >= 0 where there is a label, got nan"):
         model(**inputs, token_weights=torch.full(labels.shape, torch.nan))
-    with pytest.raises(ValueError, match=r"^num_items must be finite and >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"^num_items\.rows must be finite and >= 0, got \[nan\]"):
         model(**inputs, num_items_in_batch=torch.tensor(torch.nan))
 
 

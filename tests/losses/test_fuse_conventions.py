@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_llama import assert_same, batch, build, gradients
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GitConfig, GitForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ntpseg.losses.fused_output import FusedLMOutput
@@ -26,6 +27,7 @@ class ModulesToSave(nn.Module):
         self.original_module = base
         self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(base)})
         self.active_adapter = "default"
+        self.disable_adapters = False
         base.requires_grad_(False)
 
     @property
@@ -33,7 +35,8 @@ class ModulesToSave(nn.Module):
         return self.modules_to_save[self.active_adapter].weight
 
     def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.modules_to_save[self.active_adapter](hidden, *args, **kwargs)
+        head = self.original_module if self.disable_adapters else self.modules_to_save[self.active_adapter]
+        return head(hidden, *args, **kwargs)
 
 
 class Adapted(nn.Module):
@@ -66,6 +69,33 @@ def test_a_head_in_modules_to_save(when: str) -> None:
     assert "base_model.lm_head.modules_to_save.default.weight" in truth
     unfuse_causal_lm(model)
     assert_same(gradients(model, batch()), truth)
+
+
+def test_a_disabled_adapter_leaves_the_original_head() -> None:
+    plain, model = with_saved_head(build()), fuse_causal_lm(with_saved_head(build()), negatives=0)
+    losses = []
+    for adapted in (plain, model):
+        wrapper = adapted.base_model.lm_head
+        with torch.no_grad():
+            wrapper.modules_to_save["default"].weight.mul_(1.5)
+        for wrapper.disable_adapters in (True, False):
+            losses.append(float(adapted(**batch()).loss.detach()))
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.1
+    unfuse_causal_lm(model)
+    assert "forward" not in vars(model.base_model.lm_head.original_module)
+
+
+def test_peft_disables_its_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = fuse_causal_lm(peft.get_peft_model(build(), config), negatives=0)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    own = float(build()(**batch()).loss.detach())
+    with model.disable_adapter():
+        assert float(model(**batch()).loss.detach()) == pytest.approx(own, rel=1e-5)
+    assert abs(float(model(**batch()).loss.detach()) - own) > 0.1
 
 
 def resized(model: Any) -> Any:
@@ -145,6 +175,43 @@ def test_shifted_labels() -> None:
     assert_same(gradients(model, whole), gradients(model, batch()))
 
 
+def test_git_shifts_no_shifted_labels() -> None:
+    """GIT takes the logits from shift_labels' presence: all of the text's with them, all but the last without."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    model = GitForCausalLM(GitConfig(**sizes, vocab_size=97, pad_token_id=0, vision_config=vision)).eval()
+    inputs = batch() | {"pixel_values": torch.randn(2, 3, 32, 32)}
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    twice = inputs | {"labels": shifted, "shift_labels": shifted}
+    truths = gradients(model, inputs), gradients(model, twice)
+    fuse_causal_lm(model, negatives=0, check=False)
+    for given, truth in zip((inputs, twice), truths):
+        assert_same(gradients(model, given), truth)
+
+
+class OwnShift(LlamaForCausalLM):
+    """A subclass that shifts the labels itself, and hears nothing of shift_labels."""
+
+    shifted: Any = None
+
+    def forward(self, input_ids: Any = None, labels: Any = None) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = self.loss_function(logits, labels, 97, shift_labels=self.shifted)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_shift_labels_that_the_model_does_not_take() -> None:
+    model, inputs = fuse_causal_lm(build(OwnShift), negatives=0, check=False), batch()
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    truth = float(build()(**inputs).loss.detach())
+    inputs |= {"labels": torch.full_like(shifted, 5), "shift_labels": shifted}
+    assert float(model(**inputs).loss.detach()) == pytest.approx(truth, rel=1e-5)  # its None is not the user's
+    model.shifted = shifted.clone()
+    with pytest.raises(ValueError, match=r"^model must pass the batch's shift_labels .* got others from OwnShift"):
+        model(**inputs)
+
+
 def test_further_keywords_of_the_loss() -> None:
     model, inputs = build(), batch()
     inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, 5)
@@ -208,6 +275,16 @@ def test_hooks_that_watch_or_change_what_goes_in() -> None:
     assert set(seen) == {1, 2}
 
 
+@pytest.mark.parametrize("factor", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_a_hook_before_the_head_changes_loss_and_logits_once(factor: Any) -> None:
+    model = build().eval()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * factor,))
+    truth = model(**batch())
+    out = fuse_causal_lm(model, negatives=0)(**batch())
+    assert float(out.loss.detach()) == pytest.approx(float(truth.loss.detach()), rel=1e-5)
+    assert torch.allclose(out.logits, truth.logits, rtol=1e-4, atol=1e-5)
+
+
 class Rows(torch.utils.data.Dataset):
     """A data set with a column that only the fused loss knows."""
 
@@ -233,14 +310,18 @@ def test_trainer_keeps_the_columns_of_the_loss_and_metrics_get_predictions(tmp_p
         seen["prediction"], seen["nll"] = prediction.predictions
         return {}
 
-    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics)
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        supervised = columns["labels"][:, 1:] != -100
+        return columns | {"num_weights_in_batch": float(columns["token_weights"][:, 1:][supervised].sum())}
+
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Rows(), compute_metrics=metrics, data_collator=collate)
     loss = trainer.evaluate()["eval_loss"]
     assert seen["prediction"].shape == (4, 11)
     weights = torch.arange(11.0)
     nll = torch.from_numpy(seen["nll"])[0]
     assert weights[nll > 0].sum() > 0
-    # Trainer's count of items is the denominator, as in training
-    assert loss == pytest.approx(float((weights * nll).sum() / (nll > 0).sum()), rel=1e-5)
+    assert loss == pytest.approx(float((weights * nll).sum() / weights[nll > 0].sum()), rel=1e-5)
 
 
 def test_trainer_trains_as_without(tmp_path: Path) -> None:
@@ -263,6 +344,9 @@ def test_compiles() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = gradients(compiled, batch())
     assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, truth)
+    model.forward = lambda input_ids, labels: model.model(input_ids).last_hidden_state.sum()
+    with pytest.raises(ValueError, match=r"model\.forward must be the one that fuse_causal_lm put there"):
+        torch.compile(model, backend="eager")(**batch())
 
 
 def test_label_smoothing_is_trainers() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import tempfile
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ntpseg.losses.deferred_logits import CannotFuse
-from ntpseg.losses.huggingface import _check_device, fuse_causal_lm, is_fused
+from ntpseg.losses.huggingface import _check_device, fuse_causal_lm, is_fused, unfuse_causal_lm
 
 BART = {"vocab_size": 97, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -81,6 +84,18 @@ class WeightDirectly(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, 97), logits=logits)
 
 
+class WritesLogits(LlamaForCausalLM):
+    """A subclass that writes into its logits."""
+
+    where: Any = (..., [3, 5])
+    value: Any = float("-inf")
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits[self.where] = self.value
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, 97), logits=logits)
+
+
 class TwoLosses(LlamaForCausalLM):
     """A subclass that supervises twice, as multi-token prediction does."""
 
@@ -88,6 +103,27 @@ class TwoLosses(LlamaForCausalLM):
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
         loss = self.loss_function(logits, labels, 97) + self.loss_function(logits, labels.roll(-1, 1), 97)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def patched_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A forward as those that Liger and cut cross-entropy put on instances: it goes around loss_function."""
+    given = {**dict(zip(inspect.signature(LlamaForCausalLM.forward).parameters, (self, *args))), **kwargs}
+    return OwnCrossEntropy.forward(self, given["input_ids"], given.get("labels"))
+
+
+class Wrapped(nn.Module):
+    """A model in another, as in DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def reloaded(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
 
 
 def user_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
@@ -149,7 +185,7 @@ REFUSALS = {
     "hook on the gradient": "must have no backward hooks",
     "user's loss": "loss_function must be transformers' ForCausalLMLoss, got user_loss",
     "another loss type": "loss_function must be transformers' ForCausalLMLoss, got ForMaskedLMLoss",
-    "encoder-decoder": "encoder-decoder, whose labels are not shifted",
+    "encoder-decoder": "an encoder-decoder: .* with shift=False where each position's logits are for the label at that",
     "unshifted": r"must take its loss from self\.loss_function\(logits, labels\)",
     "nothing loaded": "must have a finite loss on random tokens",
     "own loss": r"must take its loss from self\.loss_function\(logits, labels\)",
@@ -174,6 +210,36 @@ def test_refused_in_the_first_call_without_the_check(kind: str) -> None:
         model(**batch())
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ((..., [3, 5]), 0.0),
+        ((..., [3, 5]), -100.0),
+        ((..., [3, 5]), torch.zeros(2)),
+        ((slice(None), slice(0, 4)), float("-inf")),
+        ((0, ..., 5), float("-inf")),
+        ((slice(None), 2, torch.tensor([3])), float("-inf")),
+        (..., float("-inf")),
+        (torch.ones(2, 11, 97) > 0, float("-inf")),
+    ],
+    ids=["zero", "finite", "tensor", "positions", "a row", "a position", "everything", "mask of entries"],
+)
+def test_only_masks_of_classes_are_left_out(where: Any, value: Any) -> None:
+    model = fuse_causal_lm(build(WritesLogits), negatives=0, check=False)
+    model.where, model.value = where, value
+    with pytest.raises(ValueError, match=r"got writing .* into \[.*\] of them, which masks no classes"):
+        model(**batch())
+
+
+def test_masks_of_classes_are_left_out_without_the_check() -> None:
+    model, plain = fuse_causal_lm(build(WritesLogits), negatives=0, check=False), build()
+    truth = float(plain(**batch()).loss.detach())
+    for where in ((..., [3, 5]), (slice(None), slice(None), torch.tensor([3])), (..., slice(3, 9)), (..., 4)):
+        for value in (float("-inf"), torch.finfo(torch.float32).min):
+            model.where, model.value = where, value
+            assert float(model(**batch()).loss.detach()) == pytest.approx(truth, rel=1e-5)
+
+
 def test_refused_when_it_changes_later() -> None:
     model = fuse_causal_lm(build(), negatives=0)
     model.loss_function = user_loss
@@ -187,6 +253,40 @@ def test_refused_when_it_changes_later() -> None:
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(ValueError, match="hooks of the output head must not change its output"):
         model(**batch())
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Identity(), copy.deepcopy, reloaded, Wrapped], ids=["itself", "copied", "pickled", "wrapped"]
+)
+def test_refused_when_the_forward_is_replaced_later(change: Any) -> None:
+    model = fuse_causal_lm(build(), negatives=5)
+    changed = change(model)
+    inner = getattr(changed, "module", changed)
+    assert changed(**batch()).logits is None
+    inner.forward = MethodType(patched_forward, inner)
+    message = r"^model\.forward must be the one that fuse_causal_lm put there, got another"
+    names = list(inspect.signature(LlamaForCausalLM.forward).parameters)
+    positional = [batch().get(name) for name in names[1 : names.index("labels") + 1]]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            changed(**batch())
+        with pytest.raises(ValueError, match=message):
+            changed(*positional)
+    assert changed(input_ids=batch()["input_ids"]).logits is not None
+    unfuse_causal_lm(inner)
+    assert changed(**batch()).logits is not None
+    assert not inner._forward_hooks
+    assert not inner._forward_pre_hooks
+    assert not inner._forward_hooks_with_kwargs
+
+
+def test_refused_outside_of_a_labelled_call() -> None:
+    model, inputs = fuse_causal_lm(build(), negatives=5), batch()
+    logits = model(input_ids=inputs["input_ids"]).logits
+    with pytest.raises(ValueError, match=r"^self\.loss_function must be called by the forward of the fused model"):
+        model.loss_function(logits, inputs["labels"], 97)
+    with torch.no_grad():  # nothing is trained on it
+        assert float(model.loss_function(logits, inputs["labels"], 97)) > 0
 
 
 @pytest.mark.parametrize("keywords", [{"logit_scale": 0.5}, {"softcap": 30.0}], ids=str)

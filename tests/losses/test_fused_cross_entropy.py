@@ -38,6 +38,10 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         F.cross_entropy(z[:1].flatten(0, 1), y[:1].flatten())
         + 0.1 * F.cross_entropy(z[1:, 2:5].flatten(0, 1), y[1:, 2:5].flatten())
     ),
+    "transposed": lambda z, y: F.cross_entropy(z[:, :-1].transpose(1, 2), y[:, 1:]),
+    "transposed from the end": lambda z, y: F.cross_entropy(torch.transpose(z.float(), -1, -2).contiguous(), y),
+    "permuted": lambda z, y: F.cross_entropy((z * 0.3).permute(0, 2, 1), y, label_smoothing=0.1),
+    "transposed, each": lambda z, y: (F.cross_entropy(z.permute((0, -1, 1)), y, reduction="none") ** 2)[:, 2:].sum(),
     "first classes": lambda z, y: F.cross_entropy(z[..., :11].flatten(0, 1), (y % 11).flatten()),
 }
 
@@ -51,7 +55,7 @@ def test_equals_pytorch(way: str) -> None:
             with fused_cross_entropy(head, negatives=0) as found:
                 loss = WAYS[way](head(hidden), labels)
             assert "forward" not in vars(head)
-            assert bool(found) == (way != "each")
+            assert bool(found) == ("each" not in way)
         else:
             loss = WAYS[way](head(hidden), labels)
         results.append([loss, *torch.autograd.grad(loss, [hidden, head.weight, head.bias])])
@@ -75,7 +79,15 @@ def test_negatives_are_those_of_the_same_row() -> None:
         (lambda z, y: z.softmax(-1), "got .softmax of them"),
         (lambda z, y: F.cross_entropy(z.flatten(0, 1), torch.rand(21, CLASSES)), "target must be an int64"),
         (lambda z, y: F.cross_entropy(z.flatten(0, 1)[y.flatten() > 0], y[y > 0]), "indices into the flattened"),
-        (lambda z, y: F.cross_entropy(z.transpose(1, 2), y), "got .transpose of them"),
+        (lambda z, y: z.transpose(0, 1), r"\.transpose\(0, 1\) of them"),
+        (lambda z, y: z.permute(2, 0, 1), r"\.permute\(2, 0, 1\) of them"),
+        (lambda z, y: z.transpose(1, 2).transpose(1, 2), r"\.transpose\(1, 2\) of them"),
+        (lambda z, y: z.transpose(1, 2).reshape(-1, CLASSES), "of the transposed ones"),
+        (lambda z, y: z.transpose(1, 2)[:, :3], "indices into the transposed ones"),
+        (lambda z, y: z.transpose(1, 2).logsumexp(2), "logsumexp over dimension 2"),
+        (lambda z, y: F.cross_entropy(z.transpose(1, 2), y.T), r"target must be \[3, 7\] for \[3, 23, 7\] logits, got"),
+        (lambda z, y: F.cross_entropy(z, y), r"must be \[N, V\] or \[B, V, T\] in F.cross_entropy, got \[3, 7, 23\]"),
+        (lambda z, y: z.exp(), r"^the head's logits must go to F\.cross_entropy, .* got \.exp of them"),
         (lambda z, y: F.nll_loss(z, y), "torch's nll_loss"),
         (lambda z, y: torch.cat([z, z]), "torch's cat of them"),
         (lambda z, y: z + torch.ones(()), r"__add__ on them"),
@@ -93,3 +105,16 @@ def test_refused_losses_per_token_with_negatives() -> None:
     hidden, head, labels = operands()
     with pytest.raises(ValueError, match="must be 0 with reduction='none'"), fused_cross_entropy(head):
         F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none")
+
+
+def test_one_head_is_in_one_context_at_a_time() -> None:
+    hidden, head, labels = operands()
+    with fused_cross_entropy(head, negatives=0) as found:
+        with (
+            pytest.raises(ValueError, match=r"^head must be in one fused_cross_entropy at a time .* got one that is"),
+            fused_cross_entropy(head, negatives=5),
+        ):
+            pass
+        F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten())
+    assert len(found) == 1
+    assert isinstance(head(hidden), Tensor)
