@@ -10,6 +10,7 @@ SRC is a JSON file, or a folder with one for each split ("train", "val" or "test
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,28 +116,64 @@ def annotation_mask(name: str, annotation: dict[str, Any], shape: tuple[int, ...
     Raises:
         ValueError: the segmentation is none of these, or of another size; the message names the image.
     """
-    from pycocotools import mask as coco
-
     height, width = shape
     segmentation = annotation.get("segmentation")
     try:
         if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):
-                rle = coco.frPyObjects(segmentation, *segmentation["size"])
-            else:
-                rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
             if list(segmentation["size"]) != [height, width]:
                 raise ValueError(f"RLE of size {segmentation['size']} for an image of {[height, width]}")
-        elif segmentation:
-            rle = coco.merge(coco.frPyObjects(segmentation, height, width))
-        else:
-            raise ValueError("a box alone is no mask" if annotation.get("bbox") else "nothing is marked")
-        return coco.decode(rle).astype(bool)
+            return _run_mask(segmentation["counts"], height, width)
+        if segmentation:
+            return _polygon_mask(segmentation, height, width)
+        raise ValueError("a box alone is no mask" if annotation.get("bbox") else "nothing is marked")
     except Exception as error:  # pycocotools raises whatever Cython meets
         raise ValueError(
             f"segmentation of annotation {annotation.get('id', '?')} of {name} must be polygons or RLE, "
             f"got {brief(segmentation)} ({' '.join(str(error).split())})"
         ) from error
+
+
+def _run_mask(counts: Any, height: int, width: int) -> np.ndarray:
+    # Not pycocotools.decode: runs that end early leave it memory that nobody wrote.
+    runs = _run_lengths(counts) if isinstance(counts, str) else counts
+    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in runs):
+        raise ValueError("counts that are no whole numbers from 0 on")
+    if sum(runs) != height * width:
+        raise ValueError(f"counts of {sum(runs)} pixels in all for the {height * width} of the image")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _run_lengths(text: str) -> list[int]:
+    """The runs of COCO's compressed RLE: 5 bits a letter from "0" on, runs from the fourth on less the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{letter!r} in its counts, which compressed RLE does not have")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("counts that end within a number")
+    return runs
+
+
+def _polygon_mask(polygons: Any, height: int, width: int) -> np.ndarray:
+    from pycocotools import mask as coco
+
+    for polygon in polygons:
+        # pycocotools takes four numbers for a box, and leaves out the last of an odd number.
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon must be three or more pairs x, y in one list")
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in polygon):
+            raise ValueError("a polygon of what are no numbers")
+    return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
 
 
 def _own_sentences(annotation: dict[str, Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from volume_files import (
 
 from ntpseg.data import MaskOptions, inspect_dataset, read_mask
 from ntpseg.importers import ImportOptions, dicom_seg, import_dataset
+from ntpseg.importers.coco import annotation_mask
 from ntpseg.importers.names import read_names
 from ntpseg.importers.rtstruct import fill_contours
 from ntpseg.utils.files import read_csv
@@ -227,12 +228,37 @@ def test_coco_sentences_of_an_annotation(tmp_path):
     assert len({row["mask"] for row in rows}) == 1
 
 
+def test_compressed_rle_is_read_as_it_was_written_and_whole():
+    coco = pytest.importorskip("pycocotools.mask")
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        mask = np.repeat(np.repeat(rng.random((10, 8)) < rng.random(), 9, 0), 7, 1)
+        written = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        rle = {"size": [90, 56], "counts": written}
+        np.testing.assert_array_equal(annotation_mask("a", {"segmentation": rle}, (90, 56)), mask)
+        if len(written) > 8:
+            cut = rle | {"counts": written[:8]}
+            with pytest.raises(ValueError, match=r"counts (of \d+ pixels in all|that end within)"):
+                annotation_mask("a", {"segmentation": cut}, (90, 56))
+
+
 @pytest.mark.parametrize(
     ("segmentation", "got"),
     [
         ([], "nothing is marked"),
         ({"size": [3, 4], "counts": [12]}, r"RLE of size \[3, 4\] for an image of \[30, 40\]"),
         ("x", "got 'x'"),
+        ({"size": [30, 40], "counts": [100, 50]}, "counts of 150 pixels in all for the 1200 of the image"),
+        ({"size": [30, 40], "counts": [1000, 300]}, "counts of 1300 pixels in all"),
+        ({"size": [30, 40], "counts": [1300, -100]}, "no whole numbers from 0 on"),
+        ({"size": [30, 40], "counts": [600.0, 600.0]}, "no whole numbers from 0 on"),
+        ({"size": [30, 40], "counts": "aT1"}, "counts of 1169 pixels"),
+        ({"size": [30, 40], "counts": "Q"}, "counts that end within a number"),
+        ({"size": [30, 40], "counts": "0 0"}, "' ' in its counts"),
+        ([[2, 3, 10, 12]], "a polygon must be three or more pairs"),
+        ([[2, 3, 10, 12, 5, 20, 7]], "a polygon must be three or more pairs"),
+        ([[2, 3, 10, 12, 5, "x"]], "a polygon of what are no numbers"),
+        ([[2, 3, 10, 12, 5, float("nan")]], "a polygon of what are no numbers"),
     ],
 )
 def test_coco_annotations_that_are_no_mask(tmp_path, segmentation, got):
