@@ -287,7 +287,7 @@ def test_coco_annotations_that_are_no_mask(tmp_path, segmentation, got):
 )
 def test_files_of_names(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    found = {one.name: one.parts for one in read_names(tmp_path / name)}
+    found = {one.name: one.parts for one in read_names(tmp_path / name).structures}
     assert found == {"liver": ((0, 1),), "left kidney": ((0, 3),)}
 
 
