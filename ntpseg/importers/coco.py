@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def _read_file(path: Path, split: str) -> list[Case]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise ValueError(f"{path} must be COCO's, with the lists images, annotations and categories, got no {key}")
+    check_distinct_ids(path, "categories", [category.get("id") for category in _objects(path, content, "categories")])
+    check_distinct_ids(path, "images", [image.get("id") for image in _objects(path, content, "images")])
     try:
         names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
         by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
@@ -68,14 +70,40 @@ def _read_file(path: Path, split: str) -> list[Case]:
     if len({category.name for category in categories}) < len(categories):
         raise ValueError(f"{path} must have categories with names of their own, got one twice")
     cases = []
+    files: set[Path] = set()
     for image in content["images"]:
         file = _find(path, str(image.get("file_name", "")))
+        # Every entry has annotations of its own: of a second one the first would be an image without its findings.
+        if file.resolve() in files:
+            raise ValueError(
+                f"{path} must list every image once, got {image['file_name']} in two entries; put its annotations "
+                "under one id"
+            )
+        files.add(file.resolve())
         name = case_of_file(Path(str(image["file_name"]).replace("\\", "/")))
         load = functools.partial(_load, name, file, image, by_image[image["id"]], names)
         own = any(_own_sentences(annotation) for annotation in by_image[image["id"]])
         subject = str(image.get("patient_id") or image.get("subject") or subject_of(name))
         cases.append(Case(name, subject, load, split, () if own else categories))
     return cases
+
+
+def _objects(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    for item in content[key]:
+        if not isinstance(item, dict):
+            raise ValueError(f"{key} of {path} must be a list of objects, got {brief(item)}")
+    return content[key]
+
+
+def check_distinct_ids(path: Path, what: str, ids: Iterable[Any]) -> None:
+    """Raise a `ValueError` if an id is there twice, so that nobody can say which entry an annotation means."""
+    seen: set[str] = set()
+    for one in map(str, ids):
+        if one in seen:
+            raise ValueError(
+                f"{what} of {path} must have ids of their own, got the id {one} twice; give one another id"
+            )
+        seen.add(one)
 
 
 def _load(

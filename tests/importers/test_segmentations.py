@@ -214,6 +214,30 @@ def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
     assert not inspect_dataset(tmp_path / "out", masks=MaskOptions(keep_empty=True)).problems
 
 
+@pytest.mark.parametrize(
+    ("key", "entry", "message"),
+    [
+        ("categories", {"id": 5, "name": "mass"}, "categories of .* must have ids of their own, got the id 5 twice"),
+        ("images", {"id": 0, "file_name": "b.png"}, "images of .* must have ids of their own, got the id 0 twice"),
+        ("images", {"id": 7, "file_name": "b.png"}, "must list every image once, got b.png in two entries"),
+        ("images", {"id": 7, "file_name": "images/b.png"}, "must list every image once, got images/b.png in two"),
+        ("images", "b.png", "images of .* must be a list of objects, got 'b.png'"),
+    ],
+)
+def test_coco_entries_that_are_there_twice(tmp_path, key, entry, message):
+    pytest.importorskip("pycocotools.mask")
+    polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    path = coco_files(tmp_path / "src", [{"id": 1, "image_id": 0, "category_id": 5, "segmentation": polygon}])
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {key: [*content[key], entry]}))
+    with pytest.raises(ValueError, match=message) as caught:
+        import_dataset("coco", path, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    if "ids of their own" in message:
+        with pytest.raises(ValueError, match=message):
+            import_dataset("boxes", path, tmp_path / "out")
+
+
 def test_coco_sentences_of_an_annotation(tmp_path):
     pytest.importorskip("pycocotools.mask")
     polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
@@ -295,6 +319,8 @@ def test_files_of_names(tmp_path, name, text):
     ("name", "text", "message"),
     [
         ("n.json", '{"1": "a", "2": "a"}', "must have names of their own, got 'a' twice"),
+        ("n.json", '{"liver": 1, "liver": 3}', "the key 'liver' is in one object twice"),
+        ("n.yaml", "liver: 1\nliver: 3\n", "duplicate key liver"),
         ("n.json", '{"liver": 1.5}', "must map values to names, got 'liver': 1.5"),
         ("n.csv", "id,colour\n1,red\n", "must have a column with the labels' values"),
         ("n.txt", "liver = 1\n", "must have lines such as .* got 'liver = 1' in line 1"),
