@@ -55,7 +55,7 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     for (key, entry), case in zip(entries, names_of_cases):
         images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
         names = {number: str(channels.get(str(number), number)) for number in range(len(images))}
-        chosen = chosen_channels(names, options.channels if len(images) > 1 else ())
+        chosen = chosen_channels(names, options.channels)
         paths = [_existing(source, images[number]) for number in chosen]
         labels = _existing(source, entry["label"])
         split = _LISTS[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from volume_files import LABELS, SPACING, affine, image, labels, save_nifti
 
 from ntpseg.cli import app
 from ntpseg.data import MaskOptions, inspect_dataset, read_image, read_mask
-from ntpseg.importers import ImportOptions, import_dataset
+from ntpseg.importers import IMPORTERS, ImportOptions, import_dataset
 from ntpseg.utils.files import read_csv
 from ntpseg.volumes import AXES
 from ntpseg.volumes.volume import display
@@ -226,6 +227,8 @@ def test_monai_data_list(tmp_path):
     assert {(r["volume"], r["split"]) for r in rows_of(tmp_path / "folds")} == {
         ("lab0", "val"), ("lab2", "val"), ("lab1", "train"), ("lab3", "train"),
     }  # fmt: skip
+    with pytest.raises(ValueError, match=r"--channels must be among 0 \(0\), got 'T2'"):
+        import_dataset("monai", tmp_path / "list.json", tmp_path / "no", ImportOptions(channels=("T2",)))
     lists["training"].append({"image": "data/img9.nii.gz"})
     (tmp_path / "list.json").write_text(json.dumps(lists))
     done = import_dataset("monai", tmp_path / "list.json", tmp_path / "some")
@@ -318,3 +321,29 @@ def test_the_command(tmp_path):
     assert isinstance(again.exception, ValueError) and "out must be a new or an empty" in str(again.exception)
     wrong = CliRunner().invoke(app, [*command, "--splits", "8:2"])
     assert "--splits must be three numbers such as 0.7:0.15:0.15, got '8:2'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("nnunet", {"names": Path("foo.csv")}, r"--names must be given for a kind .*\(monai, folders\), got foo.csv"),
+        ("coco", {"axis": "coronal"}, "--axis must be given for a kind that reads it .* got coronal for coco; leave"),
+        ("coco", {"window": "lung"}, "--window must be given for a kind"),
+        ("coco", {"channels": ("3",)}, r"--channels must be given for a kind that reads it \(nnunet, monai\), got 3"),
+        ("coco", {"resample": True}, "--resample must be given for a kind"),
+        ("ms-cxr", {"min_area_mm2": 1000.0}, "--min-area-mm2 must be given for a kind"),
+        ("rtstruct", {"resample": True}, "--resample must be given for a kind"),
+    ],
+)
+def test_an_option_that_a_kind_does_not_read_is_refused(tmp_path, kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        import_dataset(kind, nnunet(tmp_path / "raw", 1), tmp_path / "out", ImportOptions(**options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_options_that_kinds_read_is_whole():
+    """An importer reads from its options nothing but what it declares."""
+    for importer in IMPORTERS.values():
+        module = Path(importlib.import_module(importer.module).__file__).read_text()
+        for name in ("names", "channels", "resample"):
+            assert (f"options.{name}" in module) == (name in importer.reads), (importer.name, name)
