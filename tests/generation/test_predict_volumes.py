@@ -319,6 +319,19 @@ def test_a_scans_sidecar_is_not_replaced(tmp_path: Path) -> None:
     volume_target(job, tmp_path / "in" / "sub-01.nii.gz", None)
 
 
+@pytest.mark.usefixtures("no_decoding")
+def test_a_folder_of_folders_is_told_where_the_volumes_are(tmp_path: Path) -> None:
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    given = ("--text", "x", "--axis", "axial", "--out", tmp_path / "o")
+    message = refused("--image", tmp_path / "raw", *given)
+    assert message.endswith("raw, a folder without images or volumes")
+    for number in (1, 2):
+        write_nifti(tmp_path / "raw" / "imagesTr" / f"c{number}.nii", ct())
+    message = refused("--image", tmp_path / "raw", *given)
+    assert message.startswith("image must be a folder with at least one image, got")
+    assert message.endswith("; its folder imagesTr has some: give that")
+
+
 @pytest.mark.parametrize("name", ["seg.nii.gz", "seg.json", "seg_1.nii.gz", "seg_probability_2.nii.gz", "seg.dcm"])
 def test_labels_that_no_prediction_wrote_are_not_replaced(tmp_path: Path, name: str) -> None:
     source = write_nifti(tmp_path / "in" / "ct.nii", ct())
