@@ -27,6 +27,8 @@ from ntpseg.utils.checks import brief
 
 _SENTENCES = ("captions", "caption", "sentences", "sentence", "text", "expression")
 _SPLITS = ((r"train", "train"), (r"val", "val"), (r"test", "test"))
+# Of the image's longer side: how far a polygon may reach.
+_OUTSIDE = 100
 _FOLDERS = ("images", "imgs", "img", "")
 
 
@@ -201,6 +203,9 @@ def _polygon_mask(polygons: Any, height: int, width: int) -> np.ndarray:
             raise ValueError("a polygon must be three or more pairs x, y in one list")
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in polygon):
             raise ValueError("a polygon of what are no numbers")
+        # pycocotools holds every point of an outline, inside of the image or not.
+        if max(map(abs, polygon)) > _OUTSIDE * max(height, width):
+            raise ValueError("a polygon far outside of the image")
     return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
 
 

@@ -281,6 +281,7 @@ def test_compressed_rle_is_read_as_it_was_written_and_whole():
         ({"size": [30, 40], "counts": "0 0"}, "' ' in its counts"),
         ([[2, 3, 10, 12]], "a polygon must be three or more pairs"),
         ([[2, 3, 10, 12, 5, 20, 7]], "a polygon must be three or more pairs"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "a polygon far outside of the image"),
         ([[2, 3, 10, 12, 5, "x"]], "a polygon of what are no numbers"),
         ([[2, 3, 10, 12, 5, float("nan")]], "a polygon of what are no numbers"),
     ],
