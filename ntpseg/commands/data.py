@@ -178,6 +178,8 @@ def import_(
         done = import_dataset(kind, source, out, options, progress=progress)
     for line in done.skipped:
         typer.secho(f"left out: {line}", fg="yellow", err=True)
+    for line in done.remarks():
+        typer.secho(line, fg="yellow", err=True)
     rows = ", ".join(f"{done.rows[split]} {split}" for split in ("train", "val", "test"))
     typer.echo(f"{done.cases} cases: {done.images} images, {done.masks} masks, {done.rows.total()} pairs ({rows})")
     if done.negatives:

@@ -74,6 +74,7 @@ def evaluate(
     from ntpseg.data import MaskOptions, problem_table
     from ntpseg.data.loading import list_dataset
     from ntpseg.data.problems import DataProblems
+    from ntpseg.data.records import SPLITS
     from ntpseg.evaluation import EvaluationOptions
     from ntpseg.evaluation import evaluate as run
     from ntpseg.evaluation.calibration_file import FITTED, check_calibration, save_temperature
@@ -114,10 +115,15 @@ def evaluate(
         masks = masks if mask_value else masks_of(root)
     listing = list_dataset(data, layout, masks)
     labelled = [r for r in listing.records if r.mask is not None]
-    split = split or default_split(labelled)
+    given, split = split, split or default_split(labelled)
     records = [r for r in labelled if r.split == split]
     if not records:
-        raise ValueError(f"split must have a case with a mask in {data}, got {split!r}")
+        known = ", ".join(name for name in SPLITS if any(r.split == name for r in labelled)) or "no mask in any"
+        if given is None:
+            raise ValueError(
+                f"--split must be given for data without a test or val split, got none; {data} has {known}"
+            )
+        raise ValueError(f"split must have a case with a mask in {data}, got {split!r}; it has {known}")
     records, problems = truth_records(listing, records)
     if problems and not skip_bad:
         raise DataProblems(data, problems)

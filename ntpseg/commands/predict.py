@@ -50,8 +50,8 @@ def predict(
     out: Annotated[
         Path,
         typer.Option(
-            help="Mask file, ending in .png, of a volume in .nii.gz or .dcm (DICOM-SEG), or a folder; what is there is "
-            "replaced.",
+            help="Mask file, ending in .png, of a volume in .nii.gz or .dcm (DICOM-SEG), or a folder; results of an "
+            "earlier prediction are replaced, other files never.",
             show_default=False,
         ),
     ],

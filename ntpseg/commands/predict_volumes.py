@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ntpseg.generation.volume_writing import VolumeSettings
 
 
+# Folders in a folder without images that are looked into for a hint.
+_SEARCHED = 20
+
+
 @dataclass(frozen=True, slots=True)
 class VolumeRequest:
     """What was asked for on the command line.
@@ -47,7 +51,7 @@ def find(image: Path, series: str | None) -> list[Path]:
     """What `find_volumes` finds.
 
     Raises:
-        ValueError: a folder with both images and volumes.
+        ValueError: a folder with both images and volumes, or with neither.
     """
     from ntpseg.data.records import known_suffix
     from ntpseg.generation.volume_jobs import find_volumes
@@ -61,7 +65,24 @@ def find(image: Path, series: str | None) -> list[Path]:
                 f"image must be a folder of images or of volumes, got {image} with both, such as {pictures[0].name} "
                 f"and {volumes[0].name}; put them into two folders"
             )
+    if not volumes and image.is_dir():
+        entries = sorted(path for path in image.iterdir() if not path.name.startswith("."))
+        if not any(known_suffix(path.name) for path in entries):
+            folders = [path for path in entries if path.is_dir()][:_SEARCHED]
+            deeper = next(
+                (path for path in folders if find_volumes(path) or any(map(_is_picture, path.iterdir()))), None
+            )
+            hint = f"; its folder {deeper.name} has some: give that" if deeper is not None else ""
+            raise ValueError(
+                f"image must be a folder with at least one image, got {image}, a folder without images or volumes{hint}"
+            )
     return volumes
+
+
+def _is_picture(path: Path) -> bool:
+    from ntpseg.data.records import known_suffix
+
+    return path.is_file() and bool(known_suffix(path.name)) and not path.name.startswith(".")
 
 
 def predict_volumes(

@@ -84,7 +84,7 @@ def check_listing(listing: Listing, masks: MaskOptions | None = None) -> Checked
             notes += _notes(record, image, content, listing)
             if content is not None and content.area(record.mask_value) < MIN_PIXELS:
                 empty.append(record)
-    notes += [*patient_notes(good), *volume_notes(good)]
+    notes += [*patient_notes(good), *_ambiguous(good, listing), *volume_notes(good)]
     windows = {path: image.window for path, image in images.items() if isinstance(image, _Image) and image.window}
     return Checked(good, faults, list(dict.fromkeys(notes)), len(empty), windows, empty)
 
@@ -159,6 +159,23 @@ def _notes(record: Record, image: _Image, content: MaskContent | None, listing: 
     if area < MIN_PIXELS:
         detail = f"{area} foreground pixels, kept as a case without a finding"
         yield Problem(problems.NEGATIVE, record.split, mask, detail)
+
+
+def _ambiguous(records: Iterable[Record], listing: Listing) -> Iterable[Problem]:
+    """A note for each split in which one image has two masks for one sentence: no model can give both."""
+    first: dict[tuple[str, Path, str], Record] = {}
+    found: dict[str, dict[tuple[Path, str], tuple[Record, Record]]] = {}
+    for record in records:
+        text = " ".join(record.text.split()).casefold()
+        other = first.setdefault((record.split, record.image, text), record)
+        if record.mask != other.mask or record.mask_value != other.mask_value:
+            found.setdefault(record.split, {}).setdefault((record.image, text), (other, record))
+    for split, pairs in found.items():
+        one, two = next(iter(pairs.values()))
+        name = listing.short(one.image) + (", ..." if len(pairs) > 1 else "")
+        masks = [listing.short(r.mask or "") + (f" ({r.mask_value})" if r.mask_value else "") for r in (one, two)]
+        more = f"; {len(pairs)} such sentences in all" if len(pairs) > 1 else ""
+        yield Problem(problems.AMBIGUOUS, split, name, f"{one.text!r} is said of {masks[0]} and of {masks[1]}{more}")
 
 
 def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict[Path, Result | str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ntpseg.data.pixels import Stored, StrPath, medical_pixels, picture_pixels
 from ntpseg.data.shards.paths import as_path
@@ -185,14 +186,22 @@ def resize_probability(probability: np.ndarray, height: int, width: int) -> np.n
     return np.asarray(soft.resize((width, height), resample))
 
 
-def encode_png(image: np.ndarray) -> bytes:
-    """The PNG file of a uint8 or bool array ``[H, W]`` or ``[H, W, 3]``; a bool mask becomes 0 and 255."""
+def encode_png(image: np.ndarray, software: str = "") -> bytes:
+    """The PNG file of a uint8 or bool array ``[H, W]`` or ``[H, W, 3]``; a bool mask becomes 0 and 255.
+
+    Args:
+        image: the pixels.
+        software: what the file says that it was written by; "": nothing.
+    """
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    about = PngInfo()
+    if software:
+        about.add_text("Software", software)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=about)
     return buffer.getvalue()
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
+def write_png(path: Path, image: np.ndarray, software: str = "") -> None:
     """Write what `encode_png` gives; the file appears complete or not at all."""
-    atomic_write(path, encode_png(image))
+    atomic_write(path, encode_png(image, software))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ntpseg.data.checks import Checked, check_listing
 from ntpseg.data.layouts import LAYOUT_NAMES, LAYOUTS, Layout, Listing
-from ntpseg.data.patients import separate_patients
+from ntpseg.data.patients import separate_images, separate_patients
 from ntpseg.data.problems import DataProblems, Problem
 from ntpseg.data.records import MaskOptions, Record
 from ntpseg.data.shards import dataset_url
@@ -63,6 +63,7 @@ def list_dataset(path: str | PathLike[str], layout: str = "auto", masks: MaskOpt
     root = Path(path).expanduser()
     listing = _layout(root, layout).read(root)
     separate_patients(listing)
+    separate_images(listing)
     if masks is not None and masks.mask_value:
         listing.records = [r if r.mask_value else replace(r, mask_value=masks.mask_value) for r in listing.records]
     return listing

@@ -1,9 +1,11 @@
-"""One patient, one split: what the tables state of patients, and what only names of cases suggest."""
+"""One patient, one split: what the tables state of patients, what names of cases suggest, and what files show."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Listing
@@ -28,6 +30,56 @@ def separate_patients(listing: Listing) -> None:
                 problems.SHARED_PATIENT, split, subject, f"{pairs} in {last}; put all of a patient into one split"
             )
     listing.records = [record for record in listing.records if kept.get(record.subject, record.split) == record.split]
+
+
+def separate_images(listing: Listing) -> None:
+    """Take the pairs of an image file that is in several splits out of all but the last; in place.
+
+    A problem for each such image and split says so, whatever subjects the tables state. A file under two names, as a
+    link, is one. Of a packed set the files are not opened: they were looked at when it was packed.
+    """
+    from ntpseg.data.shards.files import PackedFile
+
+    if len({record.split for record in listing.records}) < 2:
+        return
+    files: dict[Path, Hashable] = {}
+    splits: dict[Hashable, Counter[str]] = {}
+    last: dict[Hashable, Record] = {}
+    for record in listing.records:
+        if isinstance(record.image, PackedFile):
+            continue
+        if record.image not in files:
+            files[record.image] = _file_identity(record.image)
+        file = files[record.image]
+        splits.setdefault(file, Counter())[record.split] += 1
+        if file not in last or SPLITS.index(record.split) > SPLITS.index(last[file].split):
+            last[file] = record
+    kept = []
+    reported: set[tuple[Hashable, str]] = set()
+    for record in listing.records:
+        file = files.get(record.image)
+        if file is None or last[file].split == record.split:
+            kept.append(record)
+        elif (file, record.split) not in reported:
+            reported.add((file, record.split))
+            number, other = splits[file][record.split], last[file]
+            pairs = f"{number} of its pairs {'is' if number == 1 else 'are'} in {record.split}"
+            alias = "" if other.image == record.image else f" as {listing.short(other.image)}"
+            listing.report(
+                problems.SHARED_IMAGE,
+                record.split,
+                record.image,
+                f"{pairs}, {splits[file][other.split]} in {other.split}{alias}; put all of an image into one split",
+            )
+    listing.records = kept
+
+
+def _file_identity(path: Path) -> Hashable:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return path
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else path.resolve()
 
 
 def subjects_in_two_splits(records: Iterable[Record]) -> dict[tuple[str, str], list[str]]:

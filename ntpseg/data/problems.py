@@ -24,6 +24,7 @@ EMPTY_MASK = "empty mask"
 SEVERAL_CLASSES = "several classes"
 BAD_ROW = "malformed row"
 SHARED_PATIENT = "patient in two splits"
+SHARED_IMAGE = "image in two splits"
 
 # Worth a look, but nothing that stops training.
 NEGATIVE = "case without a finding"
@@ -32,6 +33,7 @@ ORIENTATION = "turned image"
 OUTLIERS = "pixels far outside"
 UNUSUAL_MASK = "unusual mask"
 GAP = "volume with gaps"
+AMBIGUOUS = "sentence for two masks"
 
 
 @dataclass(frozen=True, slots=True, order=True)

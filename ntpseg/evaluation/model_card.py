@@ -19,7 +19,13 @@ def model_card(run: Path, title: str, license_name: str, data: str) -> str:
         title: the model's name.
         license_name: under which the weights may be used, an SPDX identifier.
         data: what it was trained on, with the attribution that its licence asks for.
+
+    Raises:
+        ValueError: a text is empty: nobody may pass weights on without knowing whose data they are from.
     """
+    for name, text in (("title", title), ("license", license_name), ("data", data)):
+        if not text.strip():
+            raise ValueError(f"--{name} must be a text for the model card, got {text!r}")
     model = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
     lines = [
         "---",

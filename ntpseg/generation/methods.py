@@ -27,6 +27,7 @@ class DecodingMethod:
         reads_expected: with the read-out "auto" masks are the expected patches, where the model has a read-out.
         needs_blanks: it reads blanks, so the model must have been trained to (``mask_inputs`` with ``blank`` above 0).
         streams: it is a `StreamingMethodFunction`. Of other methods a mask's tokens are told once all are there.
+        options: fields of `DecodingOptions` that it alone reads.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DecodingMethod:
     reads_expected: bool = False
     needs_blanks: bool = False
     streams: bool = False
+    options: tuple[str, ...] = ()
 
     def load(self) -> DecodingMethodFunction:
         """Import the implementation."""
@@ -77,9 +79,14 @@ METHODS: dict[str, DecodingMethod] = {
             "ntpseg.generation.passes:refine",
             needs_readout=True,
             needs_blanks=True,
+            options=("passes",),
         ),
         DecodingMethod(
-            "sample", "the mean of several sampled masks", "ntpseg.generation.sampling:sample", reads_expected=True
+            "sample",
+            "the mean of several sampled masks",
+            "ntpseg.generation.sampling:sample",
+            reads_expected=True,
+            options=("samples", "temperature", "top_p", "seed"),
         ),
     )
 }

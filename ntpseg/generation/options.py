@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ntpseg.generation.methods import METHODS
 from ntpseg.generation.uncertainty import pairwise_dice, pixel_entropy
-from ntpseg.utils.checks import check_bool, check_choice, check_integer, check_number
+from ntpseg.utils.checks import brief, check_bool, check_choice, check_integer, check_number
 
 if TYPE_CHECKING:
     from ntpseg.models.bundle import Bundle
@@ -85,12 +86,17 @@ class DecodingOptions:
         Args:
             bundle: the model; its ``decoding`` is the saved choice.
             **changes: fields of this class; None leaves one as it is.
+
+        Raises:
+            ValueError: a change that the method does not read, or see the class.
         """
         saved = dict(bundle.decoding or {})
         given = {name: value for name, value in changes.items() if value is not None}
         if given.get("method", saved.get("method")) != saved.get("method"):
             saved = {}
-        return cls(**{**saved, **given})
+        options = cls(**{**saved, **given})
+        check_read(options.method, given)
+        return options
 
     @property
     def expected_readout(self) -> bool:
@@ -115,6 +121,25 @@ class DecodingOptions:
         check_choice("dtype", self.dtype, DTYPES)
         if METHODS[self.method].needs_rewind and self.decoder == "huggingface":
             raise ValueError(f"decoder must be native or auto for method {self.method!r}, got 'huggingface'")
+
+
+def check_read(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse options of another method than the one that decodes.
+
+    Args:
+        method: a name of `METHODS`.
+        given: fields of `DecodingOptions` that were asked for; those saved with a model are none.
+
+    Raises:
+        ValueError: one of them would change nothing.
+    """
+    for other in METHODS.values():
+        for name in other.options:
+            if other.name != method and given.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be given with method {other.name!r}, which alone reads it, got {brief(given[name])} "
+                    f"with {method!r}; leave it out, or choose that method"
+                )
 
 
 @dataclass(frozen=True)

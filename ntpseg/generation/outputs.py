@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ntpseg.data.records import known_suffix
 from ntpseg.generation.folder import Job
+from ntpseg.generation.own_outputs import TABLE, OwnOutputs
 from ntpseg.utils.outputs import (
     check_distinct,
     check_file,
@@ -20,7 +21,6 @@ from ntpseg.utils.outputs import (
 
 # Masks are exact and overlays are drawings of them: only PNG is written, whatever else could hold them without loss.
 SUFFIX = ".png"
-TABLE = "predictions.csv"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def file_target(
         maps: also write the probability and its uncertainty.
 
     Raises:
-        ValueError: another ending, a place that cannot be written to, or a file that is an input or the other output.
+        ValueError: another ending, a place that cannot be written to, or a file that is an input, the other output or
+            no earlier prediction's.
     """
     mask = _file("--out", job, out)
     drawn = None if overlay is None else _file("--overlay", job, overlay)
@@ -88,6 +89,7 @@ def file_target(
         check_not_inputs("--out", [path], [job.image, *inputs, *([path] if among else [])])
     if drawn is not None:
         _check_overlay(target.beside_image(), [drawn])
+    _check_own([target], OwnOutputs())
     return target
 
 
@@ -102,7 +104,7 @@ def folder_targets(
 ) -> list[Target]:
     """The files of a folder's images: ``NAME.png`` in `out` and in `overlay`, and ``predictions.csv`` in `out`.
 
-    Files of an earlier prediction are replaced, each at once and whole.
+    Files of an earlier prediction are replaced, each at once and whole, and no others.
 
     Args:
         jobs: the images, with names as `folder_jobs` gives them.
@@ -113,7 +115,8 @@ def folder_targets(
         maps: also write ``NAME_probability.png`` and ``NAME_uncertainty.png`` in `out`.
 
     Raises:
-        ValueError: a folder is a file, is the images' or the other one or cannot be written to, or a file is an input.
+        ValueError: a folder is a file, is the images' or the other one or cannot be written to, or a file is an input
+            or no earlier prediction's.
     """
     for option, folder in (("--out", out), ("--overlay", overlay)):
         if folder is None:
@@ -143,6 +146,9 @@ def folder_targets(
     check_not_inputs("--overlay", drawn, read)
     check_distinct("--out", [*masks, out / TABLE])
     _check_overlay(masks, drawn)
+    own = OwnOutputs()
+    _check_own(targets, own)
+    own.check("--out", out / TABLE)
     return targets
 
 
@@ -158,6 +164,13 @@ def _file(option: str, job: Job, given: Path) -> Path:
             f"got {given}"
         )
     return given
+
+
+def _check_own(targets: Sequence[Target], own: OwnOutputs) -> None:
+    for target in targets:
+        own.check("--out", target.mask, target.beside_image())
+        if target.overlay is not None:
+            own.check("--overlay", target.overlay)
 
 
 def _check_overlay(masks: Sequence[Path], drawn: Sequence[Path]) -> None:

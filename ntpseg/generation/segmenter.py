@@ -14,7 +14,7 @@ import torch
 from ntpseg.data import prepare, read_image, resize_mask, swap_laterality
 from ntpseg.generation.calibration import calibrate
 from ntpseg.generation.generate import MaskGenerator
-from ntpseg.generation.options import DecodingOptions, Generated, Prediction
+from ntpseg.generation.options import DecodingOptions, Generated, Prediction, check_read
 from ntpseg.generation.token_stream import TokenListener
 from ntpseg.tokenizers.text import encode_text
 
@@ -96,6 +96,8 @@ class Segmenter:
             raise ValueError(f"options must be None with changes of the saved ones, got both: {sorted(changes)}")
         # Unknown names and values out of range are told before a large model is loaded.
         DecodingOptions(**{name: value for name, value in changes.items() if value is not None})
+        if changes.get("method") is not None:
+            check_read(changes["method"], changes)
         device = usable_device(device)
         try:
             bundle = Bundle.from_pretrained(Path(directory), device=device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ntpseg.generation.outputs import TABLE
+from ntpseg.generation.own_outputs import TABLE, OwnOutputs, is_own_json
 from ntpseg.generation.volume_jobs import VolumeJob
 from ntpseg.utils.outputs import (
     check_distinct,
@@ -91,7 +90,7 @@ def volume_target(
 
     Raises:
         ValueError: another ending, a place that cannot be written to or inside the folder that is read, or a file that
-            is an input.
+            is an input or no earlier prediction's.
     """
     check_path("--out", out)
     given = out
@@ -111,7 +110,8 @@ def volume_target(
     # Beside the volume a name that the program makes up may be another file's: another volume's, a scan's sidecar.
     if same_place(out.parent, job.volume.parent):
         made_up = [path for path in target.files() if path.exists() and (path != out or given != out)]
-        check_not_inputs("--out", target.files(), [path for path in made_up if not _is_own_table(path)])
+        check_not_inputs("--out", target.files(), [path for path in made_up if not is_own_json(path)])
+    OwnOutputs().check("--out", target.labels, target.files())
     return target
 
 
@@ -135,7 +135,8 @@ def volume_targets(
         maps: also write the probability of each sentence.
 
     Raises:
-        ValueError: `out` is a file, is the volumes' folder or inside it or cannot be written to, or a file is an input.
+        ValueError: `out` is a file, is the volumes' folder or inside it or cannot be written to, or a file is an input
+            or no earlier prediction's.
     """
     check_path("--out", out)
     if out.is_file() or (not out.exists() and _ending(out)):
@@ -145,15 +146,11 @@ def volume_targets(
     check_folder("--out", out)
     targets = [VolumeTarget(job, out / f"{job.name}.{kind or FORMATS[0]}", maps) for job in jobs]
     _check(targets, inputs, out / TABLE)
+    own = OwnOutputs()
+    for target in targets:
+        own.check("--out", target.labels, target.files())
+    own.check("--out", out / TABLE)
     return targets
-
-
-def _is_own_table(path: Path) -> bool:
-    """Whether a JSON file is one that an earlier prediction wrote."""
-    try:
-        return {"labels", "sentences"} <= json.loads(path.read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _check(targets: Sequence[VolumeTarget], inputs: Sequence[Path], *tables: Path) -> None:

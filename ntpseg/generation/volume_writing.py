@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntpseg.generation.outputs import TABLE
+from ntpseg.generation.own_outputs import TABLE
 from ntpseg.generation.post_processing import PostProcessing
 from ntpseg.generation.volume_outputs import VolumeTarget
 from ntpseg.generation.writing import printable
@@ -184,31 +184,39 @@ def _write_files(
     from ntpseg.volumes.label_nifti import write_label_nifti
 
     texts, stored = target.job.texts, predictions[0].stored
+    labels, overlap = label_volume([prediction.mask for prediction in predictions])
+    if not target.is_dicom:
+        # First: it says whose the others are, also where writing them ends early.
+        write_json(target.names, _names(target, predictions, overlap))
     for number, prediction in enumerate(predictions, start=1):
         if prediction.probability is not None:
             # NIfTI has no half precision.
             values = prediction.to_stored(prediction.probability).astype(np.float32)
             write_label_nifti(target.probability(number), values, stored, source)
-    labels, overlap = label_volume([prediction.mask for prediction in predictions])
     if target.is_dicom:
         from ntpseg.volumes.dicom_seg import write_dicom_seg
 
         write_dicom_seg(target.labels, [prediction.to_stored() for prediction in predictions], texts, stored, sources)
         return overlap
+    if any(overlap):
+        for number, prediction in enumerate(predictions, start=1):
+            write_label_nifti(target.part(number), prediction.to_stored().astype(np.uint8), stored, source)
+    write_label_nifti(target.labels, predictions[0].to_stored(labels), stored, source)
+    return overlap
+
+
+def _names(target: VolumeTarget, predictions: Sequence[VolumePrediction], overlap: list[int]) -> dict[str, Any]:
+    """What the file beside the labels says of them."""
     entries = []
     for number, prediction in enumerate(predictions, start=1):
         entry = {"label": number, "text": prediction.text, "voxels": int(prediction.mask.sum()), "ml": prediction.ml}
         if any(overlap):
-            part = target.part(number)
-            write_label_nifti(part, prediction.to_stored().astype(np.uint8), stored, source)
-            entry["overlap_voxels"], entry["file"] = overlap[number - 1], printable(part.name)
+            entry["overlap_voxels"], entry["file"] = overlap[number - 1], printable(target.part(number).name)
         entries.append(entry)
-    write_label_nifti(target.labels, predictions[0].to_stored(labels), stored, source)
     # nnU-Net's dataset.json calls the labels so; label 0 is the background.
-    names = {text: number for number, text in enumerate(texts, start=1)}
+    names = {text: number for number, text in enumerate(target.job.texts, start=1)}
     names = {"background": 0, **names} if "background" not in names else names
-    write_json(target.names, {"labels": names, "sentences": entries})
-    return overlap
+    return {"labels": names, "sentences": entries}
 
 
 def label_volume(masks: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:

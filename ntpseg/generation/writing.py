@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ntpseg.data import read_windowed, resize_probability, write_png
-from ntpseg.generation.outputs import TABLE, Target
+from ntpseg.generation.outputs import Target
 from ntpseg.generation.overlay import draw, draw_levels
+from ntpseg.generation.own_outputs import MARK, TABLE
 from ntpseg.generation.uncertainty import pixel_entropy
 from ntpseg.utils.files import write_csv
 from ntpseg.utils.outputs import cure
@@ -96,15 +97,15 @@ def _write_chunk(
         return
     predictions = segmenter.segment_all([p for _, p, _ in readable], [t.job.text for t, _, _ in readable], progress)
     for (target, pixels, window), prediction in zip(readable, predictions, strict=True):
-        write_png(target.mask, prediction.mask)
+        write_png(target.mask, prediction.mask, MARK)
         drawn = None if target.overlay is None else draw(pixels, prediction.mask)
         if target.has_maps:
             soft = resize_probability(prediction.probability, *prediction.mask.shape)
-            write_png(target.probability, _eight_bits(soft))
-            write_png(target.uncertainty, _eight_bits(pixel_entropy(soft)))
+            write_png(target.probability, _eight_bits(soft), MARK)
+            write_png(target.uncertainty, _eight_bits(pixel_entropy(soft)), MARK)
             drawn = None if drawn is None else draw_levels(drawn, soft)
         if target.overlay is not None and drawn is not None:
-            write_png(target.overlay, drawn)
+            write_png(target.overlay, drawn, MARK)
         area, confidence = f"{prediction.mask.mean():.6f}", f"{prediction.confidence.mean():.4f}"
         names = printable(target.job.image.name), target.job.text, printable(target.mask.name)
         agreement = "" if prediction.sample_dice is None else f"{prediction.sample_dice:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ class Sample:
         structures: what may be asked for, the same for all samples of a data set where the source lists them.
         modality: "CT", "MR", ...; "": as the volume's header says.
         spacing: millimetres between rows and columns of a 2-D image; None where unknown, and for volumes.
+        ignored: values of label maps that the source says show nothing to ask for (0 always does); None: the labels
+            were made by the importer, and every value belongs to a structure.
     """
 
     image: Path | np.ndarray | tuple[Volume, ...]
@@ -50,6 +53,19 @@ class Sample:
     structures: tuple[Structure, ...]
     modality: str = ""
     spacing: tuple[float, float] | None = None
+    ignored: frozenset[int] | None = None
+
+    def unnamed(self) -> dict[int, int]:
+        """Pixels of each value that is neither ignored nor of any structure: nobody says what they show."""
+        found: Counter[int] = Counter()
+        for layer, labels in enumerate(self.labels if self.ignored is not None else ()):
+            parts = (part for structure in self.structures for part in structure.parts)
+            named = sorted({0, *(self.ignored or ()), *(value for other, value in parts if other == layer)})
+            # One slice at a time: NumPy looks values up with 8 bytes each.
+            for plane in labels if labels.ndim > 2 else labels[None]:
+                values, counts = np.unique(plane[~np.isin(plane, named)], return_counts=True)
+                found.update(dict(zip(values.tolist(), counts.tolist())))
+        return dict(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +75,8 @@ class Case:
     Attributes:
         name: unique in the source; files are called by it.
         subject: whose image it is: no subject is in two splits. Never a name or number from a DICOM header.
-        load: reads the image and its labels. Raises ValueError or OSError with a line that names the file.
+        load: reads the image and its labels. Raises ValueError or OSError with a line that names the file. None: an
+            image without labels among those that should have them; it is left out and named.
         split: "train", "val" or "test" where the source says so; "": the subjects are dealt out.
         structures: of the whole source, where it lists them: names in the options are checked before any image is
             read. Otherwise each `Sample` lists its own.
@@ -67,6 +84,6 @@ class Case:
 
     name: str
     subject: str
-    load: Callable[[], Sample] = field(repr=False)
+    load: Callable[[], Sample] | None = field(repr=False)
     split: str = ""
     structures: tuple[Structure, ...] = field(default=(), repr=False)

@@ -28,6 +28,7 @@ from ntpseg.data.layouts.manifest import SPLIT_NAMES
 from ntpseg.data.records import known_suffix, subject_of
 from ntpseg.data.tables import Row, Table, is_sentence, read_table
 from ntpseg.importers.base import Case, Sample, Structure
+from ntpseg.importers.coco import check_distinct_ids
 from ntpseg.importers.loading import LayerPacker
 from ntpseg.importers.options import ImportOptions
 
@@ -266,6 +267,8 @@ def _coco_boxes(path: Path) -> list[Box]:
     if not all(isinstance(value, list) and all(isinstance(item, dict) for item in value) for value in lists):
         raise ValueError(f"{path} must be COCO's, with lists of images, annotations and categories, got something else")
     images, annotations, categories = ([item for item in value or []] for value in lists)
+    check_distinct_ids(path, "images", [image.get("id") for image in images])
+    check_distinct_ids(path, "categories", [category.get("id") for category in categories])
     by_id = {str(image.get("id")): image for image in images}
     names = {str(category.get("id")): name_of(category.get("name")) for category in categories}
     boxes = []

@@ -10,8 +10,9 @@ SRC is a JSON file, or a folder with one for each split ("train", "val" or "test
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from ntpseg.utils.checks import brief
 
 _SENTENCES = ("captions", "caption", "sentences", "sentence", "text", "expression")
 _SPLITS = ((r"train", "train"), (r"val", "val"), (r"test", "test"))
+# Of the image's longer side: how far a polygon may reach.
+_OUTSIDE = 100
 _FOLDERS = ("images", "imgs", "img", "")
 
 
@@ -52,6 +55,8 @@ def _read_file(path: Path, split: str) -> list[Case]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise ValueError(f"{path} must be COCO's, with the lists images, annotations and categories, got no {key}")
+    check_distinct_ids(path, "categories", [category.get("id") for category in _objects(path, content, "categories")])
+    check_distinct_ids(path, "images", [image.get("id") for image in _objects(path, content, "images")])
     try:
         names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
         by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
@@ -67,14 +72,40 @@ def _read_file(path: Path, split: str) -> list[Case]:
     if len({category.name for category in categories}) < len(categories):
         raise ValueError(f"{path} must have categories with names of their own, got one twice")
     cases = []
+    files: set[Path] = set()
     for image in content["images"]:
         file = _find(path, str(image.get("file_name", "")))
+        # Every entry has annotations of its own: of a second one the first would be an image without its findings.
+        if file.resolve() in files:
+            raise ValueError(
+                f"{path} must list every image once, got {image['file_name']} in two entries; put its annotations "
+                "under one id"
+            )
+        files.add(file.resolve())
         name = case_of_file(Path(str(image["file_name"]).replace("\\", "/")))
         load = functools.partial(_load, name, file, image, by_image[image["id"]], names)
         own = any(_own_sentences(annotation) for annotation in by_image[image["id"]])
         subject = str(image.get("patient_id") or image.get("subject") or subject_of(name))
         cases.append(Case(name, subject, load, split, () if own else categories))
     return cases
+
+
+def _objects(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    for item in content[key]:
+        if not isinstance(item, dict):
+            raise ValueError(f"{key} of {path} must be a list of objects, got {brief(item)}")
+    return content[key]
+
+
+def check_distinct_ids(path: Path, what: str, ids: Iterable[Any]) -> None:
+    """Raise a `ValueError` if an id is there twice, so that nobody can say which entry an annotation means."""
+    seen: set[str] = set()
+    for one in map(str, ids):
+        if one in seen:
+            raise ValueError(
+                f"{what} of {path} must have ids of their own, got the id {one} twice; give one another id"
+            )
+        seen.add(one)
 
 
 def _load(
@@ -115,28 +146,67 @@ def annotation_mask(name: str, annotation: dict[str, Any], shape: tuple[int, ...
     Raises:
         ValueError: the segmentation is none of these, or of another size; the message names the image.
     """
-    from pycocotools import mask as coco
-
     height, width = shape
     segmentation = annotation.get("segmentation")
     try:
         if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):
-                rle = coco.frPyObjects(segmentation, *segmentation["size"])
-            else:
-                rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
             if list(segmentation["size"]) != [height, width]:
                 raise ValueError(f"RLE of size {segmentation['size']} for an image of {[height, width]}")
-        elif segmentation:
-            rle = coco.merge(coco.frPyObjects(segmentation, height, width))
-        else:
-            raise ValueError("a box alone is no mask" if annotation.get("bbox") else "nothing is marked")
-        return coco.decode(rle).astype(bool)
+            return _run_mask(segmentation["counts"], height, width)
+        if segmentation:
+            return _polygon_mask(segmentation, height, width)
+        raise ValueError("a box alone is no mask" if annotation.get("bbox") else "nothing is marked")
     except Exception as error:  # pycocotools raises whatever Cython meets
         raise ValueError(
             f"segmentation of annotation {annotation.get('id', '?')} of {name} must be polygons or RLE, "
             f"got {brief(segmentation)} ({' '.join(str(error).split())})"
         ) from error
+
+
+def _run_mask(counts: Any, height: int, width: int) -> np.ndarray:
+    # Not pycocotools.decode: runs that end early leave it memory that nobody wrote.
+    runs = _run_lengths(counts) if isinstance(counts, str) else counts
+    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in runs):
+        raise ValueError("counts that are no whole numbers from 0 on")
+    if sum(runs) != height * width:
+        raise ValueError(f"counts of {sum(runs)} pixels in all for the {height * width} of the image")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _run_lengths(text: str) -> list[int]:
+    """The runs of COCO's compressed RLE: 5 bits a letter from "0" on, runs from the fourth on less the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{letter!r} in its counts, which compressed RLE does not have")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("counts that end within a number")
+    return runs
+
+
+def _polygon_mask(polygons: Any, height: int, width: int) -> np.ndarray:
+    from pycocotools import mask as coco
+
+    for polygon in polygons:
+        # pycocotools takes four numbers for a box, and leaves out the last of an odd number.
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon must be three or more pairs x, y in one list")
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in polygon):
+            raise ValueError("a polygon of what are no numbers")
+        # pycocotools holds every point of an outline, inside of the image or not.
+        if max(map(abs, polygon)) > _OUTSIDE * max(height, width):
+            raise ValueError("a polygon far outside of the image")
+    return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
 
 
 def _own_sentences(annotation: dict[str, Any]) -> tuple[str, ...]:

@@ -40,17 +40,25 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     """
     if not source.is_dir():
         raise ValueError(f"source must be a folder with the folders images and labels, got the file {source}")
-    structures = read_names(options.names or _name_file(source))
+    names = read_names(options.names or _name_file(source))
     cases = []
     for split, images, labels in _pairs_of_folders(source):
         pictures, maps = _by_case(images), _by_case(labels)
         for lonely, where in ((pictures.keys() - maps.keys(), labels), (maps.keys() - pictures.keys(), images)):
             if lonely:
-                names = ", ".join(sorted(lonely)[:3]) + (f", ... ({len(lonely)})" if len(lonely) > 3 else "")
-                raise ValueError(f"{where} must have a file for every case, got none for {names}")
+                listed = ", ".join(sorted(lonely)[:3]) + (f", ... ({len(lonely)})" if len(lonely) > 3 else "")
+                raise ValueError(f"{where} must have a file for every case, got none for {listed}")
         for case, path in pictures.items():
-            load = functools.partial(load_pair, case, [path], maps[case], structures, resample=options.resample)
-            cases.append(Case(case, subject_of(case), load, split, structures))
+            load = functools.partial(
+                load_pair,
+                case,
+                [path],
+                maps[case],
+                names.structures,
+                ignored=names.ignored,
+                resample=options.resample,
+            )
+            cases.append(Case(case, subject_of(case), load, split, names.structures))
     return cases
 
 

@@ -22,6 +22,7 @@ def load_pair(
     labels: Path,
     structures: tuple[Structure, ...],
     *,
+    ignored: frozenset[int] | None = None,
     modalities: Sequence[str] = ("",),
     series: Sequence[str | None] = (None,),
     resample: bool = False,
@@ -33,7 +34,7 @@ def load_pair(
         name: of the case, for errors.
         images: one file (or DICOM folder) for grey or colour, or up to three, which become the channels.
         labels: label map of the same dimensions.
-        structures: see `Sample`.
+        structures, ignored: see `Sample`.
         modalities: of each image; "" as its header says.
         series: of each image, which volume of a 4-D file, from "0".
         resample, cropped: see `ntpseg.importers.alignment.aligned_labels`.
@@ -44,7 +45,7 @@ def load_pair(
     if all(is_flat(path) for path in (*images, labels)):
         values = flat_labels(name, labels)
         pixels = flat_image(name, images)
-        return Sample(pixels, (values,), structures, modalities[0])
+        return Sample(pixels, (values,), structures, modalities[0], ignored=ignored)
     volumes = load_channels(name, images, modalities, series)
     if is_flat(labels):
         # An X-ray in DICOM with a mask that was drawn on its picture.
@@ -54,8 +55,10 @@ def load_pair(
                 f"labels of {name} must have the image's shape, {list(volumes[0].stored.shape)}, got "
                 f"{list(values.shape)}"
             )
-        return Sample(volumes, (volumes[0].stored.to_lps(values)[0],), structures, modalities[0])
-    return Sample(volumes, (load_labels(name, labels, volumes[0], resample, cropped),), structures, modalities[0])
+        placed = volumes[0].stored.to_lps(values)[0]
+    else:
+        placed = load_labels(name, labels, volumes[0], resample, cropped)
+    return Sample(volumes, (placed,), structures, modalities[0], ignored=ignored)
 
 
 def load_channels(

@@ -39,7 +39,7 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     entries = [(key, entry) for key in content if key in _LISTS for entry in _entries(source, key, content[key])]
     if not entries:
         raise ValueError(f"{source} must have a list training, validation or test with labels, got none")
-    structures = (
+    named = (
         names_of(content["labels"], str(source))
         if "labels" in content and options.names is None
         else read_names(options.names)
@@ -50,24 +50,31 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     elif not isinstance(channels, dict):
         channels = {}
     names_of_cases = _case_names([source.parent / entry["label"] for _, entry in entries])
-    named = {_LISTS[key] for key, _ in entries}
-    cases = []
+    listed = {_LISTS[key] for key, _ in entries}
+    cases = [Case(name, subject_of(name), None) for key in content for name in _unlabelled(key, content[key])]
     for (key, entry), case in zip(entries, names_of_cases):
         images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
         names = {number: str(channels.get(str(number), number)) for number in range(len(images))}
-        chosen = chosen_channels(names, options.channels if len(images) > 1 else ())
+        chosen = chosen_channels(names, options.channels)
         paths = [_existing(source, images[number]) for number in chosen]
         labels = _existing(source, entry["label"])
         split = _LISTS[key]
-        if split == "train" and "val" not in named and "fold" in entry:
+        if split == "train" and "val" not in listed and "fold" in entry:
             split = "val" if entry["fold"] == 0 else "train"
-        elif split == "train" and "val" not in named:
+        elif split == "train" and "val" not in listed:
             split = ""  # subjects are dealt out, but to the splits that have a list
         subject = next((str(entry[name]) for name in _SUBJECTS if entry.get(name)), subject_of(case))
         load = functools.partial(
-            load_pair, case, paths, labels, structures, modalities=_modalities(names, chosen), resample=options.resample
+            load_pair,
+            case,
+            paths,
+            labels,
+            named.structures,
+            ignored=named.ignored,
+            modalities=_modalities(names, chosen),
+            resample=options.resample,
         )
-        cases.append(Case(case, subject, load, split, structures))
+        cases.append(Case(case, subject, load, split, named.structures))
     return cases
 
 
@@ -87,14 +94,26 @@ def _modalities(names: dict[int, str], chosen: list[int]) -> list[str]:
 def _entries(source: Path, key: str, entries: Any) -> list[dict[str, Any]]:
     if not isinstance(entries, list):
         raise ValueError(f"{key} of {source} must be a list, got {brief(entries)}")
-    # Entries without a label, and names alone, are images to predict.
-    labelled = [entry for entry in entries if isinstance(entry, dict) and entry.get("label")]
+    labelled = [entry for entry in entries if _is_labelled(entry)]
     for entry in labelled:
         images = entry.get("image")
         paths = images if isinstance(images, list) else [images]
         if not paths or not all(isinstance(path, str) for path in (*paths, entry["label"])):
             raise ValueError(f"{key} of {source} must give paths of image and label, got {brief(entry)}")
     return labelled
+
+
+def _unlabelled(key: str, entries: list[Any]) -> list[str]:
+    """Cases of entries without a label, and of names alone; in a test list they are images to predict."""
+    if _LISTS.get(key, "test") == "test":
+        return []
+    images = [entry.get("image") if isinstance(entry, dict) else entry for entry in entries if not _is_labelled(entry)]
+    images = [image[0] if isinstance(image, list) and image else image for image in images]
+    return [case_of_file(Path(image)) if isinstance(image, str) else brief(image) for image in images]
+
+
+def _is_labelled(entry: Any) -> bool:
+    return isinstance(entry, dict) and bool(entry.get("label"))
 
 
 def _existing(source: Path, name: str) -> Path:

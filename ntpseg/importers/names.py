@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,21 @@ _SNAP = re.compile(r'\s*(\d+)(?:\s+[\d.]+){6}\s+"(.*)"\s*')
 _FREESURFER = re.compile(r"\s*(\d+)\s+(\S+)(?:\s+\d+){4}\s*")
 
 
-def read_names(path: Path | None, option: str = "--names") -> tuple[Structure, ...]:
-    """The structures that a file names, by value; without background.
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a source calls the values of its label maps.
+
+    Attributes:
+        structures: what may be asked for.
+        ignored: values of the background and of what is to be ignored.
+    """
+
+    structures: tuple[Structure, ...]
+    ignored: frozenset[int] = frozenset()
+
+
+def read_names(path: Path | None, option: str = "--names") -> Names:
+    """The names in a file.
 
     JSON and YAML map values to names or names to values (or lists of values: a union), directly or under "labels", or
     list the names from 0. CSV and TSV have a column with the value (value, id, index, ...) and one with the name (name,
@@ -39,22 +53,22 @@ def read_names(path: Path | None, option: str = "--names") -> tuple[Structure, .
             f"{option} must be a file, got {path}, which {'is a folder' if path.exists() else 'is missing'}"
         )
     suffix = path.suffix.lower()
-    if suffix == ".json" and (names := _json_list(path)) is not None:
-        structures = names_of(dict(enumerate(names)), str(path))
+    if suffix == ".json" and (listed := _json_list(path)) is not None:
+        names = names_of(dict(enumerate(listed)), str(path))
     elif suffix in (".json", ".yaml", ".yml"):
         content = read_mapping(path, option)
-        structures = names_of(content.get("labels", content), str(path))
+        names = names_of(content.get("labels", content), str(path))
     elif suffix in (".csv", ".tsv", ".xlsx"):
-        structures = _from_table(path)
+        names = _from_table(path)
     else:
-        structures = _from_lines(path)
-    if not structures:
+        names = _from_lines(path)
+    if not names.structures:
         raise ValueError(f"{option} must name at least one label, got none in {path}")
-    return structures
+    return names
 
 
-def names_of(content: Any, where: str) -> tuple[Structure, ...]:
-    """The structures of a mapping of values to names, or of names to one value or several."""
+def names_of(content: Any, where: str) -> Names:
+    """The names in a mapping of values to names, or of names to one value or several."""
     if not isinstance(content, Mapping):
         raise ValueError(f"labels of {where} must map values to names, or names to values, got {brief(content)}")
     pairs: list[tuple[str, tuple[int, ...]]] = []
@@ -65,18 +79,20 @@ def names_of(content: Any, where: str) -> tuple[Structure, ...]:
         if not isinstance(name, str) or not several or not all(_is_number(value) for value in several):
             raise ValueError(f"labels of {where} must map values to names, got {brief(key)}: {brief(entry)}")
         pairs.append((name.strip(), tuple(int(value) for value in several)))
-    return _structures(pairs, where)
+    return _named(pairs, where)
 
 
-def _structures(pairs: Iterable[tuple[str, tuple[int, ...]]], where: str) -> tuple[Structure, ...]:
+def _named(pairs: Iterable[tuple[str, tuple[int, ...]]], where: str) -> Names:
     found: dict[str, Structure] = {}
+    ignored: set[int] = set()
     for name, values in pairs:
         if name.lower() in _BACKGROUND or values == (0,) or not name:
+            ignored.update(values)
             continue
         if name in found:
             raise ValueError(f"labels of {where} must have names of their own, got {name!r} twice")
         found[name] = Structure(name, tuple((0, value) for value in values if value))
-    return tuple(found.values())
+    return Names(tuple(found.values()), frozenset(ignored))
 
 
 def _json_list(path: Path) -> list[Any] | None:
@@ -87,7 +103,7 @@ def _json_list(path: Path) -> list[Any] | None:
     return content if isinstance(content, list) and all(isinstance(name, str) for name in content) else None
 
 
-def _from_table(path: Path) -> tuple[Structure, ...]:
+def _from_table(path: Path) -> Names:
     from ntpseg.data.tables import read_table
 
     table = read_table(path)
@@ -100,19 +116,15 @@ def _from_table(path: Path) -> tuple[Structure, ...]:
             f"name), got {', '.join(table.columns)}"
         )
     others = [c for c in table.columns if c.isidentifier() and c not in (value, name, *_COLUMNS_WITHOUT_MEANING)]
-    plain = _structures(((row[name], (int(float(row[value])),)) for row in rows), str(path))
+    plain = _named(((row[name], (int(float(row[value])),)) for row in rows), str(path))
     by_name = {row[name]: row for row in rows}
-    return tuple(
-        Structure(
-            one.name,
-            one.parts,
-            fields=tuple((c, by_name[one.name].get(c, "")) for c in others),
-        )
-        for one in plain
+    structures = (
+        replace(one, fields=tuple((c, by_name[one.name].get(c, "")) for c in others)) for one in plain.structures
     )
+    return replace(plain, structures=tuple(structures))
 
 
-def _from_lines(path: Path) -> tuple[Structure, ...]:
+def _from_lines(path: Path) -> Names:
     pairs = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -128,7 +140,7 @@ def _from_lines(path: Path) -> tuple[Structure, ...]:
                 f"got {brief(line)} in line {number}"
             )
         pairs.append((match[2].strip(), (int(match[1]),)))
-    return _structures(pairs, str(path))
+    return _named(pairs, str(path))
 
 
 def _is_number(value: Any) -> bool:

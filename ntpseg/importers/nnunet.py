@@ -30,7 +30,7 @@ _MODALITIES = {"ct": "CT", "mri": "MR", "mr": "MR", "t1": "MR", "t2": "MR", "fla
 class _Entry:
     case: str
     images: dict[int, Path]
-    labels: Path
+    labels: Path | None
     split: str
 
 
@@ -47,17 +47,20 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
     content = read_mapping(path, "dataset.json")
     if "labels" not in content:
         raise ValueError(f"{path} must have labels, got the keys {', '.join(map(str, content)) or 'none'}")
-    structures = names_of(content["labels"], str(path))
+    names = names_of(content["labels"], str(path))
     channels = _channel_names(content, path)
     chosen = chosen_channels(channels, options.channels)
     modalities = [_MODALITIES.get(channels[number].lower(), "") for number in chosen]
     entries = (
         _listed(path.parent, content, path) if "dataset" in content else _found(path.parent, content, len(channels))
     )
-    if not entries:
+    if not any(entry.labels for entry in entries):
         raise ValueError(f"{path} must lie beside labelsTr with at least one label map, got none")
     cases = []
     for entry in entries:
+        if entry.labels is None:
+            cases.append(Case(entry.case, subject_of(entry.case), None))
+            continue
         missing = [number for number in chosen if number not in entry.images]
         if missing:
             raise ValueError(
@@ -72,12 +75,13 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
             entry.case,
             images,
             entry.labels,
-            structures,
+            names.structures,
+            ignored=names.ignored,
             modalities=modalities,
             series=[str(number) if together else None for number in chosen],
             resample=options.resample,
         )
-        cases.append(Case(entry.case, subject_of(entry.case), load, entry.split, structures))
+        cases.append(Case(entry.case, subject_of(entry.case), load, entry.split, names.structures))
     return cases
 
 
@@ -118,7 +122,9 @@ def _found(folder: Path, content: dict[Any, Any], channels: int) -> list[_Entry]
             case = path.name[: -len(ending)] if ending else case_of_file(path)
             if case not in pictures:
                 raise ValueError(f"label map {path} must have its image in {images}, got none of case {case}")
-            entries.append(_Entry(case, pictures[case], path, split))
+            entries.append(_Entry(case, pictures.pop(case), path, split))
+        # Of a test set nnU-Net itself asks for no labels.
+        entries += [_Entry(case, images, None, split) for case, images in pictures.items() if part == "Tr"]
     return entries
 
 

@@ -68,7 +68,7 @@ def _load(name: str, image: Path, path: Path, resample: bool) -> Sample:
     volumes = load_channels(name, [image])
     layers, structures = read_segmentation(path)
     labels = tuple(aligned_labels(name, volumes[0], layer, resample=resample, cropped=True) for layer in layers)
-    return Sample(volumes, labels, structures)
+    return Sample(volumes, labels, structures, ignored=frozenset())
 
 
 def read_segmentation(path: Path) -> tuple[list[Volume], tuple[Structure, ...]]:

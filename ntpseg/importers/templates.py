@@ -183,7 +183,7 @@ def read_mapping(path: Path, option: str) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_without_repeats)
         else:
             from omegaconf import OmegaConf
 
@@ -194,6 +194,15 @@ def read_mapping(path: Path, option: str) -> dict[Any, Any]:
         raise ValueError(f"{option} must be a readable YAML or JSON file, got {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{option} must be a file with a mapping, got {path} with a {type(content).__name__}")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file; of a key that is there twice the parser keeps the last without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is in one object twice")
     return content
 
 

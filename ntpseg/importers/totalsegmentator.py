@@ -44,9 +44,17 @@ def read(source: Path, options: ImportOptions) -> list[Case]:
         )
         load = functools.partial(_load, folder.name, named[0], masks, modality, options.resample)
         cases.append(Case(folder.name, folder.name, load, splits.get(folder.name, "")))
+    cases += [Case(folder.name, folder.name, None) for folder in _unlabelled(source) if cases]
     if not cases:
         raise ValueError(f"source must hold folders with ct.nii.gz and segmentations, got none in {source}")
     return cases
+
+
+def _unlabelled(source: Path) -> list[Path]:
+    """Folders with an image and no segmentations."""
+    images = (path for path in sorted(source.glob("*/*")) if path.name.lower().endswith(_ENDINGS))
+    folders = {path.parent for path in images if case_of_file(path).lower() in _IMAGES}
+    return sorted(folder for folder in folders if not (folder / "segmentations").is_dir())
 
 
 def _load(name: str, image: Path, masks: list[Path], modality: str, resample: bool) -> Sample:

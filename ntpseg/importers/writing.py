@@ -43,6 +43,8 @@ COLUMNS = (
 _NAME_LENGTH = 80
 # Of zlib: level 6 writes a slice four times as long to save 3 % of its bytes.
 _COMPRESSION = 3
+# Values without a name that are listed: an image in the place of a label map has thousands.
+_REMARKS = 5
 
 
 @dataclass(slots=True)
@@ -59,6 +61,8 @@ class Imported:
         small: structures in slices that were left out because they have too few pixels.
         unasked: cases with no row.
         skipped: why each case that could not be read was left out.
+        unlabelled: cases with an image and no labels, which were left out.
+        unnamed: pixels of values that belong to no structure, by value and case: they are in no mask.
     """
 
     folder: Path
@@ -70,12 +74,34 @@ class Imported:
     small: int = 0
     unasked: int = 0
     skipped: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+    unnamed: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def remarks(self) -> list[str]:
+        """A line for each thing in the source that nobody may have known of."""
+        lines = []
+        if self.unlabelled:
+            names = ", ".join(self.unlabelled[:3]) + ", ..." * (len(self.unlabelled) > 3)
+            number = len(self.unlabelled)
+            were = "1 image has no labels, and was" if number == 1 else f"{number} images have no labels, and were"
+            lines.append(f"{were} left out: {names}")
+        for value, cases in sorted(self.unnamed.items())[:_REMARKS]:
+            others = f" and {len(cases) - 1} other cases" if len(cases) > 1 else ""
+            lines.append(
+                f"{sum(cases.values())} pixels of value {value} in {next(iter(cases))}{others} belong to no label, and "
+                "are in no mask: name the value, or call it ignore"
+            )
+        if len(self.unnamed) > _REMARKS:
+            lines.append(f"{len(self.unnamed) - _REMARKS} more values belong to no label")
+        return lines
 
 
 def write_dataset(
     cases: Sequence[Case], out: Path, options: ImportOptions, *, progress: StageCallback | None = None
 ) -> Imported:
     """Write cases as a data set with a manifest; arguments and errors as of `ntpseg.importers.import_dataset`."""
+    unlabelled = [case.name for case in cases if case.load is None]
+    cases = [case for case in cases if case.load is not None]
     if not cases:
         raise ValueError("source must hold at least one image with its labels, got none")
     check_folder("out", out)
@@ -90,7 +116,7 @@ def write_dataset(
         templates.targets(listed, options.structures)
     splits = assign_splits(cases, options.splits, options.seed)
     names = distinct_names([case.name for case in cases])
-    result = Imported(out)
+    result = Imported(out, unlabelled=unlabelled)
     seen: dict[str, Structure] = {}
     with (
         atomic_folder(out, replace=False) as folder,
@@ -118,14 +144,25 @@ def write_dataset(
 
 
 def _load(case: Case, options: ImportOptions, result: Imported) -> tuple[Slices, tuple[Structure, ...]] | None:
+    assert case.load is not None
     try:
         sample = case.load()
-        return slices_of(case.name, sample, options), sample.structures
+        unnamed = sample.unnamed()
+        if unnamed and (options.negatives or options.empty_slices):
+            value, pixels = next(iter(unnamed.items()))
+            raise ValueError(
+                f"labels of {case.name} must all have a name for --negatives and --empty-slices, got {pixels} pixels "
+                f"of value {value}: what shows there is not known to be absent; name the value, or call it ignore"
+            )
+        pictures = slices_of(case.name, sample, options)
     except (ValueError, OSError) as error:
         if not options.skip_bad:
             raise
         result.skipped.append(f"{case.name}: {one_line(error)}")
         return None
+    for value, pixels in unnamed.items():
+        result.unnamed.setdefault(value, {})[case.name] = pixels
+    return pictures, sample.structures
 
 
 class _CaseWriter:

@@ -70,6 +70,8 @@ def _scaled(image: Any, path: Path, volume: str | None) -> np.ndarray:
         raise ValueError(f"{path} must have voxels, got the shape {list(shape)}")
     extra = int(np.prod(shape[3:]))
     index = 0
+    if extra <= 1 and volume is not None:
+        raise ValueError(f"series must be given for DICOM or a 4-D NIfTI, got {volume!r} for {path}; leave it out")
     if extra > 1:
         if volume is None:
             raise ValueError(

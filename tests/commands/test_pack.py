@@ -111,3 +111,10 @@ def test_the_card_and_the_file_say_which_slices_the_model_knows(tmp_path: Path) 
     assert "Training images: axial slices of volumes, window lung+soft-tissue+bone." in model_card(run, *card)
     out = pack_bundle(run / "model", tmp_path / "model.zip", model_card(run, *card))
     assert Bundle.from_pretrained(out).volume == known
+
+
+@pytest.mark.parametrize("option", ["--data", "--license", "--title"])
+def test_a_card_with_an_empty_text_is_refused(tmp_path: Path, option: str) -> None:
+    out = tmp_path / "m.zip"
+    done = CliRunner().invoke(app, ["pack", str(shared()[2]), "--out", str(out), *CARD, option, " "])
+    assert str(done.exception) == f"{option} must be a text for the model card, got ' '" and not out.exists()

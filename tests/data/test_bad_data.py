@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +242,30 @@ def test_names_with_markup_are_shown_as_they_are(good: Path) -> None:
 @pytest.mark.data
 def test_real_xrays_have_no_fault(shared_data: Path) -> None:
     assert check_records(shared_data / "cxr_referring") == []
+
+
+@pytest.mark.parametrize(("kind", "told"), [("link", "a link to nothing"), ("folder", "a folder")])
+@pytest.mark.parametrize("layout", ["manifest", "lvit", "medvlsm"])
+def test_what_has_a_files_name_and_is_none_is_told(tmp_path: Path, layout: str, kind: str, told: str) -> None:
+    images, masks = ("Train_Folder/img", "Train_Folder/labelcol") if layout == "lvit" else ("images", "masks")
+    save(tmp_path / images / "b.png", picture())
+    for name in ("a", "b"):
+        save(tmp_path / masks / f"{name}.png", square())
+    odd = tmp_path / images / "a.png"
+    if kind == "link":
+        odd.symlink_to(tmp_path / "nowhere.png")
+    else:
+        odd.mkdir()
+    names = [{"image": f"{images}/{n}.png", "mask": f"{masks}/{n}.png", "text": "T.", "split": "train"} for n in "ab"]
+    if layout == "manifest":
+        table(tmp_path / "manifest.csv", names)
+    elif layout == "lvit":
+        rows = [{"Image": f"{n}.png", "Description": "T."} for n in "ab"]
+        table(tmp_path / "Train_Folder" / "Train_text.csv", rows)
+    else:
+        entries = [{"img_name": f"{n}.png", "mask_name": f"{n}.png", "prompts": {"p1": "T."}} for n in "ab"]
+        (tmp_path / "anns").mkdir()
+        for split in ("train", "val", "test"):
+            (tmp_path / "anns" / f"{split}.json").write_text(json.dumps(entries if split == "train" else []))
+    [problem] = [p for p in check_records(tmp_path, layout) if p.kind == "caption without image"]
+    assert problem.detail.endswith(f"; what has this name is {told}"), problem

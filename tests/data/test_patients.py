@@ -43,6 +43,52 @@ def test_a_volume_in_two_splits_is_an_error(tmp_path: Path) -> None:
     assert result.exit_code == 1 and KIND in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("alias", ["", "symlink", "hardlink", "spelling"])
+def test_an_image_in_two_splits_is_an_error_whatever_its_subjects(tmp_path: Path, alias: str) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / "images" / f"{name}.png", picture())
+        save(tmp_path / "masks" / f"{name}.png", square())
+    other = {"": "images/a.png", "spelling": "images/../images/a.png"}.get(alias, "images/z.png")
+    if alias == "symlink":
+        (tmp_path / other).symlink_to("a.png")
+    elif alias == "hardlink":
+        (tmp_path / other).hardlink_to(tmp_path / "images" / "a.png")
+    rows = [("images/a.png", "a", "train", text) for text in ("One.", "Two.")]
+    rows += [(other, "a", "test", "Three."), *(("images/b.png", "b", "val", text) for text in ("One.", "Two."))]
+    cells = [
+        {"image": image, "mask": f"masks/{mask}.png", "text": text, "split": split, "subject": f"p{number}"}
+        for number, (image, mask, split, text) in enumerate(rows)
+    ]
+    path = table(tmp_path / "manifest.csv", cells)
+    [problem] = inspect_dataset(path).problems
+    assert (problem.kind, problem.split, problem.name) == ("image in two splits", "train", "images/a.png")
+    alias = f" as {other}" if other != "images/a.png" else ""
+    assert problem.detail == f"2 of its pairs are in train, 1 in test{alias}; put all of an image into one split"
+    records, _ = usable_records(path, skip_bad=True)
+    assert sorted(record.split for record in records) == ["test", "val", "val"]
+
+
+def test_folders_that_share_a_linked_image_are_an_error(lvit) -> None:
+    root = lvit({"Train": [("a.png", "a.png", "a.png")], "Test": [("b.png", "b.png", "b.png")]})
+    (root / "Test_Folder" / "img" / "b.png").unlink()
+    (root / "Test_Folder" / "img" / "b.png").symlink_to(root / "Train_Folder" / "img" / "a.png")
+    assert [(p.kind, p.split) for p in inspect_dataset(root).problems] == [("image in two splits", "train")]
+
+
+def test_one_sentence_for_two_masks_is_a_note(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", picture())
+    for name in ("m", "n", "o"):
+        save(tmp_path / f"{name}.png", square())
+    rows = [("m", "A spot."), ("n", "a  spot."), ("o", "Another."), ("m", "The spot.")]
+    cells = [{"image": "a.png", "mask": f"{mask}.png", "text": text, "split": "train"} for mask, text in rows]
+    checked = inspect_dataset(table(tmp_path / "manifest.csv", cells))
+    assert not checked.problems and len(checked.records) == 4
+    notes = [note for note in checked.notes if note.kind == "sentence for two masks"]
+    assert [(n.split, n.name, n.detail) for n in notes] == [
+        ("train", "a.png", "'A spot.' is said of m.png and of n.png")
+    ]
+
+
 def test_training_refuses_it(tmp_path: Path) -> None:
     path = manifest(tmp_path, [{"subject": "p1", "split": split} for split in ("train", "test")])
     result = CliRunner().invoke(app, ["train", "tiny", f"data.path={path}", f"output={tmp_path / 'run'}"])

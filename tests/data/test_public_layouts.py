@@ -170,7 +170,8 @@ def test_biomedparse_splits(tmp_path: Path, folder: str, split: str) -> None:
 
 def test_medvlsm(tmp_path: Path) -> None:
     root = tmp_path / "camus"
-    save(root / "images" / "patient0001_2CH_ED.png", picture())
+    for number in (1, 2):
+        save(root / "images" / f"patient000{number}_2CH_ED.png", picture())
     for name in ("mask_1", "mask_2"):
         save(root / "masks" / name / "patient0001_2CH_ED_gt.png", square())
     views = ["Left ventricular cavity of the heart.", "Left ventricular cavity in the cardiac ultrasound."]
@@ -180,6 +181,9 @@ def test_medvlsm(tmp_path: Path) -> None:
         "bbox": [1, 2, 3, 4],
     }
     write_json(root / "anns" / "train.json", [entry | {"prompts": {"p0": "", "p1": views, "p2": views[0]}}])
+    write_json(root / "anns" / "val.json", [entry | {"prompts": {"p1": "Myocardium."}}])
+    assert {kind for kind, _, _ in found(root)} == {"image in two splits"}
+    entry["img_name"] = "patient0002_2CH_ED.png"
     other = entry | {"mask_name": "mask_2/patient0001_2CH_ED_gt.png", "prompts": {"p0": "", "p1": "Myocardium."}}
     write_json(root / "anns" / "val.json", [other, entry | {"mask_name": "mask_3/x.png"}, entry])
     write_json(root / "anns" / "test.json", [])

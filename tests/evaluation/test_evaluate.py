@@ -226,3 +226,17 @@ def test_command_saves_the_temperature_of_the_validation_split(tmp_path: Path) -
     assert again.exit_code == 0
     other = json.loads((tmp_path / "again" / "summary.json").read_text(encoding="utf-8"))
     assert other["calibration"] == summary["calibration"]
+
+
+def test_a_split_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    from ntpseg.cli import app
+
+    records, _, run = shared()
+    write_manifest(tmp_path / "data.csv", [r for r in records if r.split == "train"])
+    command = ["eval", "--model", str(run), "--data", str(tmp_path / "data.csv"), "--out", str(tmp_path / "out")]
+    for more, message in (
+        ((), "--split must be given for data without a test or val split, got none; .* has train"),
+        (("--split", "val"), "split must have a case with a mask in .*, got 'val'; it has train"),
+    ):
+        error = CliRunner().invoke(app, [*command, *more]).exception
+        assert isinstance(error, ValueError) and re.fullmatch(message, str(error)), error

@@ -232,16 +232,70 @@ def test_a_file_takes_no_folder_of_images(images: Path, tmp_path: Path) -> None:
 
 
 def test_earlier_results_are_replaced_and_nothing_else(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "o"
-    out.mkdir()
-    (out / "a.png").write_bytes(b"old")
+    out, drawn = tmp_path / "o", tmp_path / "v"
+    arguments = ("--image", images, "--text", TEXTS[0], "--out", out, "--overlay", drawn, "--save-probabilities")
+    assert invoke(*arguments).exit_code == 0
     (out / "mine.txt").write_text("mine")
+    before = content(tmp_path)
+    # Of a run that was killed there is no table.
+    (out / "predictions.csv").unlink()
+    assert invoke(*arguments).exit_code == 0
+    assert content(tmp_path) == before
+    # Another program, or an earlier release, left no mark, but the table names the mask.
     link = tmp_path / "kept.png"
     link.write_bytes(b"kept")
+    (out / "b.png").unlink()
     (out / "b.png").symlink_to(link)
-    assert invoke("--image", images, "--text", TEXTS[0], "--out", out).exit_code == 0
-    assert (out / "mine.txt").read_text() == "mine" and link.read_bytes() == b"kept"
-    assert Image.open(out / "a.png").mode == "L" and not (out / "b.png").is_symlink()
+    (out / "c.png").write_bytes(b"old")
+    assert invoke(*arguments).exit_code == 0
+    assert link.read_bytes() == b"kept" and not (out / "b.png").is_symlink()
+    assert content(tmp_path) == before | {"kept.png": b"kept"}
+
+
+def test_one_image_has_its_own_mask_replaced(images: Path, tmp_path: Path) -> None:
+    for out in (tmp_path / "m.png", tmp_path / "folder"):
+        arguments = ("--image", images / "a.png", "--text", TEXTS[0], "--out", out, "--overlay", tmp_path / "v.png")
+        for _ in range(2):
+            assert invoke(*arguments, "--save-probabilities").exit_code == 0
+        assert invoke(*arguments).exit_code == 0
+
+
+@pytest.mark.usefixtures("no_decoding")
+@pytest.mark.parametrize("name", ["a.png", "predictions.csv", "a_probability.png", "overlay/a.png"])
+def test_what_no_prediction_wrote_is_not_replaced(images: Path, tmp_path: Path, name: str) -> None:
+    """Ground truth, say: masks that have their images' names in a folder beside them."""
+    masks = tmp_path / "masks"
+    (masks / name).parent.mkdir(parents=True)
+    if name.endswith(".csv"):
+        (masks / name).write_text("image,text,mask\na.png,x,b.png\n")
+    else:
+        shutil.copy(images / "c.png", masks / name)
+    before = content(tmp_path)
+    overlay = ("--overlay", masks / "overlay")
+    for image in (images, images / "a.png"):
+        if image.is_dir() or not name.endswith(".csv"):
+            given = ("--image", image, "--text", "x", "--out", masks, "--save-probabilities")
+            message = refused(*given, *(overlay if "overlay" in name else ()))
+            assert "must replace results of an earlier prediction alone, got" in message and name in message
+            assert content(tmp_path) == before
+    if name == "a.png":
+        assert "results of an earlier" in refused("--image", images / "b.png", "--text", "x", "--out", masks / "a.png")
+        result = CliRunner().invoke(app, ["predict", "--help"], env={"COLUMNS": "200"})
+        assert "other files never" in result.output
+    assert content(tmp_path) == before
+
+
+def test_a_foreign_mask_ends_the_command_with_status_2(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "masks").mkdir()
+    truth = shutil.copy(images / "c.png", tmp_path / "masks" / "a.png").read_bytes()
+    arguments = ["--image", str(images), "--text", "x", "--out", str(tmp_path / "masks")]
+    monkeypatch.setattr("sys.argv", ["ntpseg", "predict", "--model", str(shared()[2]), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "give another folder or name" in capsys.readouterr().err
+    assert content(tmp_path / "masks") == {"a.png": truth}
 
 
 @pytest.mark.usefixtures("no_decoding")

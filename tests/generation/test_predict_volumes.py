@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ntpseg.cli import app
 from ntpseg.generation import Segmenter
 from ntpseg.generation.volume_jobs import VolumeJob
-from ntpseg.generation.volume_outputs import volume_target
+from ntpseg.generation.volume_outputs import volume_target, volume_targets
 from ntpseg.utils.files import read_csv
 from ntpseg.volumes import Geometry, Volume, list_series
 
@@ -136,7 +136,8 @@ def test_dicom_gives_the_masks_of_its_slices_as_nifti_and_as_dicom_seg(
     np.testing.assert_array_equal(labels_lps(tmp_path / "seg.nii.gz"), expected)
     image = sitk.ReadImage(str(tmp_path / "seg.nii.gz"))
     np.testing.assert_allclose(image.GetSpacing(), (0.7, 0.8, 2.5), rtol=1e-6)
-    segment(source, tmp_path / "out" / "seg.dcm")
+    for _ in range(2):
+        segment(source, tmp_path / "out" / "seg.dcm")
     dataset = pydicom.dcmread(tmp_path / "out" / "seg.dcm")
     assert dataset.SegmentSequence[0].SegmentLabel == TEXTS[0]
     found = highdicom.seg.segread(tmp_path / "out" / "seg.dcm").get_volume(combine_segments=True)
@@ -319,6 +320,36 @@ def test_a_scans_sidecar_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_decoding")
+def test_a_folder_of_folders_is_told_where_the_volumes_are(tmp_path: Path) -> None:
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    given = ("--text", "x", "--axis", "axial", "--out", tmp_path / "o")
+    message = refused("--image", tmp_path / "raw", *given)
+    assert message.endswith("raw, a folder without images or volumes")
+    for number in (1, 2):
+        write_nifti(tmp_path / "raw" / "imagesTr" / f"c{number}.nii", ct())
+    message = refused("--image", tmp_path / "raw", *given)
+    assert message.startswith("image must be a folder with at least one image, got")
+    assert message.endswith("; its folder imagesTr has some: give that")
+
+
+@pytest.mark.parametrize("name", ["seg.nii.gz", "seg.json", "seg_1.nii.gz", "seg_probability_2.nii.gz", "seg.dcm"])
+def test_labels_that_no_prediction_wrote_are_not_replaced(tmp_path: Path, name: str) -> None:
+    source = write_nifti(tmp_path / "in" / "ct.nii", ct())
+    (tmp_path / "out").mkdir()
+    truth = tmp_path / "out" / name
+    truth.write_bytes(b"{}")
+    out = tmp_path / "out" / ("seg.dcm" if name.endswith("dcm") else "seg.nii.gz")
+    job, kind = VolumeJob(source, ("x", "y"), "seg"), "dcm" if name.endswith("dcm") else None
+    with pytest.raises(ValueError, match=rf"--out must replace results of .* got .*{name}, which is none"):
+        volume_target(job, out, None, maps=True)
+    with pytest.raises(ValueError, match=rf"--out must replace results of .* got .*{name}, which is none"):
+        volume_targets([job], tmp_path / "in", tmp_path / "out", kind, maps=True)
+    (tmp_path / "out" / "predictions.csv").write_text("volume,text,labels,mean_confidence\nct,x," + out.name + ",1\n")
+    out.touch()
+    volume_target(job, out, None, maps=True)
+
+
+@pytest.mark.usefixtures("no_decoding")
 def test_wrong_arguments_are_named_before_a_model_is_loaded(tmp_path: Path) -> None:
     source = write_nifti(tmp_path / "in" / "ct.nii.gz", ct())
     write_nifti(tmp_path / "in" / "other.nii.gz", ct())
@@ -373,7 +404,8 @@ def test_what_only_the_model_or_the_volume_can_tell_is_one_line_too(tmp_path: Pa
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
 def test_probabilities_lie_on_the_volumes_grid(tmp_path: Path, texts: int, names: list[str], ending: str) -> None:
     source = write_nifti(tmp_path / "ct.nii.gz", ct(), "PSR")
-    segment(source, tmp_path / "out" / f"seg{ending}", "--save-probabilities", texts=TEXTS[:texts])
+    for _ in range(2):
+        segment(source, tmp_path / "out" / f"seg{ending}", "--save-probabilities", texts=TEXTS[:texts])
     found = segmenter_of_the_command().segment_volume(
         source, TEXTS[:texts], axis="axial", window=WINDOW, probability=True
     )

@@ -91,6 +91,20 @@ def test_a_chosen_decoding_is_saved_and_changed(tmp_path: Any, image: np.ndarray
     assert DecodingOptions.of_bundle(bundle, passes=1).threshold == 0.4
     other = DecodingOptions.of_bundle(bundle, method="greedy", threshold=None)
     assert (other.method, other.passes, other.threshold) == ("greedy", 1, 0.5)
+    greedy = feature_bundle()
+    assert DecodingOptions.of_bundle(greedy, passes=None, seed=None).method == "greedy"
+    for model, name, value in (
+        *((greedy, *given) for given in (("passes", 3), ("samples", 2), ("temperature", 2.0), ("top_p", 0.5))),
+        *((greedy, "seed", 0), (bundle, "seed", 0)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be given with method '\w+', which alone reads it, got"):
+            DecodingOptions.of_bundle(model, **{name: value})
+    # What was saved with the model was not given.
+    bundle.decoding = bundle.decoding | {"top_p": 0.5}
+    assert DecodingOptions.of_bundle(bundle, passes=1).top_p == 0.5
+    assert DecodingOptions.of_bundle(bundle, method="sample", seed=3).seed == 3
+    with pytest.raises(ValueError, match=r"top_p must be given with method 'sample', .* got 0.5 with 'greedy'"):
+        Segmenter.from_pretrained(tmp_path / "nothing here", method="greedy", top_p=0.5)
     with pytest.raises(ValueError, match=r"options must be None with changes .* got both: \['passes'\]"):
         Segmenter.from_pretrained(tmp_path, DecodingOptions(), passes=1)
     with pytest.raises(ValueError, match="passes must be an integer >= 0, got -3"):

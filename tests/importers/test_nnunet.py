@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from volume_files import LABELS, SPACING, affine, image, labels, save_nifti
 
 from ntpseg.cli import app
 from ntpseg.data import MaskOptions, inspect_dataset, read_image, read_mask
-from ntpseg.importers import ImportOptions, import_dataset
+from ntpseg.importers import IMPORTERS, ImportOptions, import_dataset
 from ntpseg.utils.files import read_csv
 from ntpseg.volumes import AXES
 from ntpseg.volumes.volume import display
@@ -76,6 +77,50 @@ def test_empty_slices_have_rows_only_on_request(tmp_path):
     rows = [row for row in rows_of(tmp_path / "all") if row["mask"].endswith("empty.png")]
     assert [row["slice"] for row in rows] == ["0", "5"]
     assert not inspect_dataset(tmp_path / "all", masks=MaskOptions(keep_empty=True)).problems
+
+
+def relabelled(root: Path) -> Path:
+    """The second case has its kidney under a value that nobody named; a third image has no labels."""
+    source = nnunet(root, 2, labels={"background": 0, "liver": 1, "kidney_left": 2})
+    values = labels(1)
+    values[values == 2] = 7
+    save_nifti(source / "labelsTr" / "case_001.nii.gz", values)
+    save_nifti(source / "imagesTr" / "case_002_0000.nii.gz", image(labels(2)))
+    return source
+
+
+def test_what_no_label_names_is_told_and_never_taught_as_absent(tmp_path):
+    source = relabelled(tmp_path / "raw")
+    number = int((labels(1) == 2).sum())
+    command = ["data", "import", "nnunet", str(source), str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert f"{number} pixels of value 7 in case_001 belong to no label" in done.stderr
+    assert "1 image has no labels, and was left out: case_002" in done.stderr
+    assert {row["volume"] for row in rows_of(tmp_path / "out")} == {"case_000", "case_001"}
+    for options in (ImportOptions(negatives=1.0), ImportOptions(empty_slices=True)):
+        with pytest.raises(ValueError, match=rf"labels of case_001 must all have a name .* got {number} pixels of val"):
+            import_dataset("nnunet", source, tmp_path / "no", options)
+    left = import_dataset("nnunet", source, tmp_path / "left", ImportOptions(negatives=1.0, skip_bad=True))
+    assert left.cases == 1 and "case_001" in left.skipped[0] and not left.unnamed
+
+
+def test_values_that_are_called_ignore_need_no_name(tmp_path):
+    for folder, pixels in (("labels", labels()[..., 2]), ("images", labels()[..., 2] * 60)):
+        (tmp_path / folder).mkdir()
+        pixels = pixels.copy()
+        pixels[0] = 255
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png")
+    for number, (names, unnamed) in enumerate(
+        (
+            ({"liver": 1, "kidney_left": 2, "ignore": 255}, {}),
+            ({"liver": 1, "border": [2, 255]}, {}),
+            ({"liver": 1}, {2: {"a": int((labels()[..., 2] == 2).sum())}, 255: {"a": 18}}),
+        )
+    ):
+        (tmp_path / "names.json").write_text(json.dumps(names))
+        done = import_dataset("folders", tmp_path, tmp_path / f"out{number}")
+        assert done.unnamed == unnamed and len(done.remarks()) == len(unnamed)
 
 
 def test_patients_are_whole_in_a_split_and_labels_ts_is_the_test(tmp_path):
@@ -182,6 +227,12 @@ def test_monai_data_list(tmp_path):
     assert {(r["volume"], r["split"]) for r in rows_of(tmp_path / "folds")} == {
         ("lab0", "val"), ("lab2", "val"), ("lab1", "train"), ("lab3", "train"),
     }  # fmt: skip
+    with pytest.raises(ValueError, match=r"--channels must be among 0 \(0\), got 'T2'"):
+        import_dataset("monai", tmp_path / "list.json", tmp_path / "no", ImportOptions(channels=("T2",)))
+    lists["training"].append({"image": "data/img9.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    done = import_dataset("monai", tmp_path / "list.json", tmp_path / "some")
+    assert done.cases == 4 and done.unlabelled == ["img9"]
     (tmp_path / "bad.json").write_text(json.dumps({"training": [entry(7)], "labels": LABELS}))
     with pytest.raises(ValueError, match=r"bad\.json must list files that are there, got data/img7"):
         import_dataset("monai", tmp_path / "bad.json", tmp_path / "bad")
@@ -226,7 +277,9 @@ def test_a_folder_for_each_structure(tmp_path):
     both = (labels(0) > 0).astype(np.uint8)  # lies on the others
     save_nifti(tmp_path / "src" / "s0" / "segmentations" / "abdomen.nii.gz", both)
     (tmp_path / "src" / "meta.csv").write_text("image_id;age;split\ns0;50;train\ns1;60;val\n")
-    import_dataset("totalsegmentator", tmp_path / "src", tmp_path / "out", ImportOptions(negatives=0.2))
+    save_nifti(tmp_path / "src" / "s2" / "ct.nii.gz", image(labels()))
+    done = import_dataset("totalsegmentator", tmp_path / "src", tmp_path / "out", ImportOptions(negatives=0.2))
+    assert done.cases == 2 and done.unlabelled == ["s2"]
     rows = rows_of(tmp_path / "out")
     assert {(row["volume"], row["split"], row["modality"]) for row in rows} == {
         ("s0", "train", "CT"),
@@ -268,3 +321,29 @@ def test_the_command(tmp_path):
     assert isinstance(again.exception, ValueError) and "out must be a new or an empty" in str(again.exception)
     wrong = CliRunner().invoke(app, [*command, "--splits", "8:2"])
     assert "--splits must be three numbers such as 0.7:0.15:0.15, got '8:2'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("nnunet", {"names": Path("foo.csv")}, r"--names must be given for a kind .*\(monai, folders\), got foo.csv"),
+        ("coco", {"axis": "coronal"}, "--axis must be given for a kind that reads it .* got coronal for coco; leave"),
+        ("coco", {"window": "lung"}, "--window must be given for a kind"),
+        ("coco", {"channels": ("3",)}, r"--channels must be given for a kind that reads it \(nnunet, monai\), got 3"),
+        ("coco", {"resample": True}, "--resample must be given for a kind"),
+        ("ms-cxr", {"min_area_mm2": 1000.0}, "--min-area-mm2 must be given for a kind"),
+        ("rtstruct", {"resample": True}, "--resample must be given for a kind"),
+    ],
+)
+def test_an_option_that_a_kind_does_not_read_is_refused(tmp_path, kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        import_dataset(kind, nnunet(tmp_path / "raw", 1), tmp_path / "out", ImportOptions(**options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_options_that_kinds_read_is_whole():
+    """An importer reads from its options nothing but what it declares."""
+    for importer in IMPORTERS.values():
+        module = Path(importlib.import_module(importer.module).__file__).read_text()
+        for name in ("names", "channels", "resample"):
+            assert (f"options.{name}" in module) == (name in importer.reads), (importer.name, name)

@@ -21,6 +21,7 @@ from volume_files import (
 
 from ntpseg.data import MaskOptions, inspect_dataset, read_mask
 from ntpseg.importers import ImportOptions, dicom_seg, import_dataset
+from ntpseg.importers.coco import annotation_mask
 from ntpseg.importers.names import read_names
 from ntpseg.importers.rtstruct import fill_contours
 from ntpseg.utils.files import read_csv
@@ -213,6 +214,30 @@ def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
     assert not inspect_dataset(tmp_path / "out", masks=MaskOptions(keep_empty=True)).problems
 
 
+@pytest.mark.parametrize(
+    ("key", "entry", "message"),
+    [
+        ("categories", {"id": 5, "name": "mass"}, "categories of .* must have ids of their own, got the id 5 twice"),
+        ("images", {"id": 0, "file_name": "b.png"}, "images of .* must have ids of their own, got the id 0 twice"),
+        ("images", {"id": 7, "file_name": "b.png"}, "must list every image once, got b.png in two entries"),
+        ("images", {"id": 7, "file_name": "images/b.png"}, "must list every image once, got images/b.png in two"),
+        ("images", "b.png", "images of .* must be a list of objects, got 'b.png'"),
+    ],
+)
+def test_coco_entries_that_are_there_twice(tmp_path, key, entry, message):
+    pytest.importorskip("pycocotools.mask")
+    polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    path = coco_files(tmp_path / "src", [{"id": 1, "image_id": 0, "category_id": 5, "segmentation": polygon}])
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {key: [*content[key], entry]}))
+    with pytest.raises(ValueError, match=message) as caught:
+        import_dataset("coco", path, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    if "ids of their own" in message:
+        with pytest.raises(ValueError, match=message):
+            import_dataset("boxes", path, tmp_path / "out")
+
+
 def test_coco_sentences_of_an_annotation(tmp_path):
     pytest.importorskip("pycocotools.mask")
     polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
@@ -227,12 +252,38 @@ def test_coco_sentences_of_an_annotation(tmp_path):
     assert len({row["mask"] for row in rows}) == 1
 
 
+def test_compressed_rle_is_read_as_it_was_written_and_whole():
+    coco = pytest.importorskip("pycocotools.mask")
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        mask = np.repeat(np.repeat(rng.random((10, 8)) < rng.random(), 9, 0), 7, 1)
+        written = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        rle = {"size": [90, 56], "counts": written}
+        np.testing.assert_array_equal(annotation_mask("a", {"segmentation": rle}, (90, 56)), mask)
+        if len(written) > 8:
+            cut = rle | {"counts": written[:8]}
+            with pytest.raises(ValueError, match=r"counts (of \d+ pixels in all|that end within)"):
+                annotation_mask("a", {"segmentation": cut}, (90, 56))
+
+
 @pytest.mark.parametrize(
     ("segmentation", "got"),
     [
         ([], "nothing is marked"),
         ({"size": [3, 4], "counts": [12]}, r"RLE of size \[3, 4\] for an image of \[30, 40\]"),
         ("x", "got 'x'"),
+        ({"size": [30, 40], "counts": [100, 50]}, "counts of 150 pixels in all for the 1200 of the image"),
+        ({"size": [30, 40], "counts": [1000, 300]}, "counts of 1300 pixels in all"),
+        ({"size": [30, 40], "counts": [1300, -100]}, "no whole numbers from 0 on"),
+        ({"size": [30, 40], "counts": [600.0, 600.0]}, "no whole numbers from 0 on"),
+        ({"size": [30, 40], "counts": "aT1"}, "counts of 1169 pixels"),
+        ({"size": [30, 40], "counts": "Q"}, "counts that end within a number"),
+        ({"size": [30, 40], "counts": "0 0"}, "' ' in its counts"),
+        ([[2, 3, 10, 12]], "a polygon must be three or more pairs"),
+        ([[2, 3, 10, 12, 5, 20, 7]], "a polygon must be three or more pairs"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "a polygon far outside of the image"),
+        ([[2, 3, 10, 12, 5, "x"]], "a polygon of what are no numbers"),
+        ([[2, 3, 10, 12, 5, float("nan")]], "a polygon of what are no numbers"),
     ],
 )
 def test_coco_annotations_that_are_no_mask(tmp_path, segmentation, got):
@@ -261,7 +312,7 @@ def test_coco_annotations_that_are_no_mask(tmp_path, segmentation, got):
 )
 def test_files_of_names(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    found = {one.name: one.parts for one in read_names(tmp_path / name)}
+    found = {one.name: one.parts for one in read_names(tmp_path / name).structures}
     assert found == {"liver": ((0, 1),), "left kidney": ((0, 3),)}
 
 
@@ -269,6 +320,8 @@ def test_files_of_names(tmp_path, name, text):
     ("name", "text", "message"),
     [
         ("n.json", '{"1": "a", "2": "a"}', "must have names of their own, got 'a' twice"),
+        ("n.json", '{"liver": 1, "liver": 3}', "the key 'liver' is in one object twice"),
+        ("n.yaml", "liver: 1\nliver: 3\n", "duplicate key liver"),
         ("n.json", '{"liver": 1.5}', "must map values to names, got 'liver': 1.5"),
         ("n.csv", "id,colour\n1,red\n", "must have a column with the labels' values"),
         ("n.txt", "liver = 1\n", "must have lines such as .* got 'liver = 1' in line 1"),

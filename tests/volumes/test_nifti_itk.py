@@ -45,6 +45,9 @@ def test_several_volumes_and_damage(tmp_path):
         read_volume(tmp_path / "a.nii.gz")
     chosen = read_volume(tmp_path / "a.nii.gz", series="1")
     assert (chosen.to_stored(chosen.voxels) == voxels[..., 1].transpose(2, 1, 0)).all()
+    nibabel.Nifti1Image(voxels[..., 0], np.eye(4)).to_filename(tmp_path / "c.nii.gz")
+    with pytest.raises(ValueError, match=r"series must be given for DICOM or a 4-D NIfTI, got '3' for .*c\.nii\.gz"):
+        read_volume(tmp_path / "c.nii.gz", series="3")
     content = (tmp_path / "a.nii.gz").read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"b\.nii\.gz must be a readable NIfTI file") as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Listing
-from ntpseg.data.layouts.folders import FolderNames, files_below
+from ntpseg.data.layouts.folders import FolderNames, files_below, no_file
 from ntpseg.data.records import Record, known_suffix
 from ntpseg.data.tables import is_sentence
 
@@ -74,6 +74,8 @@ class SplitFiles:
 
     def hint(self, name: str) -> str:
         """What is there instead of `name`, for a message; "" where nothing like it is."""
+        if what := no_file(self.folder, name):
+            return what
         return self._names(self.folder).hint(name.replace("\\", "/").rsplit("/", 1)[-1])
 
     def all(self) -> list[Path]:

@@ -80,6 +80,8 @@ class FolderIndex:
         """What is there instead of `name`, for a message; "" where nothing like it is."""
         if self.folder is None:
             return ""
+        if what := no_file(self.folder, name):
+            return what
         if self._deeper is None:
             self._deeper = {case_of(normalise_name(path.name)): path for path in files_below(self.folder)}
         if path := self._deeper.get(case_of(normalise_name(name))):
@@ -173,6 +175,8 @@ class FolderNames:
 
     def hint(self, name: str) -> str:
         """What is there instead of `name`, for a message; "" where nothing like it is."""
+        if what := no_file(self.folder, name):
+            return what
         if self._below is None:
             below = reversed(list(files_below(self.folder)))
             self._below = {normalise_name(path.name).casefold(): path for path in below}
@@ -181,6 +185,19 @@ class FolderNames:
             return f"; {found.relative_to(self.folder).as_posix()} has this name"
         self._hinted += 1
         return _meant(name, self._names) if self._hinted <= _HINTED else ""
+
+
+def no_file(folder: Path, name: str) -> str:
+    """Of what bears the name of a file and is none, what it is, for a message; "" where nothing bears it."""
+    path = folder / name.replace("\\", "/")
+    try:
+        if not name:
+            return ""
+        if path.is_dir():
+            return "; what has this name is a folder"
+        return "; what has this name is a link to nothing" if path.is_symlink() and not path.exists() else ""
+    except (OSError, ValueError):  # too long, or with a NUL
+        return ""
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ntpseg.data import problems
 from ntpseg.data.layouts.base import Layout, Listing
-from ntpseg.data.layouts.folders import FolderNames
+from ntpseg.data.layouts.folders import FolderNames, no_file
 from ntpseg.data.layouts.pairing import mask_value_fault, report_faults
 from ntpseg.data.layouts.slices import PLACE_COLUMNS, VolumeRows, read_place
 from ntpseg.data.records import PATIENT_FOLDER, SPLITS, Record, SlicePlace, case_of, known_suffix, subject_of
@@ -160,6 +160,8 @@ class _Files:
 
     def hint(self, name: str) -> str:
         """Where a file of this name is, for a message; "" where there is none below the manifest."""
+        if what := no_file(self._root, name):
+            return what
         if self._root not in self._listed:
             self._listed[self._root] = FolderNames(self._root)
         return self._listed[self._root].hint(_file_name(name))
