@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ntpseg.utils.files import read_csv
+from ntpseg.utils.files import printable, read_csv
 
 TABLE = "predictions.csv"
 # The chunk Software of the PNGs that predict writes.
@@ -71,8 +71,6 @@ def is_own_json(path: Path) -> bool:
 
 
 def _named_in(table: Path) -> frozenset[str] | None:
-    from ntpseg.generation.writing import printable
-
     try:
         rows = read_csv(table)
     except (OSError, ValueError, AttributeError, csv.Error):

@@ -13,8 +13,7 @@ import numpy as np
 from ntpseg.generation.own_outputs import TABLE
 from ntpseg.generation.post_processing import PostProcessing
 from ntpseg.generation.volume_outputs import VolumeTarget
-from ntpseg.generation.writing import printable
-from ntpseg.utils.files import write_csv, write_json
+from ntpseg.utils.files import printable, write_csv, write_json
 from ntpseg.utils.outputs import cure
 from ntpseg.utils.progress import StageCallback, counter
 from ntpseg.volumes import Axis, Volume

@@ -15,7 +15,7 @@ from ntpseg.generation.outputs import Target
 from ntpseg.generation.overlay import draw, draw_levels
 from ntpseg.generation.own_outputs import MARK, TABLE
 from ntpseg.generation.uncertainty import pixel_entropy
-from ntpseg.utils.files import write_csv
+from ntpseg.utils.files import printable, write_csv
 from ntpseg.utils.outputs import cure
 
 if TYPE_CHECKING:
@@ -117,8 +117,3 @@ def _write_chunk(
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1] as uint8; 255 is 1."""
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-
-
-def printable(name: str) -> str:
-    """A file name as UTF-8 can hold it: bytes of another encoding as ``\\xNN``."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -249,3 +249,8 @@ def _is_number(text: str) -> bool:
 def _shortened(name: str) -> str:
     """The beginning of a name that may itself be as long as names can be (255 bytes)."""
     return os.fsencode(name)[:200].decode("utf-8", "ignore")
+
+
+def printable(name: str) -> str:
+    """A file name as UTF-8 can hold it: bytes of another encoding as ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
