@@ -164,9 +164,10 @@ def run(name: str, args: argparse.Namespace, settings: Settings, done: int = 0) 
         for row in case_rows:
             row["grid"] = grid_of(args)
         add_ceilings(case_rows, settings.device)
-        again = {row["contestant"] for row in case_rows}
-        parameters = json.loads(json.dumps(rounded(case.parameters)))  # as a file has them
-        rows = [row for row in rows if row["contestant"] not in again or row["case"] != parameters]
+        if partial:
+            again = {row["contestant"] for row in case_rows}
+            parameters = json.loads(json.dumps(rounded(case.parameters)))  # as a file has them
+            rows = [row for row in rows if row["contestant"] not in again or row["case"] != parameters]
         rows += case_rows
         write(path, rows)
         print(f"\n{name}  {json.dumps(case.parameters)}  ({time.perf_counter() - start:.1f} s)")

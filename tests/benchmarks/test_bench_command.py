@@ -27,7 +27,7 @@ def test_bench_runs_the_suite_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(subprocess, "run", run)
     result = CliRunner().invoke(app, ["bench", "loss", "--quick", "--threads", "1", "--base", "main"])
     assert result.exit_code == 3
-    expected = [sys.executable, "-m", "benchmarks", "loss", "--quick", "--threads", "1", "--base", "main"]
+    expected = [sys.executable, "-m", "benchmarks", "loss", "--threads", "1", "--quick", "--base", "main"]
     assert seen["command"] == expected
     assert seen["path"].split(os.pathsep)[0] == str(ROOT)
 
