@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pipeline import FAST, write_data
-from toy import losses, make_toy, make_trainer
+from toy import descend, losses, make_toy, make_trainer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -170,14 +170,7 @@ def test_a_skipped_step_costs_neither_the_best_nor_the_last_checkpoint(tmp_path,
         return loss * float("nan") if spoilt else loss
 
     trainer.compute_loss = loss_of
-    evaluate = trainer.evaluation_loop
-
-    def loop(*args, **kwargs):
-        output = evaluate(*args, **kwargs)
-        output.metrics["eval_loss"] = 100.0 - trainer.state.global_step
-        return output
-
-    trainer.evaluation_loop = loop
+    descend(trainer)
     trainer.train()
     assert any("skipped" in line for line in trainer.state.log_history)
     assert [step for step, _ in checkpoints(tmp_path)] == left

@@ -14,7 +14,7 @@ import torch
 from forked_ranks import run
 from test_pipeline import FAST, write_data
 from test_resume import figures
-from toy import losses, make_toy, make_trainer
+from toy import descend, losses, make_toy, make_trainer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -68,18 +68,6 @@ def test_the_run_goes_on_as_if_it_had_not_been_asked(event, step, number, saved,
         expected.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
-
-
-def descend(trainer) -> None:
-    """Let each evaluation be better than the one before, whatever the model."""
-    evaluate = trainer.evaluation_loop
-
-    def loop(*args, **kwargs):
-        output = evaluate(*args, **kwargs)
-        output.metrics["eval_loss"] = 100.0 - trainer.state.global_step
-        return output
-
-    trainer.evaluation_loop = loop
 
 
 @pytest.mark.parametrize(("strategy", "step", "saved"), [("epoch", 11, 12), ("steps", 7, 8), ("steps", 11, 12)])

@@ -134,3 +134,15 @@ def losses(trainer: NTPSegTrainer, *names: str) -> list[tuple[float, ...]]:
     """The named figures of every training log."""
     names = names or ("loss",)
     return [tuple(line[n] for n in names) for line in trainer.state.log_history if "loss" in line]
+
+
+def descend(trainer: NTPSegTrainer) -> None:
+    """Let each evaluation be better than the one before, whatever the model."""
+    evaluate = trainer.evaluation_loop
+
+    def loop(*args, **kwargs):
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_loss"] = 100.0 - trainer.state.global_step
+        return output
+
+    trainer.evaluation_loop = loop  # type: ignore[method-assign]
