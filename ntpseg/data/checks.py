@@ -17,6 +17,7 @@ from ntpseg.data.patients import patient_notes
 from ntpseg.data.problems import Problem
 from ntpseg.data.records import MaskOptions, Record
 from ntpseg.data.slice_stats import volume_notes
+from ntpseg.utils.files import file_identity
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
@@ -180,7 +181,7 @@ def _ambiguous(records: Iterable[Record], listing: Listing) -> Iterable[Problem]
 
 def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict[Path, Result | str]:
     """``function(path)`` of each path, or the reason why it failed; a file under several names is opened once."""
-    inodes = {path: _inode(path) for path in dict.fromkeys(paths)}
+    inodes = {path: file_identity(path) or path for path in dict.fromkeys(paths)}
     first = {inode: path for path, inode in reversed(inodes.items())}
 
     def guarded(path: Path) -> Result | str:
@@ -193,14 +194,6 @@ def map_files(function: Callable[[Path], Result], paths: Iterable[Path]) -> dict
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = dict(zip(first, pool.map(guarded, first.values())))
     return {path: results[inodes[path]] for path in inodes}
-
-
-def _inode(path: Path) -> tuple[int, int] | Path:
-    try:
-        stat = path.stat()
-    except OSError:
-        return path
-    return (stat.st_dev, stat.st_ino) if stat.st_ino else path
 
 
 def _image(path: Path) -> _Image:

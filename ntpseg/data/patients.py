@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from ntpseg.data import problems
 from ntpseg.data.layouts.base import Listing
 from ntpseg.data.problems import Problem
 from ntpseg.data.records import SPLITS, Record
+from ntpseg.utils.files import file_identity
 
 
 def separate_patients(listing: Listing) -> None:
@@ -49,7 +49,7 @@ def separate_images(listing: Listing) -> None:
         if isinstance(record.image, PackedFile):
             continue
         if record.image not in files:
-            files[record.image] = _file_identity(record.image)
+            files[record.image] = file_identity(record.image) or record.image
         file = files[record.image]
         splits.setdefault(file, Counter())[record.split] += 1
         if file not in last or SPLITS.index(record.split) > SPLITS.index(last[file].split):
@@ -72,14 +72,6 @@ def separate_images(listing: Listing) -> None:
                 f"{pairs}, {splits[file][other.split]} in {other.split}{alias}; put all of an image into one split",
             )
     listing.records = kept
-
-
-def _file_identity(path: Path) -> Hashable:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return path
-    return (stat.st_dev, stat.st_ino) if stat.st_ino else path.resolve()
 
 
 def subjects_in_two_splits(records: Iterable[Record]) -> dict[tuple[str, str], list[str]]:

@@ -200,6 +200,10 @@ class CheckpointTrainer(StepTrainer):
         if self._resharding is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    @property
+    def _is_spent(self) -> bool:
+        return self.budget is not None and self.budget.is_spent
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         known = None if self._resharding is not None else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, known)
@@ -233,24 +237,24 @@ class CheckpointTrainer(StepTrainer):
             with tempfile.TemporaryDirectory() as folder:
                 resharding.write_random_state(Path(checkpoint), saved, self.args.process_index, now, Path(folder))
                 super()._load_rng_state(folder)
-            if self._share >= saved.data_parallel_size:
-                self._draw_apart(self.state.global_step)
+            if self.data_parallel_rank >= saved.data_parallel_size:
+                self._seed_apart(self.state.global_step)
         # Here the state is that of the unbroken run before the evaluation.
         if self._evaluation_due:
             self._make_up_evaluation()
 
     @property
-    def _share(self) -> int:
+    def data_parallel_rank(self) -> int:
         """Which part of each batch this rank reads; ranks that share sequences read one."""
         return self.args.process_index // self.sequence_parallel_size
 
-    def start_random_numbers(self) -> None:
-        """Have each part of a batch draw its own, as a run begins: dropout, and which mask inputs are replaced."""
-        if self._share:
-            self._draw_apart(0)
+    def seed_ranks(self) -> None:
+        """Let no two ranks with batches of their own draw alike in a new run: dropout, and replaced mask inputs."""
+        if self.data_parallel_rank:
+            self._seed_apart(0)
 
-    def _draw_apart(self, step: int) -> None:
-        set_seed((self.args.seed + self._share + _SEEDS_APART * step) % 2**32)
+    def _seed_apart(self, step: int) -> None:
+        set_seed((self.args.seed + self.data_parallel_rank + _SEEDS_APART * step) % 2**32)
 
     def _make_up_evaluation(self) -> None:
         self._evaluation_due = False

@@ -205,11 +205,11 @@ def load_schedule(trainer: CheckpointTrainer, checkpoint: Path) -> None:
 def write_random_state(checkpoint: Path, saved: Parallelism, rank: int, now: Parallelism, folder: Path) -> None:
     """Write the random state of a rank into a folder, under the name that the Trainer has for this number of ranks.
 
-    It is that of a rank which read the same share of the batches: ranks that share sequences have one. Of a share that
-    the saved run did not have it is the one of ``share % saved.data_parallel_size``.
+    It is that of the saved rank with the same data-parallel rank d, ``d % saved.data_parallel_size`` where there was
+    none: ranks that share sequences have one state.
     """
-    ranks, share = now.ranks, rank // now.sequence_parallel_size % saved.data_parallel_size
-    former = share * saved.sequence_parallel_size
+    ranks = now.ranks
+    former = rank // now.sequence_parallel_size % saved.data_parallel_size * saved.sequence_parallel_size
     source = checkpoint / ("rng_state.pth" if saved.ranks == 1 else f"rng_state_{former}.pth")
     state = torch.load(source, weights_only=True)
     # Of several ranks each sees all devices of its host, and the Trainer keeps them all.

@@ -28,10 +28,10 @@ from ntpseg.training.throughput import Throughput, count_batch
 from ntpseg.utils.ranges import part
 
 LOSS_TERMS = ("ntp", "nktp", "tcl", "het")
-# A loss scaler halves its scale of 65,536 at each; after so many it is below 1e-7.
-MAX_OVERFLOWS = 40
 # Only of models that have losses on pixels.
 DENSE_TERMS = ("dice", "pixel", "soft")
+# A loss scaler halves its scale of 65,536 at each; after so many it is below 1e-7.
+MAX_OVERFLOWS = 40
 
 
 class StepTrainer(Trainer):

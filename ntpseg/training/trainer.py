@@ -65,8 +65,14 @@ class NTPSegTrainer(CheckpointTrainer):
         **kwargs: Any,
     ) -> None:
         options = optimizer_options or OptimizerConfig()
-        kwargs |= {"memory": memory, "max_skipped_steps": max_skipped_steps}
-        super().__init__(*args, optimizer_options=options, budget=budget, **kwargs)
+        super().__init__(
+            *args,
+            memory=memory,
+            max_skipped_steps=max_skipped_steps,
+            optimizer_options=options,
+            budget=budget,
+            **kwargs,
+        )
         self.generation_metrics = generation_metrics
         self._generation_scores: dict[str, float] = {}
         self._matrix_parameters: int | None = None
@@ -122,7 +128,7 @@ class NTPSegTrainer(CheckpointTrainer):
             )
         if not self._steps_counted:
             last = f"training ends with {self.state.max_steps}"
-            if self.budget is not None and self.budget.is_spent:
+            if self._is_spent:
                 last = "the minutes of max_minutes were spent"
             self._warn(f"no step was left to train: the checkpoint is of step {self.state.global_step}, and {last}")
         elif not self._moved:
@@ -261,8 +267,7 @@ class NTPSegTrainer(CheckpointTrainer):
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        spent = self.budget is not None and self.budget.is_spent
-        if spent or self.state.global_step >= self.state.max_steps:
+        if self._is_spent or self.state.global_step >= self.state.max_steps:
             # A run that had ended; the Trainer would add a step.
             self.control.should_training_stop = True
             return None
@@ -280,7 +285,7 @@ class _Epochs(TrainerCallback):
     ) -> None:
         self.trainer.start_average()
         if not state.global_step:
-            self.trainer.start_random_numbers()
+            self.trainer.seed_ranks()
         memory = self.trainer.memory
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.trainer.throughput.prepare(self.trainer.model, dtype, first=state.is_world_process_zero)
@@ -294,8 +299,7 @@ class _Epochs(TrainerCallback):
         if state.is_world_process_zero and moved:
             print(moved, file=sys.stderr)
         self.trainer._evaluation_due = evaluation_due(args, state)
-        spent = self.trainer.budget is not None and self.trainer.budget.is_spent
-        if self.trainer._evaluation_due and (spent or state.global_step >= state.max_steps):
+        if self.trainer._evaluation_due and (self.trainer._is_spent or state.global_step >= state.max_steps):
             # No step follows whose random state would matter.
             self.trainer._make_up_evaluation()
 

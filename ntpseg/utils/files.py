@@ -251,6 +251,15 @@ def _shortened(name: str) -> str:
     return os.fsencode(name)[:200].decode("utf-8", "ignore")
 
 
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode, which all names of a file share; None where nothing is there or the file system has none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else None
+
+
 def printable(name: str) -> str:
     """A file name as UTF-8 can hold it: bytes of another encoding as ``\\xNN``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from ntpseg.utils.files import file_identity
+
 MAX_NAME_BYTES = 255  # of one name, in every file system in common use
 
 
@@ -19,11 +21,11 @@ def check_not_inputs(option: str, outputs: Iterable[Path], inputs: Iterable[Path
     """Refuse an output that is an input under any name: the same path, a link, another spelling."""
     known = {}
     for path in inputs:
-        identity = _identity(path)
+        identity = file_identity(path)
         if identity is not None:
             known[identity] = path
     for output in outputs:
-        identity = _identity(output)
+        identity = file_identity(output)
         if identity in known:
             raise ValueError(
                 f"{option} must not replace what is read, got {output}, which is the input {known[identity]}; "
@@ -123,11 +125,3 @@ def cure(error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return "check the path"
     return "choose another place"
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino

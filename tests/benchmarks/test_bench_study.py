@@ -47,6 +47,18 @@ def test_settings_of_every_cell_are_ones_of_the_recipe() -> None:
         load_config("qata", [f"{key}={value}" for key, value in json.loads(settings).items()])
 
 
+@pytest.mark.parametrize("minutes", [9.0, 28.0])
+def test_the_result_file_is_of_what_the_command_trains(minutes) -> None:
+    """The largest of the main table goes without caption conditioning, the recipe of its ablation does not."""
+    path = Path(reproduce.__file__).parents[1] / "results" / "qata_large.json"
+    cells = {(cell.group, cell.label, cell.seed): cell for cell in qata_cells([minutes], 3, ["main", "ablation"])}
+    found = [cell for cell in json.loads(path.read_text())["cells"] if cell["minutes"] == minutes]
+    assert found
+    for cell in found:
+        made = cells[cell["group"], cell["label"], cell["seed"]]
+        assert (made.model, made.settings, made.final) == (cell["model"], cell["settings"], cell["final"])
+
+
 def test_list_runs_nothing(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(reproduce, "run_cell", lambda *arguments: pytest.fail("a cell was run"))
     arguments = ["qata", "nowhere", "--out", str(tmp_path / "study"), "--minutes", "5", "--seeds", "1", "--list"]

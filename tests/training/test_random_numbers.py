@@ -60,7 +60,7 @@ def test_ranks_that_share_sequences_draw_alike(tmp_path, monkeypatch, rank, seed
     monkeypatch.setattr(trainer, "sequence_parallel_size", 2)
     monkeypatch.setattr(type(trainer.args), "process_index", property(lambda self: rank))
     torch.manual_seed(0)
-    trainer.start_random_numbers()
+    trainer.seed_ranks()
     found = torch.rand(3)
     torch.manual_seed(seed)
     assert torch.equal(found, torch.rand(3))
